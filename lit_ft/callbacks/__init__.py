@@ -1,0 +1,29 @@
+"""Lightning callbacks; each works alone, in any project."""
+
+from lit_ft.callbacks.batch_size import AutoBatchSize
+from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from lit_ft.callbacks.checkpoint_io import AtomicCheckpointIO
+from lit_ft.callbacks.export import ExportHF
+from lit_ft.callbacks.learning_rate import LearningRateMonitor
+from lit_ft.callbacks.memory import MemoryMonitor
+from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
+from lit_ft.callbacks.samples import SampleGenerations
+from lit_ft.callbacks.tables import StartTable, final_panel
+from lit_ft.callbacks.throughput import ThroughputMonitor
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "AutoBatchSize",
+    "BestCheckpoint",
+    "ExportHF",
+    "LastCheckpoint",
+    "LearningRateMonitor",
+    "LineProgress",
+    "MemoryMonitor",
+    "ProgressBar",
+    "SampleGenerations",
+    "StartTable",
+    "TerminalProgress",
+    "ThroughputMonitor",
+    "final_panel",
+]

@@ -1,0 +1,119 @@
+"""The largest micro-batch that fits, at the same global batch."""
+
+from __future__ import annotations
+
+import gc
+
+import psutil
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_ft.memory import estimate_state_bytes, peak_bytes, reset_peak
+from lit_ft.memory.tracker import current_bytes
+
+
+class AutoBatchSize(Callback):
+    """Set `datamodule.batch_size` to the largest micro-batch that fits, before training starts.
+
+    `batch_size * accumulate_grad_batches` stays what it was: larger micro-batches, fewer of them.
+    Every divisor of it is tried, smallest first, by two forward and backward passes over rows of
+    `datamodule.max_length` random tokens (the longest batch that can come), as long as the memory
+    that the next one needs, by the growth so far, is there beside the optimizer's state to come.
+
+    The module must offer `loss_sum(batch)`, the data module `batch_size` and `max_length`.
+
+    Args:
+        headroom: Share of the free memory that is left alone, for fragmentation and neighbours.
+    """
+
+    def __init__(self, headroom: float = 0.1) -> None:
+        self.headroom = headroom
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse several devices, whose probes could disagree."""
+        if stage == "fit" and trainer.world_size > 1:
+            raise MisconfigurationException(
+                "auto_batch_size measures one device: run it once with trainer.devices=1 and pass "
+                "the data.batch_size that it finds."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search, and set what was found."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        rows = data.batch_size * trainer.accumulate_grad_batches
+        found, peak = self._largest(trainer, pl_module, rows, data.max_length)
+        rank_zero_info(
+            f"auto_batch_size: data.batch_size={found} trainer.accumulate_grad_batches="
+            f"{rows // found} ({peak / 2**30:.2f} GiB for rows of {data.max_length} tokens)."
+        )
+        if isinstance(trainer.val_check_interval, int):  # counts micro-batches
+            steps = trainer.val_check_interval / trainer.accumulate_grad_batches
+            trainer.val_check_interval = max(1, round(steps * rows / found))
+        data.batch_size = found
+        trainer.accumulate_grad_batches = rows // found
+
+    def _largest(
+        self, trainer: Trainer, module: LightningModule, rows: int, length: int
+    ) -> tuple[int, int]:
+        device = trainer.strategy.root_device
+        reserved = sum(n or 0 for o in trainer.optimizers for n in estimate_state_bytes(o))
+        free = int(_free_bytes(device) * (1 - self.headroom)) - reserved
+        needed: dict[int, int] = {}
+        for size in (n for n in range(1, rows + 1) if rows % n == 0):
+            if needed and _extrapolated(needed, size) > free:
+                break
+            try:
+                needed[size] = _measure(trainer, module, size, length, device)
+            except torch.OutOfMemoryError:
+                break
+            finally:
+                module.zero_grad(set_to_none=True)
+                gc.collect()
+            if needed[size] > free:
+                del needed[size]
+                break
+        if not needed:
+            raise MisconfigurationException(
+                f"Not even one row of {length} tokens fits: shorten data.max_length, set "
+                "module.activation_checkpointing=true, or choose optim=adamw_8bit or adapter=lora."
+            )
+        return max(needed), needed[max(needed)]
+
+
+def _measure(
+    trainer: Trainer, module: LightningModule, size: int, length: int, device: torch.device
+) -> int:
+    """Return the bytes that two micro-batches of `size` rows need at their peak."""
+    vocabulary = module.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, operator]
+    before = current_bytes(device).value
+    reset_peak(device)
+    with torch.random.fork_rng():
+        for _ in range(2):  # the second meets the gradients of the first, as under accumulation
+            tokens: Tensor = torch.randint(vocabulary, (size, length), device=device)
+            with trainer.precision_plugin.forward_context():
+                loss, num_targets = module.loss_sum({"input_ids": tokens, "labels": tokens})  # type: ignore[operator]
+            (loss / num_targets).backward()
+    return max(peak_bytes(device).value - before, 1)
+
+
+def _extrapolated(needed: dict[int, int], size: int) -> float:
+    """Continue the line through the last two measurements (through one and zero at first)."""
+    sizes = sorted(needed)[-2:]
+    if len(sizes) == 1:
+        return needed[sizes[0]] * size / sizes[0]
+    small, large = sizes
+    slope = max(needed[large] - needed[small], 0) / (large - small)
+    return needed[large] + slope * (size - large)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,102 @@
+"""The two checkpoints that a run keeps: the last state to go on from, the best weights to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_ft.callbacks.cadence import Cadence
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep the full state in `last.ckpt`, for resuming: every few steps, and at the end.
+
+    Saved when an optimizer step is complete, never between accumulated batches. The last planned
+    step is saved like any other, before Lightning closes the epoch, so that resuming with a larger
+    `max_steps` goes on inside the epoch.
+
+    Args:
+        dirpath: folder of the file.
+        every_n_steps: optimizer steps between two saves.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_steps: int = 100) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,
+        )
+        self._cadence = Cadence(every_n_steps)
+
+    @property
+    def state_key(self) -> str:
+        """The same whatever the interval is, so that it may change between runs."""
+        return type(self).__name__
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
+        super().on_train_start(trainer, pl_module)
+        self._cadence.start(trainer)
+        self._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time, and at the last planned step."""
+        due = self._cadence.due(trainer)
+        if due or trainer.global_step == trainer.estimated_stepping_batches:
+            self._save_once(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: steps decide."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: steps decide."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where training ended early."""
+        self._save_once(trainer)
+
+    def _save_once(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            path = self.format_checkpoint_name({})
+            # Before saving: it is part of the state that is saved.
+            self.best_model_path = self.last_model_path = path
+            self._save_checkpoint(trainer, path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the weights of the best validation in `best.ckpt`.
+
+    A validation whose result is not finite is never the best. Resuming in the same folder goes on
+    from the best so far.
+
+    Args:
+        dirpath: folder of the file.
+        monitor: logged metric to compare.
+        mode: `min` or `max`.
+    """
+
+    def __init__(self, dirpath: str | Path, monitor: str = "val_loss", mode: str = "min") -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_weights_only=True,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether `current` is finite and better than the best so far."""
+        finite = current is not None and bool(current.isfinite())
+        # All ranks decide alike, or the next collective would hang.
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            return False
+        return super().check_monitor_top_k(trainer, current)

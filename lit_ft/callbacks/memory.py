@@ -1,0 +1,50 @@
+"""Memory in the logs and in the progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_ft.callbacks.cadence import Cadence
+from lit_ft.memory.tracker import current_bytes, peak_bytes, reset_peak
+
+_GIB = 2**30
+
+
+class MemoryMonitor(Callback):
+    """Log `memory/allocated` and `memory/peak` in GiB, the largest of all ranks.
+
+    The peak counts from the start of training where the device allows it, so that loading the
+    model is not in it, and is shown in the progress bar as `peak GiB`. What is measured depends on
+    the device: see `lit_ft.memory.MemoryReading`.
+
+    Args:
+        every_n_steps: optimizer steps between two readings; None follows `log_every_n_steps`.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        self._cadence = Cadence(every_n_steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the peak count from here."""
+        self._cadence.start(trainer)
+        reset_peak(trainer.strategy.root_device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log when it is time."""
+        if not self._cadence.due(trainer):
+            return
+        device = trainer.strategy.root_device
+        readings = [current_bytes(device).value, peak_bytes(device).value]
+        gib = torch.tensor(readings, device=device).float() / _GIB
+        largest: Any = trainer.strategy.reduce(gib, reduce_op="max")
+        allocated, peak = largest.tolist()
+        # Lightning numbers logged steps from 0.
+        for logger in trainer.loggers:
+            metrics = {"memory/allocated": allocated, "memory/peak": peak}
+            logger.log_metrics(metrics, step=trainer.global_step - 1)
+        pl_module.log("peak GiB", peak, prog_bar=True, logger=False)

@@ -1,0 +1,206 @@
+"""What the model writes, before, during and after training, on the same prompts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from lit_ft.callbacks.cadence import Cadence
+
+Prompt = str | Sequence[dict[str, str]]
+_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+class SampleGenerations(Callback):
+    """Generate greedily on fixed prompts with `pl_module.model` and `pl_module.tokenizer`.
+
+    Training is not affected by a bit: modes and random state are put back. Samples go to every
+    logger that takes text (TensorBoard), as Markdown, and to `generations`. They come from rank 0;
+    a sharded model, whose ranks would all have to take part, gets a warning instead. So does a
+    generation that fails: it does not end the run.
+
+    Args:
+        prompts: texts, or chats as lists of `{"role": ..., "content": ...}`; None asks the
+            datamodule's `sample_prompts(num_prompts)`, if it has one. A text is sent as the user's
+            message where the tokenizer has a chat template, else continued.
+        num_prompts: how many to ask the datamodule for.
+        max_new_tokens: of each answer; it ends earlier at an end-of-sequence token.
+        every_n_steps: optimizer steps between samples during training; None generates before and
+            after it only.
+
+    Attributes:
+        generations: `{"step", "prompt", "text"}` of each sample, in order.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt] | None = None,
+        num_prompts: int = 2,
+        max_new_tokens: int = 64,
+        every_n_steps: int | None = None,
+    ) -> None:
+        self.prompts = prompts
+        self.num_prompts = num_prompts
+        self.max_new_tokens = max_new_tokens
+        self.generations: list[dict[str, Any]] = []
+        self._cadence = None if every_n_steps is None else Cadence(every_n_steps)
+        self._fixed_prompts: list[Prompt] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the prompts and generate before the first step."""
+        self.generations = []
+        if self._cadence is not None:
+            self._cadence.start(trainer)
+        self._fixed_prompts = [] if _obstacle(trainer, pl_module) else self._find_prompts(trainer)
+        self._sample(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Generate when it is time."""
+        if self._cadence is not None and self._cadence.due(trainer):
+            self._sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate with the trained model, unless its last step has just done so."""
+        if not self.generations or self.generations[-1]["step"] != trainer.global_step:
+            self._sample(trainer, pl_module)
+
+    def _find_prompts(self, trainer: Trainer) -> list[Prompt]:
+        if self.prompts is not None:
+            return list(self.prompts)
+        ask = getattr(trainer.datamodule, "sample_prompts", None)  # type: ignore[attr-defined]
+        return [] if ask is None else list(ask(self.num_prompts))
+
+    @rank_zero_only
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._fixed_prompts:
+            return
+        try:
+            with trainer.precision_plugin.forward_context():
+                texts = generate(
+                    pl_module.model,
+                    pl_module.tokenizer,
+                    self._fixed_prompts,
+                    max_new_tokens=self.max_new_tokens,
+                )
+        except (RuntimeError, ValueError, TemplateError) as error:
+            rank_zero_warn(f"No more samples: generating failed with {error!r}.")
+            self._fixed_prompts = []
+            return
+        self._keep(trainer, texts)
+
+    def _keep(self, trainer: Trainer, texts: list[str]) -> None:
+        step = trainer.global_step
+        for index, (prompt, text) in enumerate(zip(self._fixed_prompts, texts, strict=True)):
+            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            self.generations.append({"step": step, "prompt": shown, "text": text})
+            for logger in trainer.loggers:
+                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+                if add_text is not None:
+                    add_text(f"samples/{index}", as_markdown(shown, text), step)
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int
+) -> list[str]:
+    """Answers to all prompts in one greedy batch, without a trace in the model or the random state.
+
+    Args:
+        model: a transformers model or a peft model around one.
+        tokenizer: its tokenizer; a padding token is not needed.
+        prompts: see `SampleGenerations`.
+        max_new_tokens: of each answer.
+
+    Raises:
+        ValueError: a chat, and the tokenizer has no chat template.
+    """
+    rows = [torch.tensor(_encoded(tokenizer, prompt)) for prompt in prompts]
+    ends = _end_tokens(model, tokenizer)
+    padding = next(iter(ends), 0)
+    ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+    ones = [torch.ones_like(row) for row in rows]
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:
+            # Every new length would be compiled for a single use.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        answers: Tensor = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,  # of the model's own sampling defaults, which greedy warns about
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=ends or None,
+            pad_token_id=padding,
+        )
+    new = answers[:, ids.shape[1] :]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+
+
+def as_markdown(prompt: str, text: str) -> str:
+    """Prompt and answer as literal blocks, whatever backticks they hold."""
+    longest = max((len(run) for run in re.findall("`+", prompt + text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"**Prompt**\n\n{fence}\n{prompt}\n{fence}\n\n**Answer**\n\n{fence}\n{text}\n{fence}\n"
+
+
+def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """Why this run cannot generate, said once; None if it can."""
+    reason = None
+    if isinstance(trainer.strategy, _SHARDED):
+        reason = f"the model is sharded by {type(trainer.strategy).__name__}"
+    elif not hasattr(getattr(pl_module, "model", None), "generate"):
+        reason = f"{type(pl_module).__name__}.model has no generate()"
+    elif getattr(pl_module, "tokenizer", None) is None:
+        reason = f"{type(pl_module).__name__}.tokenizer is missing"
+    if reason is not None:
+        rank_zero_warn(f"No samples: {reason}.")
+    return reason
+
+
+def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str) and not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The model's end-of-sequence tokens, and the tokenizer's, which is what training taught."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys(end for end in [*ends, tokenizer.eos_token_id] if end is not None))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then each module's own mode again: some may be in eval on purpose."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

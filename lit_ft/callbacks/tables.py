@@ -1,0 +1,175 @@
+"""What is about to be trained, as a table; what came of it, as a box."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_ft.memory import estimate_state_bytes, weight_bytes
+
+
+class StartTable(Callback):
+    """Print model, optimizer (group by group) and data once, before the first step.
+
+    The bytes of optimizer state are an estimate (`lit_ft.memory.estimate_state_bytes`); under a
+    sharded strategy weights and state are this rank's. Data counts come from the datamodule's
+    `reports`, a mapping from a split's name to anything that prints, if it has one.
+    """
+
+    def __init__(self) -> None:
+        self._printed = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be ready to print."""
+        self._printed = False
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print as soon as the optimizer is there."""
+        self._print(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print, unless the sanity check came first."""
+        if not self._printed:
+            self._print(trainer, pl_module)
+
+    @rank_zero_only
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._printed = True
+        model = getattr(pl_module, "model", None)
+        source = getattr(pl_module, "source", None)  # CausalLMModule's own name for its model
+        table = model_table(
+            model if isinstance(model, nn.Module) else pl_module, getattr(source, "name", None)
+        )
+        tables = [table]
+        tables += [optimizer_table(optimizer) for optimizer in trainer.optimizers]
+        reports = getattr(trainer.datamodule, "reports", None)  # type: ignore[attr-defined]
+        if isinstance(reports, Mapping):
+            tables.append(_pairs("data", {name: str(report) for name, report in reports.items()}))
+        Console().print(Group(*tables))
+
+
+def model_table(model: nn.Module, name: str | None = None) -> Table:
+    """Name, parameters (tied ones once, packed ones by what they stand for), weights in memory."""
+    parameters = list(model.parameters())
+    total = sum(map(_size, parameters))
+    trainable = sum(_size(p) for p in parameters if p.requires_grad)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    share = f" ({trainable / total:.2%})" if total else ""
+    return _pairs(
+        "model",
+        {
+            "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
+            "parameters": f"{total:,}",
+            "trainable": f"{trainable:,}{share}",
+            "weights": _gib(weight_bytes(model)),
+            "dtype": ", ".join(dtypes),
+        },
+    )
+
+
+def optimizer_table(optimizer: Optimizer) -> Table:
+    """One row for each parameter group."""
+    table = Table(title=type(optimizer).__name__, title_justify="left")
+    table.add_column("group")
+    for heading in ("tensors", "parameters", "lr", "weight decay", "state (estimate)"):
+        table.add_column(heading, justify="right")
+    groups = zip(optimizer.param_groups, estimate_state_bytes(optimizer), strict=True)
+    for index, (group, state) in enumerate(groups):
+        lr = group.get("initial_lr", group.get("lr"))  # the peak, under a schedule
+        table.add_row(
+            escape(str(group.get("name", index))),
+            f"{len(group['params']):,}",
+            f"{sum(map(_size, group['params'])):,}",
+            "its own" if lr is None else f"{float(lr):.3g}",
+            f"{group.get('weight_decay', 0.0):.3g}",
+            "?" if state is None else _gib(state),
+        )
+    return table
+
+
+def final_panel(summary: Mapping[str, Any]) -> Panel:
+    """The box at the end of a run, from the contents of its summary.json.
+
+    Args:
+        summary: as written, any part of it null or absent; `samples`, a list of
+            `{"step", "prompt", "text"}`, adds the first prompt's first and last answer.
+    """
+    peak = summary.get("peak_bytes") or {}
+    steps = summary.get("step_seconds") or {}
+    rows = {
+        "val loss": _before_after(summary.get("initial_val_loss"), summary.get("val_loss")),
+        "val perplexity": _number(summary.get("val_perplexity"), ".2f"),
+        "train loss": _number(summary.get("train_loss"), ".4f"),
+        "steps": _number(summary.get("steps"), ","),
+        "tokens/s": _number(summary.get("tokens_per_second"), ",.0f"),
+        "step": _number(steps.get("median"), ".3f", " s (median)"),
+        "peak memory": None
+        if peak.get("value") is None
+        else f"{_gib(peak['value'])} ({peak.get('source')})",
+        "optimizer state": None
+        if summary.get("optimizer_state_bytes") is None
+        else _gib(summary["optimizer_state_bytes"]),
+        "checkpoint": summary.get("checkpoint_path"),
+        "model": summary.get("export_path"),
+        "error": _error(summary.get("error")),
+        **_samples(summary.get("samples") or []),
+    }
+    status = summary.get("status") or "finished"
+    style = "green" if status == "completed" else "red"
+    shown = {name: str(value) for name, value in rows.items() if value is not None}
+    return Panel(_pairs(None, shown), title=escape(str(status)), border_style=style, expand=False)
+
+
+def _pairs(title: str | None, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def _before_after(before: float | None, after: float | None) -> str | None:
+    if before is None or after is None:
+        return _number(after, ".4f")
+    return f"{before:.4f} → {after:.4f}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str | None:
+    return None if value is None else f"{value:{form}}{unit}"
+
+
+def _error(error: Any) -> str | None:
+    """The message of summary.json's error, a text or a mapping with `type` and `message`."""
+    if isinstance(error, Mapping):
+        return f"{error.get('type')}: {error.get('message')}"
+    return None if error is None else str(error)
+
+
+def _samples(samples: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    same = list(samples)
+    same = [one for one in same if one["prompt"] == same[0]["prompt"]]
+    if not same:
+        return {}
+    rows = {"prompt": same[0]["prompt"], "answer before": same[0]["text"]}
+    return rows if len(same) == 1 else {**rows, "answer after": same[-1]["text"]}
+
+
+def _size(parameter: Any) -> int:
+    # bitsandbytes packs two 4-bit weights into a byte and keeps the true shape beside them.
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.3f} GiB"

@@ -1,0 +1,280 @@
+"""Tokens per second of training alone, and the share of the device's peak that it reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_ft.callbacks.batch_work import Work, count_tokens, num_samples, sum_squared_lengths
+from lit_ft.callbacks.cadence import Cadence
+from lit_ft.flops import TrainingFlops, training_flops
+
+
+class Stopwatch:
+    """Seconds while it runs, over several starts and stops."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Run on; nothing happens if it is running."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self, *, keep: bool = True) -> None:
+        """Stop, and without `keep` forget the time since the last start."""
+        if self._started is not None and keep:
+            self.seconds += time.perf_counter() - self._started
+        self._started = None
+
+
+class ThroughputMonitor(Callback):
+    """Log how fast training is, under `throughput/`.
+
+    `tokens_per_second`, `samples_per_second` and `step_seconds` are over the optimizer steps since
+    the last log, summed over all ranks; tokens are those that are not padding. `mfu` (model FLOPs
+    utilisation, see `lit_ft.flops`; the output head counts on target tokens) comes along where
+    Lightning knows the device's peak rate. The progress bar shows `tok/s`.
+
+    **What is timed.** The wait for data, the training step, and the module's own hooks. What
+    other callbacks do is not: validation, checkpoints, generated samples. Hooks of
+    callbacks run one after another, so the clock stops in the first callback and starts again in
+    the last: in `setup` this callback moves to the front of `trainer.callbacks` and appends a
+    second one that starts the clock. The start of the next epoch's data workers is timed, the end
+    of an epoch is not. The first `skip_steps` optimizer steps (allocator, autotuning, compilation)
+    count in `tokens` only.
+
+    A GPU works behind the CPU's back: it is waited for where a number is logged or validation
+    starts, not at each step, so that single `step_seconds` are approximate there and sums are not.
+
+    Args:
+        every_n_steps: optimizer steps between two logs; None follows `log_every_n_steps`.
+        skip_steps: optimizer steps to leave out at the start of `fit`.
+        num_tokens: counts a batch's tokens. None: `batch["num_tokens"]`, else the sum of
+            `batch["attention_mask"]`, else the size of `batch["input_ids"]`.
+
+    Raises:
+        MisconfigurationException: on the first batch, if its tokens cannot be counted.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        skip_steps: int = 2,
+        num_tokens: Callable[[Any], int] | None = None,
+    ) -> None:
+        self.skip_steps = skip_steps
+        self.num_tokens = num_tokens
+        self._cadence = Cadence(every_n_steps)
+        self._clock = Stopwatch()
+        self._restart = _StartClock(self._clock)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._clock.stop(keep=False)
+        self._seconds_at_step = self._clock.seconds = 0.0
+        self._steps_to_skip = self.skip_steps
+        self._step_seconds: list[float] = []
+        self._logged_steps = 0  # those of _step_seconds that are in the totals
+        self._step = Work()  # of the optimizer step under way
+        self._skipped = Work()  # since the last log, as _window, and not timed
+        self._window = Work()
+        self._timed_total = self._skipped_total = Work()
+        self._flops: TrainingFlops | None = None
+        self._peak_flops: int | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of all ranks over `training_seconds`; None if no step was timed."""
+        return self._timed_total.tokens / self.training_seconds if self._logged_steps else None  # type: ignore[return-value]
+
+    @property
+    def step_seconds(self) -> dict[str, float | None]:
+        """Median, 95th percentile and maximum of a timed optimizer step on this rank."""
+        if not self._step_seconds:
+            return {"median": None, "p95": None, "max": None}
+        seconds = torch.tensor(self._step_seconds, dtype=torch.float64)
+        return {
+            "median": seconds.quantile(0.5).item(),
+            "p95": seconds.quantile(0.95).item(),
+            "max": seconds.max().item(),
+        }
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all ranks in this `fit`, those of the first `skip_steps` steps included."""
+        return int(self._timed_total.tokens + self._skipped_total.tokens)
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of the timed optimizer steps, the ones behind `tokens_per_second`."""
+        return sum(self._step_seconds[: self._logged_steps])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the first and the last place among the callbacks."""
+        if stage == "fit":
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+            callbacks.append(self._restart)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the last place back."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self._restart in callbacks:
+            callbacks.remove(self._restart)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look up what the device and the model allow to compute."""
+        self._reset()
+        self._cadence.start(trainer)
+        self._global_step = trainer.global_step
+        device = trainer.strategy.root_device
+        self._peak_flops = get_available_flops(device, _compute_dtype(trainer, pl_module))
+        if self._peak_flops is not None:
+            self._flops = training_flops(getattr(pl_module, "model", pl_module))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch before the training step can change it."""
+        self._clock.stop()
+        self._step += self._work(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Close the optimizer step if this batch completed one, and log when it is time."""
+        due = self._cadence.due(trainer)
+        if due:
+            _wait_for(trainer.strategy.root_device)
+        self._clock.stop()
+        if trainer.global_step > self._global_step:
+            self._global_step = trainer.global_step
+            self._close_step()
+        if due:
+            self._log(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock; what ran since the last batch was the validation's own preparation."""
+        self._clock.stop(keep=False)
+        if not trainer.sanity_checking:
+            self._clock.start()
+            _wait_for(trainer.strategy.root_device)  # the training step that is still under way
+            self._clock.stop()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock until the next epoch."""
+        self._clock.stop(keep=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the totals of all ranks up to date."""
+        self._clock.stop(keep=False)
+        self._gather(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Keep what a single process knows; other ranks may be gone."""
+        self._clock.stop(keep=False)
+        self.teardown(trainer, pl_module, "fit")
+        if trainer.world_size == 1 and trainer.state.fn == "fit":
+            self._gather(trainer)
+
+    def _close_step(self) -> None:
+        seconds = self._clock.seconds - self._seconds_at_step
+        self._seconds_at_step = self._clock.seconds
+        if self._steps_to_skip > 0:
+            self._steps_to_skip -= 1
+            self._skipped += self._step
+        else:
+            self._step_seconds.append(seconds)
+            self._window += self._step
+        self._step = Work()
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seconds = self._step_seconds[self._logged_steps :]
+        work = self._gather(trainer)
+        if not seconds:
+            return
+        metrics = {
+            "throughput/tokens_per_second": work.tokens / sum(seconds),
+            "throughput/samples_per_second": work.samples / sum(seconds),
+            "throughput/step_seconds": sum(seconds) / len(seconds),
+        }
+        if self._flops is not None and self._peak_flops is not None:
+            peak = self._peak_flops * trainer.world_size
+            metrics["throughput/mfu"] = _flops_of(work, self._flops) / sum(seconds) / peak
+        for logger in trainer.loggers:
+            # Lightning numbers logged steps from 0.
+            logger.log_metrics(metrics, step=trainer.global_step - 1)  # type: ignore[arg-type]
+        pl_module.log("tok/s", metrics["throughput/tokens_per_second"], prog_bar=True, logger=False)
+
+    def _gather(self, trainer: Trainer) -> Work:
+        """Sum the window over all ranks, add it to the totals, and begin another."""
+        local = [*vars(self._window).values(), *vars(self._skipped).values()]
+        device = trainer.strategy.root_device
+        counts = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in local])
+        sums: Any = trainer.strategy.reduce(counts, reduce_op="sum")
+        window, skipped = Work(*sums[:4].tolist()), Work(*sums[4:].tolist())
+        self._timed_total += window
+        self._skipped_total += skipped
+        self._window, self._skipped = Work(), Work()
+        self._logged_steps = len(self._step_seconds)
+        return window
+
+    def _work(self, batch: Any) -> Work:
+        tokens = count_tokens(batch) if self.num_tokens is None else self.num_tokens(batch)
+        if self._peak_flops is None or not isinstance(batch, Mapping):
+            return Work(tokens, samples=num_samples(batch))
+        targets = batch.get("num_targets", tokens)
+        return Work(tokens, targets, sum_squared_lengths(batch), num_samples(batch))
+
+
+class _StartClock(Callback):
+    """The last callback: what follows its hooks is training again."""
+
+    def __init__(self, clock: Stopwatch) -> None:
+        self._clock = clock
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._clock.start()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._clock.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._clock.start()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._clock.start()
+
+
+def _flops_of(work: Work, flops: TrainingFlops) -> int:
+    return flops.of(
+        num_tokens=int(work.tokens),
+        num_targets=int(work.targets),
+        sum_squared_lengths=int(work.squared_lengths),
+    )
+
+
+def _compute_dtype(trainer: Trainer, pl_module: LightningModule) -> torch.dtype:
+    """The dtype of the matrix products: the precision plugin's, or that of half-size weights."""
+    if str(trainer.precision).startswith("bf16"):
+        return torch.bfloat16
+    if str(trainer.precision).startswith("16"):
+        return torch.float16
+    floats = (p.dtype for p in pl_module.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,114 @@
+"""Talk to a fine-tuned model: `python -m lit_ft.chat runs/r1`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from lit_ft.summary import read_summary
+
+Message = dict[str, str]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Answer what is typed, or one `--prompt`, token by token."""
+    options = _parser().parse_args(arguments)
+    try:
+        folder = exported_folder(options.run_dir)
+    except ValueError as error:
+        sys.exit(str(error))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model = model.to(device).eval()
+    conversation: list[Message] = []
+    if options.system:
+        conversation.append({"role": "system", "content": options.system})
+    if options.prompt is not None:
+        reply(model, tokenizer, [*conversation, _user(options.prompt)], options)
+        return
+    print(f"{folder}: an empty line or Ctrl-D ends, /new starts afresh.")
+    start = len(conversation)
+    while text := _ask():
+        if text == "/new":
+            del conversation[start:]
+            continue
+        conversation.append(_user(text))
+        answer = reply(model, tokenizer, conversation, options)
+        conversation.append({"role": "assistant", "content": answer})
+
+
+def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any) -> str:
+    """Stream the model's answer to standard output and return it."""
+    if tokenizer.chat_template is None:
+        prompt = tokenizer(conversation[-1]["content"], return_tensors="pt")
+    else:
+        prompt = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    sampling = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature}
+    output = model.generate(
+        **prompt.to(model.device),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+    new_tokens = output[0, prompt["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new_tokens, skip_special_tokens=True))
+
+
+def exported_folder(run_dir: str | Path) -> Path:
+    """Return the Hugging Face folder of a run, or `run_dir` itself if it is one.
+
+    Raises:
+        ValueError: There is no run, or it exported nothing; says what to do.
+    """
+    run_dir = Path(run_dir)
+    if (run_dir / "config.json").is_file():
+        return run_dir
+    summary = read_summary(run_dir)
+    if summary is None:
+        raise ValueError(f"{run_dir} is neither a run's folder nor a Hugging Face model.")
+    exported = run_dir / "export"
+    if not (exported / "config.json").is_file():
+        raise ValueError(
+            f"{run_dir} ({summary['status']}) has no exported model. "
+            f"To export its checkpoint: python -m lit_ft.export {run_dir}"
+        )
+    return exported
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lit_ft.chat", description=__doc__)
+    parser.add_argument("run_dir", help="a run's folder, or any Hugging Face model folder")
+    parser.add_argument("--prompt", help="answer this and stop")
+    parser.add_argument("--system", help="the system message; the chat template's own if not given")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 always takes the likeliest token"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

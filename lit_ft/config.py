@@ -1,0 +1,82 @@
+"""What the configuration may say: whose classes it may name, and which names exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TRUSTED_PACKAGES = (
+    "lit_ft",
+    "lightning.pytorch",
+    "torch.optim",
+    "transformers",
+    "peft",
+    "bitsandbytes.optim",
+    "galore_torch",
+    "torchao.optim",
+)
+
+
+def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> None:
+    """Raise ValueError if a `_target_` lies outside lit_ft, the libraries it uses and `also`.
+
+    A configuration is data; Hydra would let it call any function of any installed package.
+    """
+    trusted = (*TRUSTED_PACKAGES, *also)
+    for path, target in _targets(config):
+        if not any(target == package or target.startswith(f"{package}.") for package in trusted):
+            raise ValueError(
+                f"{path}._target_={target}: only classes of {', '.join(trusted)} can be named. "
+                f"If you trust it: trusted_packages=[{target.split('.')[0]}]"
+            )
+
+
+def names_near(overrides: Sequence[str], *, config_dir: str) -> str:
+    """Return, for each override of a value that does not exist, the names that do, closest first.
+
+    Args:
+        overrides: Command-line arguments (`trainer.max_step=3`).
+        config_dir: The folder of train.yaml, relative to the working directory or absolute.
+    """
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
+        known: Any = OmegaConf.to_container(compose("train"), resolve=False)
+    lines = []
+    for override in overrides:
+        key, assigned, _ = override.partition("=")
+        if not assigned or key.startswith(("+", "~", "-", "hydra")) or "/" in key:
+            continue
+        node, parents = known, list[str]()
+        for name in key.split("."):
+            if not isinstance(node, Mapping):
+                break
+            if name not in node:
+                lines.append(_suggestion(key, name, ".".join(parents), list(node)))
+                break
+            node = node[name]
+            parents.append(name)
+    return "".join(lines)
+
+
+def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
+    names = [n for n in names if not n.startswith("_")]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    where = f" in {parent}" if parent else ""
+    listed = ", ".join(sorted(names))
+    return f"\n{key}: there is no '{name}'{where}.{hint}\n  Names: {listed}\n"
+
+
+def _targets(node: Any, path: str = "config") -> Iterator[tuple[str, str]]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, str(node["_target_"])
+        for key, value in node.items():
+            yield from _targets(value, f"{path}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{path}[{index}]")

@@ -1,0 +1,4 @@
+"""Data: from rows anywhere to batches of token ids, without Lightning.
+
+sources -> formats -> encoding -> examples (cached tables or streams) -> packing, batching, collate.
+"""

@@ -1,0 +1,144 @@
+"""Tokenised data on disk, under a key of everything that shaped it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerFast
+
+from lit_ft.data.encoding import Encoder
+from lit_ft.data.formats import Format
+from lit_ft.data.sources import Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return `$LIT_FT_CACHE/data`, or `lit_ft/data` in the user's cache folder."""
+    if "LIT_FT_CACHE" in os.environ:
+        return Path(os.environ["LIT_FT_CACHE"]) / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_ft" / "data"
+
+
+def cache_key(source: Source, format: Format | None, encoder: Encoder) -> str:
+    """Hash all that decides how a source is encoded: content, format, tokenizer, limits, code.
+
+    The split into training and validation is taken from the encoded rows and is no part of it.
+    """
+    ingredients = {
+        "source": source.identity(),
+        "format": None if format is None else _describe(format),
+        "tokenizer": _tokenizer_digest(encoder.tokenizer),
+        "max_length": encoder.max_length,
+        "drop_overlong": encoder.drop_overlong,
+        "code": _code_digest(),
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
+    }
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def cached(key: str, build: Callable[[Path], Dataset]) -> Dataset:
+    """Return the table under a key, building it where it is missing or damaged.
+
+    An entry appears whole or not at all, so that processes may race; the first one wins.
+
+    Args:
+        key: Names the entry.
+        build: Makes the table; may use the folder that it is given, which is deleted later.
+    """
+    entry = cache_folder() / key
+    for _ in range(3):  # a process that found the entry damaged may take ours away once
+        if not entry.exists():
+            _write(entry, build)
+        try:
+            return _load(entry)
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            logger.warning("rebuilding the damaged cache entry %s: %s", entry, error)
+            _discard(entry)
+    raise RuntimeError(f"{entry} does not hold what was written: is the disk full or failing?")
+
+
+def _write(entry: Path, build: Callable[[Path], Dataset]) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=entry.parent, prefix="building-", ignore_cleanup_errors=True
+    ) as work:
+        finished = Path(work) / "entry"
+        build(Path(work) / "scratch").save_to_disk(finished)
+        (finished / MANIFEST).write_text(json.dumps(dict(_digests(finished))))
+        try:
+            os.replace(finished, entry)
+        except OSError:
+            # Another process may have put the same table there in the meantime.
+            if not entry.exists():
+                raise
+
+
+def _load(entry: Path) -> Dataset:
+    from datasets import load_from_disk
+
+    expected = json.loads((entry / MANIFEST).read_text())
+    if expected != dict(_digests(entry)):
+        raise ValueError("its files are not those that were written")
+    return load_from_disk(entry)
+
+
+def _discard(entry: Path) -> None:
+    # Renaming takes the entry away in one step; a process that lost the race finds nothing.
+    grave = Path(tempfile.mkdtemp(dir=entry.parent, prefix="damaged-"))
+    try:
+        os.replace(entry, grave)
+    except FileNotFoundError:
+        pass
+    finally:
+        shutil.rmtree(grave, ignore_errors=True)
+
+
+def _digests(entry: Path) -> Iterator[tuple[str, str]]:
+    for file in sorted(entry.iterdir()):
+        if file.name != MANIFEST:
+            with file.open("rb") as stream:
+                yield file.name, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _describe(choice: object) -> list[object]:
+    """Describe an object by its class, its arguments and the code of its module."""
+    arguments = asdict(choice) if is_dataclass(choice) else vars(choice)  # type: ignore[arg-type]
+    code = Path(inspect.getfile(type(choice))).read_bytes()
+    return [type(choice).__qualname__, repr(arguments), hashlib.sha256(code).hexdigest()]
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+        json.dumps(tokenizer.chat_template),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@cache
+def _code_digest() -> str:
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,282 @@
+"""Encoding: a conversation becomes token ids, and labels on what the assistant said.
+
+Every assistant turn is learnt, with the token that ends it, and nothing else; of plain text, all.
+Labels follow the Hugging Face convention: unshifted, -100 where there is nothing to learn, which
+is always so at the first token, since nothing predicts it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from lit_ft.data.formats import Conversation, Message
+from lit_ft.data.rows import ParsedRow
+
+IGNORE_INDEX = -100
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+REMEDY = (
+    "give a template that marks the assistant's turns with {% generation %} and "
+    "{% endgeneration %}: data.chat_template=template.jinja, or the simple data.chat_template=plain"
+)
+
+
+class EncodedRow(NamedTuple):
+    """One row's tokens, and what became of them.
+
+    A row is an example if `num_targets` is positive. Rows that are none stay in the table, so that
+    they can be counted.
+
+    Args:
+        origin: Where the row stands.
+        input_ids: Its token ids; empty if it was dropped as overlong.
+        labels: As many, unshifted, -100 where there is nothing to learn.
+        num_tokens: How many these are.
+        num_targets: Labels that are not -100.
+        truncated: Whether tokens were cut off at the end.
+        overlong: Whether it was dropped because it was too long.
+        prompt: The messages before the last assistant turn; empty for plain text.
+        held_out: As the source says.
+    """
+
+    origin: str
+    input_ids: list[int]
+    labels: list[int]
+    num_tokens: int
+    num_targets: int
+    truncated: bool
+    overlong: bool
+    prompt: list[Message]
+    held_out: bool | None
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """Counts of one split: no row leaves it in silence.
+
+    Args:
+        examples: Rows that are trained or validated on.
+        truncated: Of these, cut at the maximal length.
+        dropped_overlong: Rows left out because they are longer.
+        dropped_without_targets: Rows left out because no token of them would be learnt.
+        tokens: Of the examples.
+        targets: Tokens of the examples that are learnt.
+    """
+
+    examples: int = 0
+    truncated: int = 0
+    dropped_overlong: int = 0
+    dropped_without_targets: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        num_tokens: NDArray[Any],
+        num_targets: NDArray[Any],
+        truncated: NDArray[Any],
+        overlong: NDArray[Any],
+    ) -> EncodingReport:
+        """Count rows, given their columns, each [rows]."""
+        kept = num_targets > 0
+        return cls(
+            examples=int(kept.sum()),
+            truncated=int((truncated & kept).sum()),
+            dropped_overlong=int(overlong.sum()),
+            dropped_without_targets=int((~kept & ~overlong).sum()),
+            tokens=int(num_tokens[kept].sum()),
+            targets=int(num_targets[kept].sum()),
+        )
+
+    def __add__(self, other: EncodingReport) -> EncodingReport:
+        return EncodingReport(
+            *(getattr(self, one.name) + getattr(other, one.name) for one in fields(self))
+        )
+
+    def __str__(self) -> str:
+        line = f"{self.examples:,} examples, {self.tokens:,} tokens, {self.targets:,} targets"
+        notes = [
+            (self.truncated, "truncated"),
+            (self.dropped_overlong, "dropped as too long"),
+            (self.dropped_without_targets, "dropped for want of a target"),
+        ]
+        return "; ".join([line, *(f"{count:,} {what}" for count, what in notes if count)])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns conversations into tokens and labels.
+
+    Args:
+        tokenizer: A fast one of transformers; its chat template renders the chats.
+        max_length: Tokens of an example at most, at least 2.
+        drop_overlong: Drop longer rows; otherwise cut them at the end.
+
+    Raises:
+        ValueError: If the tokenizer is not a fast one, which alone knows its tokens' characters.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    drop_overlong: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} is not a fast tokenizer: load one that is backed "
+                "by the tokenizers library"
+            )
+
+    def __call__(self, rows: Iterable[ParsedRow]) -> Iterator[EncodedRow]:
+        """Yield the rows encoded, one for one.
+
+        Raises:
+            ValueError: Naming the row, if the tokenizer has no chat template or no end-of-text
+                token, or if its template fails on the row or cannot tell the assistant's turns.
+        """
+        return map(self._encode, rows)
+
+    def _encode(self, row: ParsedRow) -> EncodedRow:
+        try:
+            if isinstance(row.conversation, str):
+                ids = self._text(row.conversation)
+                labels = list(ids)
+            else:
+                ids, labels = self._chat(row.conversation)
+        except (ValueError, TemplateError) as error:
+            raise ValueError(f"{row.origin}: {error}") from error
+        too_long = len(ids) > self.max_length
+        keep = 0 if too_long and self.drop_overlong else self.max_length
+        ids, labels = ids[:keep], labels[:keep]
+        labels[:1] = [IGNORE_INDEX][: len(labels)]
+        return EncodedRow(
+            origin=row.origin,
+            input_ids=ids,
+            labels=labels,
+            num_tokens=len(ids),
+            num_targets=len(labels) - labels.count(IGNORE_INDEX),
+            truncated=too_long and not self.drop_overlong,
+            overlong=too_long and self.drop_overlong,
+            prompt=prompt_of(row.conversation),
+            held_out=row.held_out,
+        )
+
+    def _text(self, text: str) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def _chat(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str):
+            raise ValueError(f"the tokenizer has no chat template: {REMEDY}")
+        mark = _mark_by_template if GENERATION_MARK.search(template) else _mark_by_prefix
+        ids, is_target = mark(self.tokenizer, messages)
+        pairs = zip(ids, is_target, strict=True)
+        return ids, [token if target else IGNORE_INDEX for token, target in pairs]
+
+
+def prompt_of(conversation: Conversation) -> list[Message]:
+    """Return the messages before the last assistant turn; none for plain text."""
+    if isinstance(conversation, str):
+        return []
+    turns = [place for place, turn in enumerate(conversation) if turn["role"] == "assistant"]
+    return conversation[: turns[-1]] if turns else []
+
+
+def load_chat_template(name: str) -> str:
+    """Return a template of ours (`plain`) or the text of a Jinja file.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    shipped = files("lit_ft.data") / "templates" / f"{name}.jinja"
+    if shipped.is_file():
+        return shipped.read_text(encoding="utf-8")
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"chat_template={name}: neither `plain` nor a text file: {error}"
+        ) from error
+
+
+def _mark_by_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+) -> tuple[list[int], Sequence[int]]:
+    """Return a chat's token ids and 1 where the template says that the assistant speaks."""
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+    assert isinstance(encoded, BatchEncoding)
+    return encoded["input_ids"], encoded["assistant_masks"]
+
+
+def _mark_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+) -> tuple[list[int], Sequence[int]]:
+    """Return the same for a template without marks, by what each turn adds to the text."""
+    text = _render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    is_target = np.zeros(len(starts), dtype=np.int64)
+    for first, last in _assistant_spans(tokenizer, messages, text):
+        # A token that only reaches into the turn counts, as it does in transformers' own mask.
+        is_target |= (starts < last) & (ends > first)
+    return encoded["input_ids"], is_target.tolist()
+
+
+def _assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str
+) -> list[tuple[int, int]]:
+    """Find the characters [first, last) of each assistant turn in a rendered chat.
+
+    Raises:
+        ValueError: If the template renders a chat's beginning otherwise than alone.
+    """
+    end_tokens = tuple(tokenizer.get_added_vocab())
+    spans = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if place == 0:
+            raise ValueError(f"the chat begins with the assistant; begin with a user, or {REMEDY}")
+        before = _render(tokenizer, messages[:place], add_generation_prompt=True)
+        through = _render(tokenizer, messages[: place + 1])
+        if not (text.startswith(through) and through.startswith(before)):
+            raise ValueError(
+                f"the chat template renders message {place} otherwise at the end of a chat than "
+                f"in it, so its tokens cannot be told: {REMEDY}"
+            )
+        # The newline that templates put after the end of a turn is no part of it.
+        turn = through.rstrip()
+        spans.append((len(before), len(turn if turn.endswith(end_tokens) else through)))
+    return spans
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,83 @@
+"""What one row of a data set may look like: one file a format, found by listing this package.
+
+A format is a dataclass whose fields name the columns it reads. To add one, add a file here with
+such a class; nothing else is edited. `detect` picks one from the keys of a source's first row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Protocol, cast
+
+Row = Mapping[str, Any]
+
+
+Message = dict[str, str]
+"""One turn of a chat: `{role, content}`; the role is system, user, assistant or tool."""
+
+Conversation = list[Message] | str
+"""What a format makes of a row: the messages of a chat, or plain text to be continued."""
+
+
+class Format(Protocol):
+    """Reads conversations from rows."""
+
+    @property
+    def wants(self) -> str:
+        """The row that this format reads, for error messages: `{prompt, completion}`."""
+        ...
+
+    def matches(self, row: Row) -> bool:
+        """Whether the row has this format's keys."""
+        ...
+
+    def parse(self, row: Row) -> Conversation:
+        """Return the row's conversation, every character as it was written.
+
+        Raises ValueError naming the missing field, the wrong type or the bad role.
+        """
+        ...
+
+
+@cache
+def available() -> tuple[type[Format], ...]:
+    """Every format class of this package, in the alphabetical order of their files."""
+    found: list[type[Format]] = []
+    for info in pkgutil.iter_modules(__path__, f"{__name__}."):
+        module = importlib.import_module(info.name)
+        found += [
+            cast(type[Format], kind)
+            for _, kind in inspect.getmembers(module, inspect.isclass)
+            if kind.__module__ == info.name and hasattr(kind, "matches") and hasattr(kind, "parse")
+        ]
+    return tuple(found)
+
+
+def detect(row: Row) -> Format:
+    """Return the first of the `available` formats, with its default columns, that matches the row.
+
+    Raises ValueError listing the keys found and the keys that each format wants.
+    """
+    formats = [kind() for kind in available()]
+    for candidate in formats:
+        if candidate.matches(row):
+            return candidate
+    wanted = "; ".join(f"{type(one).__name__.lower()}: {one.wants}" for one in formats)
+    raise ValueError(
+        f"no format fits a row with the keys {sorted(map(str, row))}. Known formats are {wanted}. "
+        "Rename the keys, or name the columns: data/format=alpaca data.format.output=answer"
+    )
+
+
+def text_field(row: Row, name: str) -> str:
+    """Return the string in a row's column. Raises ValueError if it is missing or no string."""
+    if name not in row:
+        raise ValueError(f"the field {name!r} is missing; the row has {sorted(map(str, row))}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise ValueError(f"the field {name!r} must be a string, not {type(value).__name__}")
+    return value

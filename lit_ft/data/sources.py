@@ -1,0 +1,182 @@
+"""Where rows come from: the embedded data, local files, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol
+
+from lit_ft.data.docstrings import Docstrings
+from lit_ft.data.files import READERS, read
+from lit_ft.data.formats import Format, detect
+from lit_ft.data.rows import ParsedRow, SourceRow
+
+EMBEDDED = "python-docstrings"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev)([-_.]|$)", re.IGNORECASE)
+
+
+class Source(Protocol):
+    """A place that gives rows in a fixed order."""
+
+    name: str
+    """What the user calls it."""
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Yield every row. Raises ValueError naming the row that cannot be read."""
+        ...
+
+    def identity(self) -> dict[str, object]:
+        """What determines the rows, as JSON values: the key of cached results."""
+        ...
+
+
+def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source:
+    """Return the source that a path names, without reading it.
+
+    Args:
+        path: `python-docstrings` (the embedded data); a .jsonl, .json, .csv or .parquet file; a
+            folder of such files; or the name of a Hugging Face dataset, which may also be a local
+            folder laid out as on the hub.
+        streaming: Read a hub dataset over the network while training, not downloaded first.
+        **options: For the embedded data, those of `Docstrings`. For a hub dataset, those of
+            `datasets.load_dataset`: name, split, revision ...; they make a local folder one.
+
+    Raises:
+        ValueError: If there is no such thing, or it does not take the options.
+    """
+    local = Path(path).expanduser()
+    if path == EMBEDDED:
+        return Docstrings(**options)
+    if local.is_file():
+        if options:
+            raise ValueError(f"{path} is a file and takes no options, but got {sorted(options)}")
+        return Files(path, [local])
+    if local.is_dir() and not options:
+        files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS)
+        if files:
+            return Files(path, files)
+    if not local.is_dir() and (not HUB_NAME.fullmatch(path) or local.suffix.lower() in READERS):
+        raise ValueError(f"{path}: no such file{_near(local)}")
+    return Hub(path, streaming=streaming, **options)
+
+
+def parse(source: Source, format: Format | None = None) -> Iterator[ParsedRow]:
+    """Yield the conversations of a source.
+
+    Args:
+        source: Gives the rows.
+        format: Reads them; None detects it from the keys of the first row.
+
+    Raises:
+        ValueError: Naming the row that cannot be read or that the format does not fit.
+    """
+    for row in source.rows():
+        try:
+            format = format or detect(row.fields)
+            conversation = format.parse(row.fields)
+        except ValueError as error:
+            raise ValueError(f"{row.origin}: {error}") from error
+        yield ParsedRow(row.origin, conversation, row.held_out)
+
+
+class Files:
+    """Local files, one after the other.
+
+    Args:
+        name: What the user calls them.
+        files: Existing files; their suffixes choose the reader.
+
+    Raises:
+        ValueError: If no reader knows a suffix, or if the files look like the splits of one data
+            set, whose test part must not be trained on.
+    """
+
+    def __init__(self, name: str, files: list[Path]) -> None:
+        for file in files:
+            if file.suffix.lower() not in READERS:
+                known = ", ".join(READERS)
+                raise ValueError(f"{file}: unknown kind of file {file.suffix!r}; known are {known}")
+        splits = [file.name for file in files if SPLIT_NAME.search(file.stem)]
+        if len(files) > 1 and splits:
+            raise ValueError(
+                f"{name} holds the splits of a data set ({', '.join(splits)}): name one file as "
+                "data.path and another as data.val_path, or give +data.source_options.split=train"
+            )
+        self.name = name
+        self.files = files
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Yield the rows file by file; their origins are `file:line`."""
+        for file in self.files:
+            for origin, fields in read(file):
+                yield SourceRow(origin, fields)
+
+    def identity(self) -> dict[str, object]:
+        """The names and contents of the files."""
+        digests = []
+        for file in self.files:
+            with file.open("rb") as stream:
+                digests.append((str(file), hashlib.file_digest(stream, "sha256").hexdigest()))
+        return {"source": type(self).__name__, "files": digests}
+
+
+class Hub:
+    """A dataset that `datasets.load_dataset` finds: on the hub, or in a folder with its layout.
+
+    Args:
+        path: Name of the dataset, or the folder.
+        split: Which split; `train` unless given. The library's slices work: `train[:10%]`.
+        streaming: Read over the network while training, not downloaded first.
+        **options: Passed on to `datasets.load_dataset`: name (the configuration), revision ...
+    """
+
+    def __init__(
+        self, path: str, *, split: str = "train", streaming: bool = False, **options: Any
+    ) -> None:
+        self.name = path
+        self.split = split
+        self.streaming = streaming
+        self.options = options
+        self._dataset: Any = None
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Yield the rows of the split; their origins are `name[split] row 57`."""
+        for number, fields in enumerate(self._load(), start=1):
+            yield SourceRow(f"{self.name}[{self.split}] row {number}", fields)
+
+    def identity(self) -> dict[str, object]:
+        """The library's own fingerprint of the data, which covers the hub's revision."""
+        options = {key: str(value) for key, value in self.options.items()}
+        fingerprint = None if self.streaming else self._load()._fingerprint
+        return {
+            "source": type(self).__name__,
+            "name": self.name,
+            "split": self.split,
+            "options": options,
+            "fingerprint": fingerprint,
+        }
+
+    def _load(self) -> Any:
+        if self._dataset is None:
+            from datasets import load_dataset
+
+            try:
+                self._dataset = load_dataset(
+                    self.name, split=self.split, streaming=self.streaming, **self.options
+                )
+            except Exception as error:  # the library's own, fsspec's, pyarrow's and the network's
+                raise ValueError(
+                    f"{self.name}: neither a local file nor a dataset that can be loaded "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+        return self._dataset
+
+
+def _near(missing: Path) -> str:
+    siblings = [file.name for file in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    close = get_close_matches(missing.name, siblings, n=1)
+    return f"; did you mean {missing.parent / close[0]}?" if close else ""

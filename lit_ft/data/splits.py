@@ -1,0 +1,155 @@
+"""The training and the validation side of one or several sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from math import ceil, isfinite
+from typing import TYPE_CHECKING, Any
+
+from lit_ft.data import examples
+from lit_ft.data.encoding import Encoder, EncodingReport
+from lit_ft.data.formats import Format
+from lit_ft.data.sources import Source, open_source, parse
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """A source, the format of its rows (None: detected), and its share of a mixture."""
+
+    source: Source
+    format: Format | None = None
+    weight: float = 1.0
+
+    def table(self, encoder: Encoder) -> Dataset:
+        """Encode the source, or take it from the cache."""
+        return examples.encode_source(self.source, self.format, encoder)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What to train and to validate on.
+
+    Args:
+        train: The training examples, mixed: a table, or a stream.
+        val: The validation examples, each once.
+        reports: Counts of `train` and `val`; those of a stream grow while it is read.
+    """
+
+    train: Dataset | IterableDataset
+    val: Dataset
+    reports: dict[str, EncodingReport] = field(default_factory=dict)
+
+
+def weighted_sources(
+    choices: Iterable[Mapping[str, Any]], *, format: Format | None, streaming: bool = False
+) -> list[WeightedSource]:
+    """Open the sources of a mixture without reading them.
+
+    Args:
+        choices: `{path, weight?, format?, ...}`; the rest goes to `open_source`.
+        format: Of the rows of sources that name none.
+        streaming: Whether hub datasets are streamed.
+
+    Raises:
+        ValueError: If there is no source, one is unknown or occurs twice, or a weight is not
+            positive.
+    """
+    sources = []
+    seen: list[dict[str, Any]] = []
+    for choice in choices:
+        options = dict(choice)
+        weight, own_format = options.pop("weight", 1.0), options.pop("format", None) or format
+        path = options.get("path")
+        if path is None:
+            raise ValueError(f"a source needs a path: {dict(choice)}")
+        if not (weight > 0 and isfinite(weight)):
+            raise ValueError(f"the weight of {path} must be positive, not {weight}")
+        if options in seen:
+            raise ValueError(f"{path} is among the sources twice: raise its weight instead")
+        seen.append(dict(options))
+        source = open_source(options.pop("path"), streaming=streaming, **options)
+        sources.append(WeightedSource(source, own_format, weight))
+    if not sources:
+        raise ValueError("give at least one source")
+    return sources
+
+
+def load_tables(
+    train: Sequence[WeightedSource],
+    val: WeightedSource | None,
+    encoder: Encoder,
+    *,
+    val_fraction: float,
+    seed: int,
+) -> Splits:
+    """Encode, split and mix. Every source is split by itself, unless `val` is given.
+
+    Raises:
+        ValueError: If a row cannot be read, or a source or a side is left without an example.
+    """
+    tables = [one.table(encoder) for one in train]
+    if val is None:
+        sides = [examples.split(table, val_fraction=val_fraction) for table in tables]
+        kept, held_out = [one[0] for one in sides], [one[1] for one in sides]
+    else:
+        kept = [examples.side(table, held_out=False) for table in tables]
+        held_out = [examples.side(val.table(encoder), held_out=True)]
+    reports = [examples.report(table) for table in kept]
+    for one, report in zip(train, reports, strict=True):
+        examples.refuse_nothing(report, f"training on {one.source.name}")
+    usable = [examples.drop_unusable(table) for table in kept]
+    return Splits(
+        train=examples.mix(usable, [one.weight for one in train], seed=seed),
+        val=_validation(held_out),
+        reports={"train": sum(reports, EncodingReport()), "val": _count(held_out)},
+    )
+
+
+def open_streams(
+    train: Sequence[WeightedSource],
+    val: WeightedSource | None,
+    encoder: Encoder,
+    *,
+    val_rows: int | None,
+    seed: int,
+) -> Splits:
+    """Open and mix streams. Validate on `val` or, if None, on their first `val_rows` rows together.
+
+    The rows validated on are not trained on.
+    """
+    reports = {"train": EncodingReport()}
+
+    def tally(report: EncodingReport) -> None:
+        reports["train"] += report
+
+    skip = 0
+    if val is not None:
+        held_out = [examples.side(val.table(encoder), held_out=True)]
+    else:
+        assert val_rows is not None
+        skip = ceil(val_rows / len(train))
+        first = [islice(parse(one.source, one.format), skip) for one in train]
+        held_out = [examples.encode_rows(rows, encoder) for rows in first]
+    streams = [
+        examples.stream_source(one.source, one.format, encoder, skip=skip, tally=tally)
+        for one in train
+    ]
+    reports["val"] = _count(held_out)
+    mixed = examples.mix(streams, [one.weight for one in train], seed=seed)
+    return Splits(train=mixed, val=_validation(held_out), reports=reports)
+
+
+def _count(tables: Iterable[Dataset]) -> EncodingReport:
+    return sum(map(examples.report, tables), EncodingReport())
+
+
+def _validation(tables: list[Dataset]) -> Dataset:
+    from datasets import concatenate_datasets
+
+    examples.refuse_nothing(_count(tables), "validation")
+    return concatenate_datasets([examples.drop_unusable(table) for table in tables])

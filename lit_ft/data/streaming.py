@@ -1,0 +1,268 @@
+"""Streaming: global batches, packed or not, from examples that come one after the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lit_ft.data.batching import check_cut, deal
+from lit_ft.data.collate import Example, Row
+from lit_ft.data.packing import pack
+
+# A packed block of this many rows leaves about one of them unfilled, and delays the first batch by
+# the time that it takes to tokenise as much.
+PACKED_BLOCK_ROWS = 64
+
+Batch = dict[str, Any]
+
+
+class StreamingBatches(IterableDataset[Batch]):
+    """Read global batches from a stream and yield this rank's micro-batches, collated.
+
+    All ranks read the same stream in order. As with GlobalBatchSampler, the rows of a global batch
+    do not depend on how it is cut, no row is dropped or yielded twice, and every rank yields
+    equally many batches: dummies where rows do not suffice.
+
+    The stream is read in blocks: an example alone or, with `packing` or `shuffle_buffer`, so many
+    that they can be packed tightly and shuffled well. A block is packed and shuffled by itself,
+    and so a place in the stream is a place in the source and a number of rows; no buffer has to be
+    saved. Prefer `shuffle_buffer` to `datasets.IterableDataset.shuffle(buffer_size=...)`, which
+    loses the content of its buffer on resume.
+
+    For torchdata's `StatefulDataLoader(self, batch_size=None, num_workers=0)`. Each iteration is
+    one pass over the stream; a finished one moves on to the next `epoch`, of which the source is
+    told if it has `set_epoch`. A source with `state_dict` and `load_state_dict` resumes by these
+    (`load_state_dict({})` starts anew, as in datasets); any other is read again up to the place.
+    Under Lightning give prefetched=1 and, when the loader is made, call `set_epoch` as for
+    GlobalBatchSampler.
+
+    Args:
+        examples: Encoded examples, `{"input_ids": [...], "labels": [...]}`.
+        collate: Makes a batch from a list of rows; from an empty list, a dummy.
+        batch_size: Rows of a micro-batch on one rank.
+        micro_batches: Micro-batches of a rank in one global batch (gradient accumulation).
+        num_replicas: Number of data-parallel ranks.
+        rank: This rank.
+        max_length: Tokens of a row at most.
+        packing: Put several examples into one row.
+        shuffle_buffer: Shuffle within blocks of at least so many examples; 0 keeps the order.
+        seed: Seed of the shuffling, non-negative, the same on all ranks.
+        prefetched: Batches that the consumer has fetched but not begun when it asks for the state;
+            they are yielded again on resume. Lightning's loops fetch 1 ahead from a loader
+            without length.
+
+    Raises:
+        ValueError: If a size is below 1, or the rank is not one of the replicas; while iterating,
+            if an example is longer than `max_length`, or in a worker of a loader, each of which
+            would read the whole stream.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        collate: Callable[[list[Row]], Batch],
+        *,
+        batch_size: int,
+        micro_batches: int,
+        num_replicas: int,
+        rank: int,
+        max_length: int,
+        packing: bool,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        prefetched: int = 0,
+    ) -> None:
+        check_cut(batch_size, micro_batches, num_replicas, rank)
+        self.examples = examples
+        self.collate = collate
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.max_length = max_length
+        self.packing = packing
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.prefetched = prefetched
+        self.epoch = 0
+
+    @property
+    def global_size(self) -> int:
+        """Rows of a full global batch."""
+        return self.batch_size * self.micro_batches * self.num_replicas
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the iterators made from now on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over one pass; the iterator has `state_dict` and `load_state_dict`."""
+        if get_worker_info() is not None:
+            raise ValueError("A stream is read in the training process: set num_workers=0.")
+        return _Pass(self)
+
+
+class _Pass(Iterator[Batch]):
+    """One pass over the stream; its state is a place in the endless run of passes."""
+
+    def __init__(self, data: StreamingBatches) -> None:
+        self._data = data
+        self._restart(_place(data.epoch))
+
+    def _restart(self, place: dict[str, Any]) -> None:
+        # The places before each batch that the consumer may not have begun; the oldest counts.
+        self._places = deque([place], maxlen=self._data.prefetched + 1)
+        self._batches = self._read(place)
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def _read(self, place: dict[str, Any]) -> Iterator[Batch]:
+        data = self._data
+        rows = _Rows(data, place)
+        step = place["micro_batch"]
+        while True:
+            window_place = rows.place()
+            window = list(islice(rows, data.global_size))
+            if not window:
+                break
+            lengths = [sum(len(example["input_ids"]) for example in row) for row in window]
+            steps = deal(lengths, batch_size=data.batch_size, num_replicas=data.num_replicas)
+            while step < len(steps):
+                batch = data.collate([window[row] for row in steps[step][data.rank]])
+                step += 1
+                is_inside = step < len(steps)
+                place = window_place | {"micro_batch": step} if is_inside else rows.place()
+                self._places.append(place)
+                yield batch
+            step = 0
+        data.set_epoch(rows.epoch + 1)
+        self._places.clear()
+        self._places.append(_place(data.epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where to go on; the same on all ranks."""
+        return {"place": self._places[0], "form": _form(self._data)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError: If rows were packed, shuffled, or cut inside a global batch differently.
+        """
+        place, form = state["place"], _form(self._data)
+        names = ["max_length", "packing", "shuffle_buffer", "seed"] if place["row"] else []
+        if place["micro_batch"]:
+            names = list(form)
+        for name in names:
+            if state["form"][name] != form[name]:
+                raise ValueError(
+                    f"Cannot resume here: {name} was {state['form'][name]} and is now "
+                    f"{form[name]}. Resume with the same setting, or start anew."
+                )
+        self._data.set_epoch(place["epoch"])
+        self._restart(place)
+
+
+def _place(
+    epoch: int, source: Any = None, block: int = 0, row: int = 0, micro_batch: int = 0
+) -> dict[str, Any]:
+    """Name a place: the source's state where the block begins, and the rows to skip there."""
+    return {
+        "epoch": epoch,
+        "source": source,
+        "block": block,
+        "row": row,
+        "micro_batch": micro_batch,
+    }
+
+
+def _form(data: StreamingBatches) -> dict[str, Any]:
+    names = ("max_length", "packing", "shuffle_buffer", "seed", "global_size", "micro_batches")
+    return {name: getattr(data, name) for name in names}
+
+
+class _Rows(Iterator[Row]):
+    """The rows of the stream from a place on, read block by block."""
+
+    def __init__(self, data: StreamingBatches, place: dict[str, Any]) -> None:
+        self._data = data
+        self.epoch: int = place["epoch"]
+        self._source = _Source(data.examples, self.epoch, place["source"])
+        self._block_source = place["source"]
+        self._block: int = place["block"]
+        self._rows = self._read_block()
+        self._row: int = place["row"]
+
+    def place(self) -> dict[str, Any]:
+        """Name the place of the next row."""
+        if self._row < len(self._rows):
+            return _place(self.epoch, self._block_source, self._block, self._row)
+        return _place(self.epoch, self._source.state(), self._block + 1)
+
+    def __next__(self) -> Row:
+        if self._row == len(self._rows):
+            self._block_source = self._source.state()
+            self._block += 1
+            self._rows = self._read_block()
+            self._row = 0
+        if not self._rows:
+            raise StopIteration
+        self._row += 1
+        return self._rows[self._row - 1]
+
+    def _read_block(self) -> list[Row]:
+        data = self._data
+        min_tokens = PACKED_BLOCK_ROWS * data.max_length if data.packing else 0
+        examples: list[Example] = []
+        lengths: list[int] = []
+        num_tokens = 0
+        for example in self._source:
+            length = len(example["input_ids"])
+            if length > data.max_length:
+                raise ValueError(
+                    f"An example of the stream has {length} tokens, more than max_length="
+                    f"{data.max_length}: truncate it first, or raise max_length."
+                )
+            examples.append(example)
+            lengths.append(length)
+            num_tokens += max(length, 1)  # or empty examples would never fill a block
+            if len(examples) >= max(data.shuffle_buffer, 1) and num_tokens >= min_tokens:
+                break
+        bins = (
+            pack(lengths, data.max_length) if data.packing else [[i] for i in range(len(lengths))]
+        )
+        rows: list[Row] = [[examples[i] for i in indices] for indices in bins]
+        if data.shuffle_buffer:
+            rng = np.random.default_rng((data.seed, self.epoch, self._block))
+            rows = [rows[i] for i in rng.permutation(len(rows))]
+        return rows
+
+
+class _Source(Iterator[Example]):
+    """The examples of one epoch from a state on."""
+
+    def __init__(self, examples: Any, epoch: int, state: Any) -> None:
+        self._examples = examples
+        self._is_stateful = hasattr(examples, "state_dict") and hasattr(examples, "load_state_dict")
+        if hasattr(examples, "set_epoch"):
+            examples.set_epoch(epoch)
+        if self._is_stateful:
+            # Always: datasets goes on from the last state it was given whenever it is iterated.
+            examples.load_state_dict(state or {})
+        self._num_read: int = 0 if self._is_stateful else state or 0
+        self._iterator: Iterator[Example] = islice(examples, self._num_read, None)
+
+    def __next__(self) -> Example:
+        example = next(self._iterator)
+        self._num_read += 1
+        return example
+
+    def state(self) -> Any:
+        """Say where the next example is."""
+        return self._examples.state_dict() if self._is_stateful else self._num_read

@@ -1,0 +1,295 @@
+"""InstructionDataModule: conversations from anywhere as batches for CausalLMModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lit_ft.data import examples
+from lit_ft.data.batching import GlobalBatchSampler
+from lit_ft.data.collate import Collator
+from lit_ft.data.encoding import Encoder, EncodingReport, load_chat_template
+from lit_ft.data.examples import Bins
+from lit_ft.data.formats import Format, Message
+from lit_ft.data.packing import pack
+from lit_ft.data.sources import EMBEDDED
+from lit_ft.data.splits import load_tables, open_streams, weighted_sources
+from lit_ft.data.streaming import StreamingBatches
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+STREAM_SHUFFLE_BUFFER = 1000  # examples
+
+
+class InstructionDataModule(LightningDataModule):
+    """Reads, encodes, splits, mixes and batches instruction data.
+
+    Batches are dicts of input_ids and labels [B, T], attention_mask or position_ids where needed,
+    num_tokens and num_targets; see `lit_ft.data.collate.Collator`. The rows of a global batch do
+    not depend on how it is cut into micro-batches and ranks; validation sees each example once.
+    Set `Trainer(use_distributed_sampler=False)`, since the batches are dealt to the ranks here.
+
+    After `setup`: `train_examples` and `val_examples`, tables of `lit_ft.data.encoding.EncodedRow`
+    (the former a stream if `streaming`), and `reports`, an EncodingReport for `train` and `val`.
+
+    Args:
+        path: The embedded `python-docstrings`; a .jsonl, .json, .csv or .parquet file, or a folder
+            of them; or the name of a Hugging Face dataset.
+        val_path: Where to validate; None splits the data.
+        sources: Several sources in place of `path`: `{path, weight, format?, ...}`, where `...` is
+            as in `source_options`. An example is drawn from each with its weight's share until
+            all are exhausted; those of a source small for its weight repeat within the epoch.
+        format: Reads the rows, such as `lit_ft.data.formats.alpaca.Alpaca()`; None detects it
+            from the keys of each source's first row.
+        tokenizer: A fast tokenizer of transformers; None takes the one of the trainer's module.
+        chat_template: `plain`, or a Jinja file; None keeps the tokenizer's. The tokenizer is given
+            the template, so that generation and export use what was trained.
+        max_length: Tokens of an example, and of a packed row, at most.
+        batch_size: Rows of a micro-batch on one rank.
+        val_batch_size: The same in validation; None for `batch_size`.
+        packing: Put several examples into a training row, apart from each other by position_ids.
+        group_by_length: Put rows of similar length into one global batch.
+        drop_overlong: Leave examples out that are too long; otherwise they are cut at the end.
+        val_fraction: Share of the rows to validate on, where neither `val_path` nor the source
+            itself decides.
+        max_val_examples: Validate on so many, a fixed random choice. A stream without `val_path`
+            gives its first ones.
+        streaming: Encode while training, not before: for data larger than the disk. There is no
+            length, so set `trainer.max_steps`.
+        num_workers: Processes that load batches.
+        seed: Of the order and of the mixture, not of the split: seeds can be compared.
+        source_options: For a hub dataset those of `datasets.load_dataset`, such as name, split,
+            revision; for the embedded one those of `lit_ft.data.docstrings.Docstrings`.
+        val_source_options: The same for `val_path`.
+
+    Raises:
+        ValueError: On a bad argument or an unknown path, at once; in `setup`, naming file and line,
+            on a row that cannot be read, and if no example is left.
+        MisconfigurationException: In `setup`, if there is no tokenizer, or a stream without
+            `trainer.max_steps`.
+    """
+
+    def __init__(
+        self,
+        path: str | None = EMBEDDED,
+        *,
+        val_path: str | None = None,
+        sources: Sequence[Mapping[str, Any]] | None = None,
+        format: Format | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 4,
+        val_batch_size: int | None = None,
+        packing: bool = False,
+        group_by_length: bool = True,
+        drop_overlong: bool = False,
+        val_fraction: float = 0.05,
+        max_val_examples: int | None = None,
+        streaming: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        source_options: Mapping[str, Any] | None = None,
+        val_source_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
+        _at_least(1, max_val_examples=max_val_examples)
+        _at_least(2, max_length=max_length)
+        _at_least(0, num_workers=num_workers, seed=seed)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must be between 0 and 1, not {val_fraction}")
+        self.tokenizer = tokenizer
+        self.chat_template = None if chat_template is None else load_chat_template(chat_template)
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.packing = packing
+        self.group_by_length = group_by_length
+        self.drop_overlong = drop_overlong
+        self.val_fraction = val_fraction
+        self.max_val_examples = max_val_examples
+        self.streaming = streaming
+        self.num_workers = num_workers
+        self.seed = seed
+        self.reports: dict[str, EncodingReport] = {}
+        self.train_examples: Dataset | IterableDataset | None = None
+        self.val_examples: Dataset | None = None
+        if sources is None:
+            sources = [{"path": path, **(source_options or {})}]
+        elif path not in (None, EMBEDDED) or source_options:
+            raise ValueError("give either sources or path (with source_options), not both")
+        if val_source_options and not val_path:
+            raise ValueError("val_source_options needs val_path")
+        held_out = [{"path": val_path, **(val_source_options or {})}] if val_path else []
+        if held_out and held_out[0] in sources and val_path != EMBEDDED:
+            raise ValueError(f"{val_path} cannot be both trained and validated on")
+        if streaming:
+            self._refuse_streaming(sources, val_path)
+        self._train = weighted_sources(sources, format=format, streaming=streaming)
+        self._val = weighted_sources(held_out, format=format) if held_out else []
+
+    def _refuse_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
+        if any(source.get("path") == EMBEDDED for source in sources):
+            raise ValueError(f"{EMBEDDED} is not streamed: set data.streaming=false")
+        if val_path is None and self.max_val_examples is None:
+            raise ValueError(
+                "a stream is not split by a fraction: set data.max_val_examples to validate on its "
+                "first ones, or data.val_path"
+            )
+        if self.num_workers:
+            raise ValueError("a stream is read by the main process: set data.num_workers=0")
+
+    def prepare_data(self) -> None:
+        """Encode into the cache, in one process a machine."""
+        encoder = self._encoder()
+        for source in [*([] if self.streaming else self._train), *self._val]:
+            source.table(encoder)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the examples from the cache, or open the streams."""
+        if self.val_examples is not None:
+            return
+        val = self._val[0] if self._val else None
+        if self.streaming:
+            self._require_max_steps(stage)
+            splits = open_streams(
+                self._train,
+                val,
+                self._encoder(),
+                val_rows=self.max_val_examples,
+                seed=self.seed,
+            )
+        else:
+            splits = load_tables(
+                self._train,
+                val,
+                self._encoder(),
+                val_fraction=self.val_fraction,
+                seed=self.seed,
+            )
+        self.train_examples = splits.train
+        self.val_examples = examples.subset(splits.val, self.max_val_examples)
+        self.reports = splits.reports
+        self._say_counts()
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Say what became of the rows of a stream."""
+        if self.streaming and stage == "fit":
+            rank_zero_info(f"train data, repetitions included: {self.reports['train']}")
+
+    def train_dataloader(self) -> StatefulDataLoader[Any]:
+        """Micro-batches of this rank; the loader's state resumes inside an epoch."""
+        micro_batches = self.trainer.accumulate_grad_batches if self.trainer else 1
+        cut = self._cut(self.batch_size, micro_batches)
+        collate = self._collator(packed=self.packing)
+        if not self.streaming:
+            rows = self._rows()
+            sampler = GlobalBatchSampler(
+                rows.lengths,
+                **cut,
+                shuffle=True,
+                group_by_length=self.group_by_length,
+                seed=self.seed,
+            )
+            return self._loader(rows, batch_sampler=sampler, collate_fn=collate)
+        assert self.train_examples is not None
+        batches = StreamingBatches(
+            self.train_examples,
+            collate,
+            **cut,
+            max_length=self.max_length,
+            packing=self.packing,
+            shuffle_buffer=STREAM_SHUFFLE_BUFFER,
+            seed=self.seed,
+            prefetched=1 if self.trainer else 0,  # Lightning looks for the end one batch ahead
+        )
+        return self._loader(batches, batch_size=None)
+
+    def val_dataloader(self) -> StatefulDataLoader[Any]:
+        """Batches of this rank, in a fixed order, longest first; each example occurs once."""
+        rows = Bins(self.val_examples)
+        sampler = GlobalBatchSampler(
+            rows.lengths,
+            **self._cut(self.val_batch_size, 1),
+            shuffle=False,
+            group_by_length=True,
+            seed=self.seed,
+        )
+        return self._loader(rows, batch_sampler=sampler, collate_fn=self._collator())
+
+    def sample_prompts(self, n: int) -> list[list[Message]]:
+        """Return the messages before the last assistant turn of the first n validation examples.
+
+        Empty for plain text, which has none.
+        """
+        assert self.val_examples is not None, "call setup first"
+        prompts = self.val_examples.select_columns(["prompt"])
+        return [row["prompt"] for row in prompts.take(min(n, len(prompts))) if row["prompt"]]
+
+    def _say_counts(self) -> None:
+        assert self.val_examples is not None
+        train = "read while training" if self.streaming else self.reports["train"]
+        used = len(self.val_examples)
+        choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
+        rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")
+
+    def _require_max_steps(self, stage: str | None) -> None:
+        if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 1:
+            raise MisconfigurationException(
+                "A stream has no length: set trainer.max_steps, or data.streaming=false."
+            )
+
+    def _encoder(self) -> Encoder:
+        return Encoder(self._tokenizer(), self.max_length, self.drop_overlong)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        module = self.trainer.lightning_module if self.trainer else None
+        tokenizer = self.tokenizer or getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise MisconfigurationException(
+                "InstructionDataModule needs a tokenizer: pass tokenizer=..., or give it to the "
+                "module that is trained."
+            )
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
+
+    def _rows(self) -> Bins:
+        if not self.packing:
+            return Bins(self.train_examples)
+        lengths = examples.column(self.train_examples, "num_tokens")
+        return Bins(self.train_examples, pack(lengths.tolist(), self.max_length))
+
+    def _collator(self, *, packed: bool = False) -> Collator:
+        tokenizer = self._tokenizer()
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return Collator(next(id for id in ids if id is not None), packed=packed)
+
+    def _cut(self, batch_size: int, micro_batches: int) -> dict[str, int]:
+        """How a global batch is cut into micro-batches and ranks."""
+        return {
+            "batch_size": batch_size,
+            "micro_batches": micro_batches,
+            "num_replicas": self.trainer.world_size if self.trainer else 1,
+            "rank": self.trainer.global_rank if self.trainer else 0,
+        }
+
+    def _loader(self, rows: Any, **options: Any) -> StatefulDataLoader[Any]:
+        return StatefulDataLoader(
+            rows, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **options
+        )
+
+
+def _at_least(bound: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < bound:
+            raise ValueError(f"{name} must be at least {bound}, not {value}")

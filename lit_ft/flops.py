@@ -1,0 +1,146 @@
+"""Floating point operations of training, counted from the model's own layers.
+
+Multiply and add count as two. Counted are matrix products alone, as in PaLM's definition of model
+FLOPs utilisation (arXiv:2204.02311, appendix B), with two refinements: a frozen weight has no
+weight gradient, and a layer below every trainable weight has no input gradient. What activation
+checkpointing computes a second time is not useful work and not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of forward and backward, linear in three sizes of a batch.
+
+    Attributes:
+        per_token: of every linear layer except the output head, for each token.
+        per_head_token: of the output head, for each token that it sees.
+        per_squared_length: of causal attention, for each unit of the sum over sequences of length².
+    """
+
+    per_token: int
+    per_head_token: int
+    per_squared_length: int
+
+    def of(
+        self, *, num_tokens: int, sum_squared_lengths: int, num_targets: int | None = None
+    ) -> int:
+        """FLOPs of batches with these sizes in total.
+
+        With `num_targets` the output head counts on that many tokens (a loss that computes logits
+        at the targets alone), else on all.
+        """
+        return (
+            self.per_token * num_tokens
+            + self.per_head_token * (num_tokens if num_targets is None else num_targets)
+            + self.per_squared_length * sum_squared_lengths
+        )
+
+
+def training_flops(model: nn.Module) -> TrainingFlops:
+    """Count what one step of training costs, from the layers and from what is trainable.
+
+    Linear layers [m, n] (torch's and its quantised subclasses, transformers' Conv1D): 2mn a token
+    forward, 2mn for the input's gradient, 2mn for the weight's. Attention, if the model has a
+    transformers config: 2 · width · length² a layer forward (the causal half), twice that backward.
+    Not counted: weights outside such layers (the fused experts of a mixture), embeddings, norms. A
+    sliding window or linear attention counts as full.
+    """
+    layers = _linear_layers(model)
+    needs_input_gradient = _input_gradients(model, layers)
+    head = _call(model, "get_output_embeddings")
+    per_token = per_head_token = 0
+    for name, layer in layers.items():
+        products = 1 + needs_input_gradient[name] + layer.weight.requires_grad
+        flops = 2 * math.prod(_shape(layer)) * products
+        if layer is head:
+            per_head_token += flops
+        else:
+            per_token += flops
+    return TrainingFlops(per_token, per_head_token, _attention_flops(model))
+
+
+def _linear_layers(model: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    # Not the weight's shape: 4-bit weights are packed.
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.nx, layer.nf
+
+
+def _input_gradients(model: nn.Module, layers: dict[str, Any]) -> dict[str, bool]:
+    """Whether backward needs the gradient of each layer's input: is a trainable weight above it?
+
+    Module order is taken for the order of execution. Within one block (attention, MLP) the last
+    layer reads the others' results and the others read the block's input, as in every decoder that
+    transformers has. peft's lora_B reads lora_A's result.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in layers:
+        blocks.setdefault(_slot(name).rpartition(".")[0], []).append(name)
+    trainable_before = _has_trainable(_call(model, "get_input_embeddings"))
+    needs: dict[str, bool] = {}
+    for block, names in blocks.items():
+        # Norms are registered after the layers that read them.
+        trainable_before |= _has_trainable_vector(model, block.rpartition(".")[0])
+        readers = [n for n in names if _slot(n) != _slot(names[-1])]
+        inner = trainable_before or any(layers[n].weight.requires_grad for n in readers)
+        for name in names:
+            above = trainable_before if name in readers else inner
+            needs[name] = above or ".lora_B." in name
+        trainable_before |= any(layers[n].weight.requires_grad for n in names)
+    return needs
+
+
+def _slot(name: str) -> str:
+    """Name of the layer that the model's author put there, without what peft wraps around it."""
+    return re.sub(r"\.(base_layer|lora_[AB]\..*)$", "", name)
+
+
+def _has_trainable_vector(model: nn.Module, path: str) -> bool:
+    children = model.get_submodule(path).children()
+    parameters = (p for child in children for p in child.parameters(recurse=False))
+    return any(p.ndim == 1 and p.requires_grad for p in parameters)
+
+
+def _has_trainable(module: Any) -> bool:
+    return module is not None and any(p.requires_grad for p in module.parameters())
+
+
+def _attention_flops(model: nn.Module) -> int:
+    """FLOPs for each unit of length²; backward only from the first layer that trains, upwards."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return 0
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width: int = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    layers: int = text.num_hidden_layers
+    return 2 * width * (layers + 2 * (layers - _first_trainable_layer(model, layers)))
+
+
+def _first_trainable_layer(model: nn.Module, layers: int) -> int:
+    if _has_trainable(_call(model, "get_input_embeddings")):
+        return 0
+    trainable = (name for name, p in model.named_parameters() if p.requires_grad)
+    indices = (re.search(r"\.(\d+)\.", name) for name in trainable)
+    return min((int(found[1]) for found in indices if found), default=layers)
+
+
+def _call(model: nn.Module, method: str) -> Any:
+    return getattr(model, method)() if hasattr(model, method) else None

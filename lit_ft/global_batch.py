@@ -1,0 +1,56 @@
+"""One optimizer step's batch: the micro-batches of all ranks, and the target tokens in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class GlobalBatch:
+    """Makes the gradient the mean over the target tokens of the whole global batch.
+
+    A mean of micro-batch means would weigh a token by the length of its neighbours. So every
+    micro-batch back-propagates its sum, in units of one reference count, and the accumulated
+    gradient is scaled once: by `reference / num_targets`. The reference is the target count of the
+    first micro-batch over all ranks: without accumulation the scale is 1 and nothing is touched.
+
+    Attributes:
+        all_reduce: Sums a tensor over the ranks.
+    """
+
+    all_reduce: Callable[[Tensor], Tensor]
+    reference: int = field(default=0, init=False)
+    _sums: Tensor | None = field(default=None, init=False)
+
+    def add(self, loss_sum: Tensor, num_targets: int) -> Tensor:
+        """Count a micro-batch in and return what to back-propagate: `loss_sum / reference`."""
+        # float64 where there is one: token counts beyond 2^24 are not exact in float32.
+        dtype = torch.float32 if loss_sum.device.type == "mps" else torch.float64
+        sums = torch.stack(
+            [loss_sum.detach().to(dtype), loss_sum.new_tensor(num_targets).to(dtype)]
+        )
+        if self._sums is None:
+            self._sums = sums
+            self.reference = max(int(self.all_reduce(sums[1].clone())), 1)
+        else:
+            self._sums = self._sums + sums
+        return loss_sum / self.reference
+
+    def finish(self, parameters: Iterable[Tensor]) -> tuple[Tensor, int]:
+        """Scale the gradients of `parameters`, and begin the next global batch.
+
+        Returns:
+            The mean loss of the global batch, a scalar equal on all ranks, and its target tokens.
+        """
+        assert self._sums is not None, "a step without a micro-batch"
+        loss_sum, count = self.all_reduce(self._sums)
+        num_targets = max(int(count), 1)
+        if num_targets != self.reference:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, self.reference / num_targets)
+        self._sums = None
+        return loss_sum / num_targets, int(count)

@@ -1,0 +1,197 @@
+"""The main job: validate, fine-tune, validate again, and say in summary.json what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from lit_ft.callbacks import (
+    AutoBatchSize,
+    BestCheckpoint,
+    ExportHF,
+    LastCheckpoint,
+    SampleGenerations,
+    ThroughputMonitor,
+    final_panel,
+)
+from lit_ft.datamodule import InstructionDataModule
+from lit_ft.memory import optimizer_state_bytes, peak_bytes, weight_bytes
+from lit_ft.module import CausalLMModule
+from lit_ft.summary import RunSummary, read_summary
+
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
+
+
+def fine_tune(
+    module: CausalLMModule,
+    datamodule: InstructionDataModule,
+    trainer: Trainer,
+    summary: RunSummary,
+    *,
+    resume: str | Path | None = None,
+    validate_only: bool = False,
+    auto_batch_size: bool = False,
+) -> float:
+    """Run the job and return the validation loss at its end.
+
+    Args:
+        module: Not yet configured.
+        datamodule: Its validation reads no more examples than training does, so that a short trial
+            stays short.
+        trainer: With whatever callbacks; those of lit_ft fill their part of the summary.
+        summary: Entered; its fields are filled as they become known.
+        resume: A checkpoint of the full state; None starts from the model's own weights.
+        validate_only: Stop after the first validation (of `resume`'s weights, if given).
+        auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
+    """
+    datamodule.max_val_examples = _enough_validation(datamodule, trainer)
+    callbacks_of(trainer).append(_Recorder(summary))
+    if auto_batch_size:
+        callbacks_of(trainer).insert(0, AutoBatchSize())
+    if resume is None or validate_only:
+        [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
+        summary.update(initial_val_loss=metrics["val_loss"])
+    else:
+        summary.update(
+            initial_val_loss=(read_summary(summary.path.parent) or {}).get("initial_val_loss")
+        )
+    if not validate_only:
+        trainer.fit(module, datamodule, ckpt_path=resume)
+        [metrics] = trainer.validate(module, datamodule, verbose=False)
+        _keep_if_best(trainer, metrics["val_loss"])
+    summary.update(val_loss=metrics["val_loss"], val_perplexity=metrics["val_perplexity"])
+    _report(trainer, summary)
+    return metrics["val_loss"]
+
+
+def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None:
+    """Return the checkpoint that `resume` names: a path, or "auto" for the last one of `run_dir`.
+
+    Raises:
+        ValueError: The path is not there.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        last = Path(run_dir) / "checkpoints" / "last.ckpt"
+        return last if last.exists() else None
+    if not Path(resume).exists():
+        raise ValueError(
+            f"resume={resume}: there is no such checkpoint. resume=auto takes the last one of "
+            "run_dir, resume=null starts afresh."
+        )
+    return Path(resume)
+
+
+def sensible_precision(accelerator: str) -> str:
+    """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
+
+    bfloat16 weights learn here, because they are rounded stochastically.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return (
+            "bf16-true" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+        )
+    return "32-true"
+
+
+def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> int | None:
+    if trainer.max_steps < 1:
+        return datamodule.max_val_examples
+    per_step = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    limits = [trainer.max_steps * per_step, datamodule.max_val_examples]
+    return min(limit for limit in limits if limit is not None)
+
+
+def _keep_if_best(trainer: Trainer, val_loss: float) -> None:
+    # This validation comes after `fit`, where Lightning's checkpoint callbacks look away.
+    best = find_callback(trainer, BestCheckpoint)
+    if best is None:
+        return
+    if best.best_model_score is None or val_loss < best.best_model_score:
+        trainer.save_checkpoint(Path(str(best.dirpath)) / "best.ckpt", weights_only=True)
+
+
+class _Recorder(Callback):
+    """Fills the summary while the trainer has the objects at hand, failed runs included."""
+
+    def __init__(self, summary: RunSummary) -> None:
+        self.summary = summary
+        self.ready = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loaded(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loaded(pl_module)
+        self.summary.write()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        export = find_callback(trainer, ExportHF)
+        if export is not None and export.export_path is not None:
+            self.summary.update(export_path=str(export.export_path))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._record(trainer)
+
+    def _loaded(self, module: LightningModule) -> None:
+        if self.ready:
+            return
+        self.ready = True
+        self.summary.loaded()
+        parameters = list(module.parameters())
+        self.summary.update(
+            model={
+                "name": getattr(getattr(module, "source", None), "name", type(module).__name__),
+                "parameters": sum(p.numel() for p in parameters),
+                "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+                "weight_bytes": weight_bytes(module),
+            }
+        )
+
+    def _record(self, trainer: Trainer) -> None:
+        fields: dict[str, Any] = {"steps": trainer.global_step}
+        peak = peak_bytes(trainer.strategy.root_device)
+        fields["peak_bytes"] = {"value": peak.value, "source": peak.source}
+        fields["optimizer_state_bytes"] = sum(map(optimizer_state_bytes, trainer.optimizers))
+        train_loss = trainer.callback_metrics.get("train_loss")
+        fields["train_loss"] = None if train_loss is None else float(train_loss)
+        throughput = find_callback(trainer, ThroughputMonitor)
+        if throughput is not None:
+            fields["tokens"] = throughput.tokens
+            fields["tokens_per_second"] = throughput.tokens_per_second
+            fields["step_seconds"] = throughput.step_seconds
+            self.summary.fields["seconds"]["train"] = throughput.training_seconds
+        checkpoint = find_callback(trainer, LastCheckpoint)
+        if checkpoint is not None:
+            fields["checkpoint_path"] = checkpoint.last_model_path or None
+        self.summary.update(**fields)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's own list of callbacks."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | None:
+    """Return the trainer's first callback of that kind, None if it has none."""
+    return next((c for c in callbacks_of(trainer) if isinstance(c, kind)), None)
+
+
+@rank_zero_only
+def _report(trainer: Trainer, summary: RunSummary) -> None:
+    samples = find_callback(trainer, SampleGenerations)
+    generations = samples.generations if samples else []
+    Console().print(final_panel({**summary.fields, "status": "completed", "samples": generations}))

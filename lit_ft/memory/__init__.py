@@ -1,0 +1,21 @@
+"""What a run really holds in memory, and what its optimizer will hold."""
+
+from lit_ft.memory.state_estimate import estimate_state_bytes
+from lit_ft.memory.tracker import (
+    MemoryReading,
+    current_bytes,
+    optimizer_state_bytes,
+    peak_bytes,
+    reset_peak,
+    weight_bytes,
+)
+
+__all__ = [
+    "MemoryReading",
+    "current_bytes",
+    "estimate_state_bytes",
+    "optimizer_state_bytes",
+    "peak_bytes",
+    "reset_peak",
+    "weight_bytes",
+]

@@ -1,0 +1,42 @@
+"""Bytes that a set of tensors occupies, memory that several of them share counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind `tensors` on this rank.
+
+    Tied tensors and views of the same memory count once. Of a DTensor, and of any other wrapper
+    subclass (torchao's quantised states), the tensors inside count: for a DTensor the local shard.
+    Tensors on the meta device count the bytes that they would have.
+    """
+    pieces: dict[int, set[tuple[int, int]]] = {}
+    sizes: dict[int, int] = {}
+    alive: list[torch.UntypedStorage] = []  # an address may only be reused after its owner is gone
+    for tensor in tensors:
+        for plain in _plain_tensors(tensor):
+            storage = plain.untyped_storage()
+            alive.append(storage)
+            # Not data_ptr(): it is 0 for every meta tensor.
+            key = storage._cdata
+            nbytes = plain.numel() * plain.element_size()
+            pieces.setdefault(key, set()).add((int(plain.storage_offset()), nbytes))
+            sizes[key] = storage.nbytes()
+    # Views may overlap or repeat; they never occupy more than the storage they look into.
+    return sum(min(sum(n for _, n in found), sizes[key]) for key, found in pieces.items())
+
+
+def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
+    if not isinstance(tensor, Tensor):
+        return  # a DTensor's parts are its local tensor and its mesh
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor

@@ -1,0 +1,7 @@
+"""Where a model comes from, the adapter that goes onto it, and how it leaves again."""
+
+from lit_ft.models.adapters import add_adapter
+from lit_ft.models.export import export_model
+from lit_ft.models.sources import FromConfig, ModelSource, Packaged, Pretrained
+
+__all__ = ["FromConfig", "ModelSource", "Packaged", "Pretrained", "add_adapter", "export_model"]

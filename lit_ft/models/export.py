@@ -1,0 +1,82 @@
+"""Export in the format that `AutoModelForCausalLM.from_pretrained` loads, without lit_ft."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    merge: bool = True,
+    dtype: str | None = None,
+) -> Path:
+    """Write `model` and its tokenizer to `folder` and return it.
+
+    A model with an adapter is written merged, with the adapter apart in `folder/adapter`; with
+    `merge=False` the adapter alone is written, to `folder` itself. `model` is not changed.
+
+    Args:
+        model: The trained model, on any device.
+        tokenizer: Written beside it; None writes none.
+        folder: Made where it is missing.
+        merge: Fold the adapter into the weights it sits on.
+        dtype: Of the written weights ("bfloat16"); None keeps the model's.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        _save_adapter(model, folder / "adapter" if merge else folder)
+    if merge or not isinstance(model, PeftModel):
+        whole: Any = merged(model) if isinstance(model, PeftModel) else model
+        if dtype is not None:
+            whole = (copy.deepcopy(whole) if whole is model else whole).to(getattr(torch, dtype))
+        whole.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def merged(model: PeftModel) -> Any:
+    """Return a copy of `model` with the adapter folded into its weights, 4-bit ones dequantised."""
+    clone: Any = copy.deepcopy(model)
+    if not getattr(clone.get_base_model(), "is_quantized", False):
+        return clone.merge_and_unload()
+    # Merging into 4-bit weights would round the adapter away: add it to the dequantised ones.
+    prefix = "base_model.model."
+    deltas = {
+        name.removeprefix(prefix): module.get_delta_weight(module.active_adapters[0])  # type: ignore
+        for name, module in clone.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    base = clone.unload().dequantize()
+    for name, delta in deltas.items():
+        weight = base.get_submodule(name).weight
+        weight.add_(delta.to(weight.dtype))
+    return base
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    initial = getattr(model, "initial_adapter", None)
+    if initial is None:
+        model.save_pretrained(str(folder))
+        return
+    with tempfile.TemporaryDirectory() as before:
+        # peft reads the initial adapter from a folder and subtracts it: the rest fits the original.
+        tensors = {
+            name.replace(".default", ""): p.contiguous().cpu() for name, p in initial.items()
+        }
+        save_file(tensors, Path(before) / "adapter_model.safetensors")
+        model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=before)

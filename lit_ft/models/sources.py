@@ -1,0 +1,232 @@
+"""Model sources: each loads its weights and its tokenizer, and says early when it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_ft.models.gguf import as_safetensors
+
+
+class ModelSource(Protocol):
+    """What `CausalLMModule` and the main job ask of a model."""
+
+    @property
+    def name(self) -> str:
+        """What to call the model in tables and reports."""
+
+    def check(self) -> None:
+        """Raise before anything expensive starts if the model cannot be loaded."""
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer, None if the model has none."""
+
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Return the model with weights of type `dtype`, on the default device."""
+
+
+@dataclass
+class Pretrained:
+    """A model of the Hugging Face hub, or a local folder in that format, or a GGUF file in either.
+
+    Args:
+        name_or_path: Hub id ("HuggingFaceTB/SmolLM2-135M-Instruct") or folder.
+        gguf_file: Name of a GGUF file in it. Its weights are dequantised once and kept as
+            safetensors under the user's cache folder.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the weights ("bfloat16"); None follows the trainer's precision.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None: transformers chooses.
+        quantization_config: For instance a `transformers.BitsAndBytesConfig` (QLoRA).
+        trust_remote_code: Run Python code that the model's repository brings along.
+    """
+
+    name_or_path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    quantization_config: Any = None
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the folder's name."""
+        path = Path(self.name_or_path)
+        return path.resolve().name if path.is_dir() else self.name_or_path
+
+    def check(self) -> None:
+        """Raise ValueError for a folder or file that is not there, or an unknown dtype."""
+        path = Path(self.name_or_path)
+        looks_local = path.is_absolute() or self.name_or_path.startswith((".", "~"))
+        if looks_local and not path.is_dir():
+            raise ValueError(f"model.name_or_path={self.name_or_path}: there is no such folder.")
+        if self.gguf_file and path.is_dir() and not (path / self.gguf_file).is_file():
+            found = ", ".join(p.name for p in path.glob("*.gguf")) or "none"
+            raise ValueError(
+                f"model.gguf_file={self.gguf_file}: not in {path}. GGUF files there: {found}."
+            )
+        if self.dtype is not None:
+            _dtype_named(self.dtype)
+        if self.quantization_config is not None:
+            _check_quantization_runs()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's own tokenizer, with a padding token."""
+        folder = self._folder()
+        tokenizer = AutoTokenizer.from_pretrained(folder, **self._hub_options(folder))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Return the pretrained model; `self.dtype` wins over `dtype`."""
+        folder = self._folder()
+        options = self._hub_options(folder)
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        if self.quantization_config is not None:
+            options["quantization_config"] = self.quantization_config
+        dtype = _dtype_named(self.dtype) if self.dtype else dtype
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+
+    def _folder(self) -> str:
+        if self.gguf_file is None:
+            return (
+                str(Path(self.name_or_path).expanduser()) if self._is_local else self.name_or_path
+            )
+        return str(as_safetensors(self.name_or_path, self.gguf_file, revision=self.revision))
+
+    @property
+    def _is_local(self) -> bool:
+        return Path(self.name_or_path).expanduser().is_dir()
+
+    def _hub_options(self, folder: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.revision is not None and folder == self.name_or_path:
+            options["revision"] = self.revision
+        return options
+
+
+@dataclass
+class Packaged:
+    """A GGUF model that an installed Python package carries: it works where no hub can be reached.
+
+    Args:
+        package: The import name of the package; it is located, never imported.
+        gguf_file: The file inside it.
+        install: The command that brings the package, for the error message.
+        name: What to call the model.
+        dtype: As in `Pretrained`.
+        attn_implementation: As in `Pretrained`.
+        quantization_config: As in `Pretrained`.
+    """
+
+    package: str
+    gguf_file: str
+    install: str
+    name: str
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    quantization_config: Any = None
+
+    def check(self) -> None:
+        """Raise ValueError with the command to run if the package is not installed."""
+        self._pretrained().check()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer that the GGUF file describes."""
+        return self._pretrained().load_tokenizer()
+
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Return the dequantised model."""
+        return self._pretrained().load_model(dtype)
+
+    def _pretrained(self) -> Pretrained:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"The model {self.name} is not installed: {self.install}")
+        return Pretrained(
+            name_or_path=str(Path(spec.origin).parent),
+            gguf_file=self.gguf_file,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            quantization_config=self.quantization_config,
+        )
+
+
+@dataclass
+class FromConfig:
+    """A model with random weights, for pretraining small ones and for tests.
+
+    Args:
+        model_type: transformers' name of the architecture ("llama").
+        config: Arguments of its configuration class (hidden_size, num_hidden_layers, ...).
+        tokenizer: A source whose tokenizer to use, or a folder or hub id; None for no tokenizer.
+        name: What to call the model; its type if None.
+        attn_implementation: As in `Pretrained`.
+        quantization_config: Refused: there is nothing to keep in random weights.
+    """
+
+    model_type: str
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: ModelSource | str | None = None
+    name: str = "from scratch"
+    attn_implementation: str | None = None
+    quantization_config: Any = None
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown architecture or a tokenizer that cannot be loaded."""
+        AutoConfig.for_model(self.model_type)
+        if self.quantization_config is not None:
+            raise ValueError(
+                "Random weights are not quantised: use adapter=lora, or a pretrained model."
+            )
+        source = self._tokenizer_source()
+        if source is not None:
+            source.check()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of `tokenizer`."""
+        source = self._tokenizer_source()
+        return None if source is None else source.load_tokenizer()
+
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Return a new model; its weights depend on torch's seed alone."""
+        config = AutoConfig.for_model(self.model_type, **self.config)
+        options = {}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore
+
+    def _tokenizer_source(self) -> ModelSource | None:
+        return Pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"model.dtype={name}: not a floating-point type of torch; try bfloat16 or float32."
+        )
+    return dtype
+
+
+def _check_quantization_runs() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("Quantised weights need bitsandbytes: pip install bitsandbytes")
+    if torch.backends.mps.is_available():
+        raise ValueError(
+            "bitsandbytes has no 4-bit kernels for Apple GPUs: "
+            "use adapter=lora, or strategy=cpu with adapter=qlora."
+        )

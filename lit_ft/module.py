@@ -1,0 +1,239 @@
+"""The LightningModule: any causal language model, its adapter, loss and optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+from transformers import PreTrainedTokenizerBase
+
+from lit_ft.global_batch import GlobalBatch
+from lit_ft.isolation import keeps_packed_examples_apart
+from lit_ft.losses import (
+    IGNORED,
+    ChunkedCrossEntropy,
+    ModelLoss,
+    TokenLoss,
+    without_adapter_wrapper,
+)
+from lit_ft.models import ModelSource, add_adapter
+from lit_ft.models.adapters import rewrites_base_weights
+from lit_ft.optim import DECAY_MATRICES, GroupRule, build_optimizer, stochastically_rounded
+
+Batch = Mapping[str, Any]
+
+
+class CausalLMModule(LightningModule):
+    """Fine-tune a causal language model.
+
+    Logs `train_loss` (the token mean over the global batch), `grad_norm` before clipping,
+    `val_loss` and `val_perplexity`.
+
+    Args:
+        model: Where the model comes from; it is loaded in `configure_model`.
+        optimizer: Builds the optimizer from parameter groups, e.g. `partial(AdamW, lr=1e-4)`.
+        schedule: Builds the scheduler from (optimizer, number of steps); None for a constant rate.
+        groups: Which parameters form a group, and their options.
+        adapter: A `peft.PeftConfig`; None for full fine-tuning.
+        loss: Sums the loss over target tokens. A model that transforms its logits or adds losses is
+            trained on its own loss instead of the chunked one: found out on the first batch.
+        activation_checkpointing: Recompute each block's activations in backward.
+        compile: Compile the transformer with torch.compile.
+        seed: Of the stochastic rounding of bfloat16 weights.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource,
+        *,
+        optimizer: Callable[..., Optimizer],
+        schedule: Callable[[Optimizer, float], LRScheduler] | None = None,
+        groups: Sequence[GroupRule] = DECAY_MATRICES,
+        adapter: Any = None,
+        loss: TokenLoss | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,  # the name that torch and Lightning users know
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.groups = groups
+        self.adapter = adapter
+        self.loss: TokenLoss = loss or ChunkedCrossEntropy()
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_model = compile
+        self.seed = seed
+        self.model: Any = None  # PreTrainedModel or PeftModel, from configure_model on
+        self.val_mean = MeanMetric()
+        self._global_batch = GlobalBatch(self._sum_over_ranks)
+        self._unchecked = {"loss", "packing"}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer, None if it has none."""
+        return self.source.load_tokenizer()
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would fail later, before the model is loaded."""
+        if self.trainer.precision == "16-true":
+            raise MisconfigurationException(
+                "float16 weights lose small updates and overflow: use trainer.precision=bf16-true, "
+                "or trainer.precision=16-mixed, which keeps the weights in float32."
+            )
+        self.source.check()
+
+    def configure_model(self) -> None:
+        """Load the model, once, in the precision and on the device that the strategy asks for."""
+        if self.model is not None:
+            return
+        model: Any = self.source.load_model(torch.get_default_dtype())
+        if self.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if self.adapter is not None:
+            model = add_adapter(model, self.adapter)
+        self.model = model.train()
+        if self.compile_model:
+            without_adapter_wrapper(model).base_model.compile()
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer on the groups, and its schedule for the trainer's number of steps."""
+        optimizer = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
+        optimizer = stochastically_rounded(optimizer, seed=self.seed)
+        if self.schedule is None or getattr(optimizer, "sets_own_learning_rate", False):
+            return optimizer
+        scheduler = self.schedule(optimizer, self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the micro-batch's part of the global batch's loss."""
+        loss_sum, num_targets = self.loss_sum(batch)
+        loss = self._global_batch.add(loss_sum, num_targets)
+        # Lightning divides by the number of micro-batches, data parallelism by that of ranks.
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the accumulated gradient into that of the token mean."""
+        loss, _ = self._global_batch.finish(self.parameters())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.global_step}: lower optim.lr, "
+                "look at this step's data, or train in a wider precision."
+            )
+        self.log("train_loss", loss.float(), prog_bar=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, and log the norm that clipping by norm has to compute anyway."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        self.log("grad_norm", norm)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new token mean."""
+        # Here, not at the end: `validate` runs in inference mode and `fit` does not, and what was
+        # made in the one cannot be updated in the other.
+        self.val_mean.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the token mean."""
+        loss_sum, num_targets = self.loss_sum(batch)
+        self.val_mean.update(loss_sum / max(num_targets, 1), weight=num_targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the token mean over all batches and ranks."""
+        loss = self.val_mean.compute()
+        self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
+        """Return the loss summed over the batch's target tokens, and their number."""
+        inputs = {
+            k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
+        }
+        labels = batch["labels"]
+        self._check_model_on(inputs)
+        num_targets = batch.get("num_targets")
+        if num_targets is None:
+            num_targets = int((labels[:, 1:] != IGNORED).sum())
+        return self.loss(self.model, inputs, labels), num_targets
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen weights under an adapter out: they are loaded with the model."""
+        frozen = self._reloadable()
+        checkpoint["state_dict"] = {
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if not name.startswith(frozen)
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a checkpoint, which may leave out the frozen weights under an adapter."""
+        frozen = self._reloadable()
+        if not frozen:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if not name.startswith(frozen)]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(
+                "The checkpoint is of another model or adapter: "
+                f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}."
+            )
+        return result
+
+    def _reloadable(self) -> tuple[str, ...]:
+        """Names of the weights that a new `configure_model` restores exactly."""
+        if not isinstance(self.model, PeftModel) or rewrites_base_weights(self.model):
+            return ()
+        return tuple(
+            name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
+        )
+
+    def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:
+        """Check what the loss and packing take for granted, on the first batch that shows it."""
+        if "loss" in self._unchecked:
+            self._unchecked.discard("loss")
+            if isinstance(self.loss, ChunkedCrossEntropy) and not self.loss.agrees_with(
+                self.model, inputs["input_ids"][:1, :64]
+            ):
+                rank_zero_info(
+                    f"{self.source.name} transforms its logits or adds losses: training on its own "
+                    "loss, with the [tokens, vocabulary] logits in memory."
+                )
+                self.loss = ModelLoss()
+        if "packing" in self._unchecked and "position_ids" in inputs:
+            self._unchecked.discard("packing")
+            if not keeps_packed_examples_apart(
+                self.model, inputs["input_ids"][0], inputs["position_ids"][0]
+            ):
+                raise MisconfigurationException(
+                    f"{self.source.name} lets packed examples see each other: use "
+                    "data.packing=false, or another model.attn_implementation."
+                )
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return tensor
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")

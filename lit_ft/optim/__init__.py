@@ -1,0 +1,19 @@
+"""Optimizers: groups by rule, schedules, narrowed steps, bfloat16 rounding, Muon, Adafactor."""
+
+from lit_ft.optim.groups import DECAY_MATRICES, GroupRule, build_optimizer, parameter_groups
+from lit_ft.optim.muon import MuonAdamW
+from lit_ft.optim.narrow import narrowed
+from lit_ft.optim.rounding import round_stochastically, stochastically_rounded
+from lit_ft.optim.schedules import WarmupSchedule
+
+__all__ = [
+    "DECAY_MATRICES",
+    "GroupRule",
+    "MuonAdamW",
+    "WarmupSchedule",
+    "build_optimizer",
+    "narrowed",
+    "parameter_groups",
+    "round_stochastically",
+    "stochastically_rounded",
+]

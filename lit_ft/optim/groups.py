@@ -1,0 +1,160 @@
+"""Parameter groups by rule: the first rule that matches a parameter takes it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Which parameters form a group, and the optimizer options of that group.
+
+    Attributes:
+        name: The group's name, in learning-rate monitors and checkpoints.
+        match: Regular expression, searched in the parameter's name.
+        min_ndim: Fewest dimensions of a parameter in the group.
+        max_ndim: Most dimensions; None for no limit.
+        required: Whether it is an error that the rule takes no parameter.
+        options: Optimizer options of the group, such as `{"weight_decay": 0.0}`; the optimizer's
+            own hold for the others.
+
+    Raises:
+        ValueError: `match` is no regular expression, no parameter can have the dimensions asked
+            for, or an option has a name that torch uses for the group itself.
+    """
+
+    name: str
+    match: str = ""
+    min_ndim: int = 0
+    max_ndim: int | None = None
+    required: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", dict(self.options))
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(
+                f"Group rule '{self.name}': match={self.match!r} is not a regular expression: "
+                f"{error}."
+            ) from error
+        if self.max_ndim is not None and self.max_ndim < self.min_ndim:
+            raise ValueError(
+                f"Group rule '{self.name}': max_ndim={self.max_ndim} is less than "
+                f"min_ndim={self.min_ndim}."
+            )
+        if reserved := {"params", "param_names", "name"} & self.options.keys():
+            raise ValueError(
+                f"Group rule '{self.name}': {', '.join(sorted(reserved))} cannot be an option."
+            )
+
+    def takes(self, name: str, parameter: Tensor) -> bool:
+        """Return whether `parameter`, called `name`, fits the rule."""
+        fits = self.min_ndim <= parameter.ndim and (
+            self.max_ndim is None or parameter.ndim <= self.max_ndim
+        )
+        return fits and re.search(self.match, name) is not None
+
+
+DECAY_MATRICES = (
+    GroupRule("no_decay", max_ndim=1, required=False, options={"weight_decay": 0.0}),
+    GroupRule("decay", min_ndim=2),
+)
+"""Weight decay for matrices only: norms, biases and scales are not pulled towards zero."""
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], rules: Sequence[GroupRule] = DECAY_MATRICES
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters into groups for a torch optimizer.
+
+    Args:
+        named_parameters: As from `module.named_parameters()`. Frozen parameters are left out; one
+            that comes under several names (tied weights) counts once, under the first.
+        rules: Tried in turn; the first that takes a parameter has it.
+
+    Returns:
+        One group a rule, in the rules' order and without the empty ones: the rule's options,
+        `name`, and `params` as (name, parameter) pairs, which torch optimizers split into `params`
+        and `param_names`.
+
+    Raises:
+        ValueError: Two rules share a name, a required rule takes nothing, a parameter is left over,
+            or nothing is trainable.
+    """
+    trainable: dict[Tensor, str] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            trainable.setdefault(parameter, name)
+    if not trainable:
+        raise ValueError("There is nothing to optimize: no parameter requires a gradient.")
+    members: dict[str, list[tuple[str, Tensor]]] = {rule.name: [] for rule in rules}
+    if len(members) < len(rules):
+        raise ValueError(f"Group rules must differ in name: {[rule.name for rule in rules]}.")
+    left_over = []
+    for parameter, name in trainable.items():
+        rule = next((rule for rule in rules if rule.takes(name, parameter)), None)
+        if rule is None:
+            left_over.append(f"{name} {tuple(parameter.shape)}")
+        else:
+            members[rule.name].append((name, parameter))
+    for rule in rules:
+        if rule.required and not members[rule.name]:
+            raise ValueError(_took_nothing(rule, trainable))
+    if left_over:
+        raise ValueError(
+            f"No group rule takes {', '.join(left_over[:5])}"
+            + (f" and {len(left_over) - 5} more" if len(left_over) > 5 else "")
+            + f" (rules: {', '.join(members)}): end the rules with one that takes the rest."
+        )
+    return [
+        {**rule.options, "name": rule.name, "params": members[rule.name]}
+        for rule in rules
+        if members[rule.name]
+    ]
+
+
+def build_optimizer(
+    optimizer: Callable[..., Optimizer],
+    named_parameters: Iterable[tuple[str, Tensor]],
+    rules: Sequence[GroupRule] = DECAY_MATRICES,
+) -> Optimizer:
+    """Build an optimizer on the groups that `rules` make.
+
+    Args:
+        optimizer: An optimizer class, or a partial of one that holds its options.
+        named_parameters: As for `parameter_groups`.
+        rules: As for `parameter_groups`.
+
+    Raises:
+        ValueError: From `parameter_groups`, or a rule sets an option that the optimizer does not
+            have: torch would keep it in the group and never read it. `weight_decay: 0` passes,
+            since an optimizer without decay does just that.
+    """
+    built = optimizer(parameter_groups(named_parameters, rules))
+    for rule in rules:
+        for option, value in rule.options.items():
+            if option not in built.defaults and not (option == "weight_decay" and value == 0):
+                raise ValueError(
+                    f"Group rule '{rule.name}' sets {option}={value}, which "
+                    f"{type(built).__name__} does not have: it has {', '.join(built.defaults)}."
+                )
+    return built
+
+
+def _took_nothing(rule: GroupRule, trainable: Mapping[Tensor, str]) -> str:
+    if any(rule.takes(name, parameter) for parameter, name in trainable.items()):
+        why = "earlier rules take all that it matches: put it before them"
+    else:
+        names = difflib.get_close_matches(rule.match, trainable.values(), n=3, cutoff=0.0)
+        limits = f"min_ndim={rule.min_ndim}, max_ndim={rule.max_ndim}"
+        why = f"nothing matches {rule.match!r} with {limits}; the closest are {', '.join(names)}"
+    return f"Group rule '{rule.name}' takes no parameter: {why}, or set required: false."

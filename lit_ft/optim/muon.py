@@ -1,0 +1,101 @@
+"""Muon for the hidden matrices and AdamW for the rest, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.optimizer import ParamsT
+
+
+class MuonAdamW(Optimizer):
+    """torch's Muon on the groups with `use_muon: True`, torch's AdamW on the others.
+
+    Both work on this optimizer's own group dicts and state, so schedulers, checkpoints and narrowed
+    steps see one optimizer, and its weights equal those of the two run apart, bit for bit.
+    Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon); its
+    update is scaled to AdamW's usual root mean square, so that AdamW's learning rate and decay
+    carry over (arXiv:2502.16982). Embeddings, output heads and whatever is not a matrix belong to
+    AdamW.
+
+    Args:
+        params: Groups, each with `use_muon` (False if absent); any option may vary by group.
+        lr: Learning rate of both.
+        weight_decay: Decoupled decay of both.
+        momentum: Muon's.
+        nesterov: Muon's.
+        ns_steps: Muon's Newton-Schulz iterations.
+        betas: AdamW's.
+        eps: AdamW's; Muon's is fixed.
+        fused: AdamW's one-kernel implementation.
+
+    Raises:
+        ValueError: No group uses Muon, or one that does holds a parameter that is not a matrix.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        fused: bool | None = None,
+    ) -> None:
+        shared = {"lr": lr, "weight_decay": weight_decay}
+        muon = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "eps": 1e-7,
+            "adjust_lr_fn": "match_rms_adamw",
+        }
+        adamw = {"betas": tuple(betas), "eps": eps, "fused": fused}
+        self._options = {True: muon, False: adamw}
+        super().__init__(params, {**shared, **muon, **adamw, "use_muon": False})
+        if not any(group["use_muon"] for group in self.param_groups):
+            raise ValueError(
+                "No group uses Muon: give the group of the hidden matrices `use_muon: true`, "
+                "or take AdamW."
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group for Muon or AdamW, as its `use_muon` says.
+
+        Raises:
+            ValueError: Muon is to take a parameter that is not a matrix.
+        """
+        options = self._options[bool(param_group.get("use_muon", False))]
+        super().add_param_group({**options, **param_group})
+        group = self.param_groups[-1]
+        names = group.get("param_names", ["a parameter"] * len(group["params"]))
+        for name, parameter in zip(names, group["params"], strict=True):
+            if group["use_muon"] and parameter.ndim != 2:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"Muon takes matrices, but {name} has shape {tuple(parameter.shape)}: "
+                    "set min_ndim: 2 and max_ndim: 2 in the rule of its group."
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step Muon's groups, then AdamW's; return the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer_class, uses_muon in ((Muon, True), (AdamW, False)):
+            groups = [group for group in self.param_groups if group["use_muon"] is uses_muon]
+            if groups:
+                # torch's constructors take the dicts themselves and fill in missing options. They
+                # are cheap, and built anew they cannot miss a reload or a group that was added.
+                optimizer: Optimizer = optimizer_class(groups)
+                optimizer.state = self.state
+                optimizer.step()
+        return loss

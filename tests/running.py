@@ -1,0 +1,37 @@
+"""Runs the main job inside the test's process: imports cost seconds, a tiny job does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+import train
+
+CONF = Path(train.__file__).parent / "conf"
+SHORT = [
+    "trainer.max_steps=3",
+    "trainer.log_every_n_steps=1",
+    "data.batch_size=2",
+    "data.max_length=160",
+    "data.max_val_examples=4",
+    "+callbacks.samples.max_new_tokens=4",
+    "strategy=cpu",
+]
+
+
+def run_job(run_dir: Path, *overrides: str) -> dict:
+    """Run `python train.py` with these overrides and return its summary."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [f"run_dir={run_dir}", *overrides], return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(run_dir)
+        HydraConfig.instance().set_config(config)
+        del config["hydra"]
+    train.main(config)
+    return json.loads((run_dir / "summary.json").read_text())

@@ -1,0 +1,136 @@
+"""Adafactor's own rate: the one that is reported is the one that was used."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.optimization import Adafactor
+
+from lit_ft.optim import narrowed
+from lit_ft.optim.adafactor import RelativeStepAdafactor
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 4), (16,), (5, 3)]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in params:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("warmup_init", [False, True])
+def test_weights_are_those_of_transformers(warmup_init: bool) -> None:
+    ours, theirs = parameters(), parameters()
+    optimizer = RelativeStepAdafactor(ours, warmup_init=warmup_init, weight_decay=0.1)
+    plain = Adafactor(theirs, warmup_init=warmup_init, weight_decay=0.1)
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        plain.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_reported_rate_is_the_size_of_the_step() -> None:
+    # The second moment of Adafactor's first step is the gradient's square: a vector moves by ±lr.
+    vector = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = RelativeStepAdafactor([vector])
+    announced = optimizer.param_groups[0]["lr"]
+    before = vector.detach().clone()
+    vector.grad = torch.tensor([0.3, -7.0])
+    optimizer.step()
+    used = (vector.detach() - before).abs()
+    assert used.tolist() == pytest.approx([1e-2 * 12.5**0.5] * 2, rel=1e-4)
+    assert announced == pytest.approx(used[0].item(), rel=1e-4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(used[0].item(), rel=1e-4)
+
+
+def test_the_rate_of_a_group_is_the_mean_of_those_stepped() -> None:
+    small, large = (
+        torch.nn.Parameter(torch.full((4,), 1.0)),
+        torch.nn.Parameter(torch.full((4,), 3.0)),
+    )
+    optimizer = RelativeStepAdafactor([small, large])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-2)
+    large.grad = torch.ones(4)
+    with narrowed(optimizer, large):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(3e-2)
+
+
+def test_writing_the_rate_changes_nothing() -> None:
+    ours, theirs = parameters(), parameters()
+    optimizer, plain = RelativeStepAdafactor(ours), RelativeStepAdafactor(theirs)
+    optimizer.param_groups[0]["lr"] = 1e3
+    set_gradients(ours, 0)
+    set_gradients(theirs, 0)
+    optimizer.step()
+    plain.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_closure_may_back_propagate(by_name: bool) -> None:
+    params = parameters()
+    optimizer = RelativeStepAdafactor(params)
+    before = [parameter.detach().clone() for parameter in params]
+
+    def closure() -> Tensor:
+        loss = torch.stack([parameter.square().sum() for parameter in params]).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    assert loss.item() > 0
+    assert not any(a.equal(b) for a, b in zip(params, before, strict=True))
+
+
+def test_a_rate_of_ones_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="manual `lr`"):
+        RelativeStepAdafactor(parameters(), lr=1e-3)
+    assert RelativeStepAdafactor.sets_own_learning_rate
+
+
+class TinyModule(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return RelativeStepAdafactor(self.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_monitor_shows_it(tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        log_every_n_steps=1,
+        logger=CSVLogger(tmp_path),
+        callbacks=[LearningRateMonitor("step")],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(TinyModule(), DataLoader(torch.ones(12, 4), batch_size=4))
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rates = [float(row["lr-RelativeStepAdafactor"]) for row in csv.DictReader(file)]
+    assert len(rates) == 3
+    assert all(0 < rate < 1e-2 for rate in rates)

@@ -1,0 +1,162 @@
+"""What a file shows of a run, line by line, on modules that know nothing of lit_ft."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lit_ft.callbacks import LineProgress, ProgressBar, TerminalProgress
+from lit_ft.callbacks.progress import format_seconds
+
+
+class Plain(BoringModel):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        values = {"train_loss": 2.4134, "tok/s": 1234.0, "peak GiB": 3.14}
+        self.log_dict(values, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", 1.5, prog_bar=True)
+
+
+class WithoutLearningRate(Plain):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+        optimizer.step = lambda closure: closure()
+        optimizer.param_groups[0]["lr"] = None
+        return optimizer
+
+
+def fit(tmp_path, bar, module=None, **options):
+    settings = {
+        "accelerator": "cpu",
+        "max_steps": 6,
+        "limit_val_batches": 0,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+        "default_root_dir": tmp_path,
+    }
+    trainer = Trainer(callbacks=[bar], **{**settings, **options})
+    trainer.fit(module or Plain())
+    return trainer
+
+
+def test_the_class_suits_stdout(monkeypatch):
+    assert type(ProgressBar()) is LineProgress
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", terminal)
+    bar = ProgressBar(every_n_steps=5)
+    assert type(bar) is TerminalProgress
+    assert isinstance(bar, RichProgressBar)
+
+
+def test_one_line_every_n_steps_and_at_the_end(tmp_path, capfd):
+    fit(tmp_path, LineProgress(every_n_steps=4))
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split("  ")[0] for line in lines] == ["step 4/6", "step 6/6"]
+    parts = lines[0].split("  ")
+    assert parts[1:5] == ["loss 2.413", "1,234 tok/s", "3.1 GiB", "lr 1.0e-01"]
+    assert parts[5].startswith("eta ")
+
+
+def test_an_optimizer_without_a_learning_rate_shows_none(tmp_path, capfd):
+    fit(tmp_path, LineProgress(every_n_steps=1), WithoutLearningRate(), max_steps=2)
+    out = capfd.readouterr().out
+    assert "step 2/2" in out
+    assert "lr " not in out
+
+
+def test_accumulated_batches_print_once(tmp_path, capfd):
+    fit(tmp_path, LineProgress(every_n_steps=1), accumulate_grad_batches=3, max_steps=3)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+
+
+def test_a_slow_run_prints_before_its_n_steps_are_over(tmp_path, capfd):
+    fit(tmp_path, LineProgress(every_n_steps=100, every_n_seconds=0.0), max_steps=3)
+    assert "step 2/3" in capfd.readouterr().out
+
+
+def test_a_long_validation_moves_and_ends_in_its_result(tmp_path, capfd):
+    options = {"limit_val_batches": 3, "val_check_interval": 6, "num_sanity_val_steps": 0}
+    fit(tmp_path, LineProgress(every_n_seconds=0.0), **options)
+    out = capfd.readouterr().out.splitlines()
+    moves = [line for line in out if line.startswith("validation")]
+    assert moves == [
+        "validation 1/3",
+        "validation 2/3",
+        "validation 3/3",
+        "validation at step 6  val_loss 1.5",
+    ]
+
+
+def test_validation_alone_prints_too(tmp_path, capfd):
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[LineProgress()], logger=False, default_root_dir=tmp_path
+    )
+    trainer.validate(Plain(), verbose=False)
+    assert "val_loss 1.5" in capfd.readouterr().out
+
+
+def test_a_disabled_bar_is_silent(tmp_path, capfd):
+    bar = LineProgress(every_n_steps=1)
+    bar.disable()
+    fit(tmp_path, bar)
+    assert "step" not in capfd.readouterr().out
+
+
+def test_a_terminal_bar_ends_at_max_steps(tmp_path):
+    totals = []
+
+    class Records(TerminalProgress):
+        def on_train_epoch_start(self, trainer, pl_module):
+            super().on_train_epoch_start(trainer, pl_module)
+            totals.append(self.train_progress_bar.total)
+
+    # 64 batches an epoch, 100 to train on.
+    fit(tmp_path, Records(), max_steps=50, accumulate_grad_batches=2)
+    assert totals == [64, 36]
+
+
+def test_a_terminal_bar_shows_what_was_logged(tmp_path):
+    bar = TerminalProgress()
+    fit(tmp_path, bar)
+    shown = bar.get_metrics(bar.trainer, bar.trainer.lightning_module)
+    assert shown["train_loss"] == pytest.approx(2.4134)
+    assert shown["lr"] == "1.0e-01"
+    assert shown["tok/s"] == "1,234"
+    assert bar.train_progress_bar.description.strip() == "Epoch 0"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1m00s"), (80, "1m20s"), (3600, "1h00m"), (100_000, "27h46m")],
+)
+def test_seconds_as_people_write_them(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_steps_below_one_are_refused():
+    with pytest.raises(MisconfigurationException, match="every_n_steps=0"):
+        LineProgress(every_n_steps=0)
+
+
+def test_an_endless_run_has_no_total(tmp_path, capfd):
+    class Stops(Plain):
+        def on_train_batch_end(self, *_):
+            if self.global_step >= 3:
+                self.trainer.should_stop = True
+
+    fit(tmp_path, LineProgress(every_n_steps=2), Stops(), max_steps=-1, max_epochs=-1)
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("step"))
+    assert line.startswith("step 2  ")
+    assert "eta" not in line

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_ft.data import formats
+from lit_ft.data.formats import available, detect
+from lit_ft.data.formats.alpaca import Alpaca
+from lit_ft.data.formats.chat import Chat
+from lit_ft.data.formats.prompt_completion import PromptCompletion
+from lit_ft.data.formats.text import Text
+
+CHAT = [
+    {"role": "system", "content": " be brief\n"},
+    {"role": "user", "content": "\tq "},
+    {"role": "assistant", "content": "\n a "},
+]
+TURNS = CHAT[1:]
+
+# A row of each kind, its format and the conversation in it: spaces and newlines are the user's.
+ROWS: list[tuple[dict[str, Any], type, Any]] = [
+    ({"messages": CHAT}, Chat, CHAT),
+    (
+        {
+            "conversations": [
+                {"from": "system", "value": " be brief\n"},
+                {"from": "human", "value": "\tq "},
+                {"from": "gpt", "value": "\n a "},
+            ]
+        },
+        Chat,
+        CHAT,
+    ),
+    ({"instruction": "\tq ", "output": "\n a "}, Alpaca, TURNS),
+    ({"instruction": "\tq ", "input": "", "output": "\n a "}, Alpaca, TURNS),
+    ({"instruction": "\tq ", "input": None, "output": "\n a ", "text": "all"}, Alpaca, TURNS),
+    (
+        {"instruction": "add", "input": " 1 2", "output": "3"},
+        Alpaca,
+        [{"role": "user", "content": "add\n\n 1 2"}, {"role": "assistant", "content": "3"}],
+    ),
+    ({"prompt": "\tq ", "completion": "\n a "}, PromptCompletion, TURNS),
+    ({"prompt": CHAT[:2], "completion": CHAT[2:]}, PromptCompletion, CHAT),
+    ({"prompt": CHAT[:2], "completion": "\n a "}, PromptCompletion, CHAT),
+    ({"text": " once\n", "id": 3}, Text, " once\n"),
+]
+
+
+@pytest.mark.parametrize(("row", "kind", "conversation"), ROWS)
+def test_detects_and_reads_every_format(
+    row: dict[str, Any], kind: type, conversation: object
+) -> None:
+    found = detect(row)
+    assert type(found) is kind
+    assert found.parse(row) == conversation
+
+
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        (Alpaca(instruction="ask", input="with", output="say"), {"ask": "q", "say": "a"}),
+        (PromptCompletion(prompt="ask", completion="say"), {"ask": "q", "say": "a"}),
+        (Chat(messages="talk"), {"talk": [{"role": "user", "content": "q"}]}),
+        (Text(text="body"), {"body": "q"}),
+    ],
+)
+def test_columns_can_be_renamed(form: formats.Format, row: dict[str, Any]) -> None:
+    assert form.matches(row)
+    assert form.parse(row)
+    assert not form.matches({"other": "q"})
+    with pytest.raises(ValueError, match="is missing.*'other'"):
+        form.parse({"other": "q"})
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "complaint"),
+    [
+        (Alpaca(), {"instruction": "q"}, "'output' is missing"),
+        (Alpaca(), {"instruction": 5, "output": "a"}, "'instruction' must be a string, not int"),
+        (Alpaca(), {"instruction": "q", "input": 0, "output": "a"}, "'input' must be a string"),
+        (PromptCompletion(), {"prompt": "q", "completion": None}, "'completion'.* not NoneType"),
+        (Text(), {"text": ["a"]}, "'text' must be a string, not list"),
+        (Chat(), {"messages": "hi"}, "'messages' must be a list of messages, not str"),
+        (Chat(), {"messages": []}, "'messages' holds no message"),
+        (Chat(), {"messages": [*CHAT, "hi"]}, r"messages\[3\] must be an object, not str"),
+        (Chat(), {"messages": [{"role": "robot", "content": ""}]}, r"messages\[0\].*'robot'"),
+        (Chat(), {"messages": [{"role": "user"}]}, r"messages\[0\] needs a string 'content'"),
+        (Chat(), {"messages": [{"content": "q"}]}, r"messages\[0\] needs a string 'role'"),
+        (Chat(), {"conversations": [{"from": "gpt", "value": 1}]}, "needs a string 'value'"),
+        (
+            Chat(),
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "calls a tool",
+        ),
+        (Chat(), {"messages": [{"role": "assistant", "content": "", "weight": 0}]}, "weight 0"),
+    ],
+)
+def test_refuses_what_it_cannot_read(
+    form: formats.Format, row: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        form.parse(row)
+
+
+def test_unknown_keys_are_named_beside_those_that_each_format_wants() -> None:
+    with pytest.raises(ValueError) as caught:
+        detect({"question": "q", "answer": "a"})
+    for part in ["['answer', 'question']", *(kind().wants for kind in available())]:
+        assert part in str(caught.value)
+
+
+def test_a_new_file_is_a_new_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quiz.py").write_text(
+        "class Quiz:\n"
+        "    wants = '{q, a}'\n"
+        "    def matches(self, row): return 'q' in row\n"
+        "    def parse(self, row): return row['q'] + row['a']\n"
+    )
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
+    available.cache_clear()
+    try:
+        assert detect({"q": "1", "a": "2"}).parse({"q": "1", "a": "2"}) == "12"
+    finally:
+        available.cache_clear()

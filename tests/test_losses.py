@@ -1,0 +1,134 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lit_ft.losses import IGNORED, ChunkedCrossEntropy, ModelLoss, chunked_cross_entropy
+
+
+def tiny_model(model_type: str, **config):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = AutoConfig.for_model(model_type, **sizes, **config, pad_token_id=0, eos_token_id=2)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**16),
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 12)),
+    masked=st.floats(0, 1),
+    chunk_tokens=st.sampled_from([None, 1, 3, 64]),
+)
+def test_chunked_equals_whole_cross_entropy_in_value_and_gradients(
+    seed, shape, masked, chunk_tokens
+):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(20, 8, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 20, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) < masked] = IGNORED
+
+    chunked = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    logits = (hidden @ weight.T)[:, :-1].flatten(0, 1)
+    whole = cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORED)
+
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+    for ours, reference in zip(
+        torch.autograd.grad(chunked, (hidden, weight)),
+        torch.autograd.grad(whole, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_no_target_gives_zero_and_a_zero_gradient_to_every_parameter():
+    for loss in (ChunkedCrossEntropy(), ModelLoss()):
+        model = tiny_model("llama")
+        ids = torch.arange(8)[None] + 5
+        value = loss(model, {"input_ids": ids}, torch.full_like(ids, IGNORED))
+        value.backward()
+        assert value.item() == 0
+        assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_chunked_equals_the_models_own_loss(tied):
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    ids = torch.randint(3, 300, (2, 16))
+    labels = ids.clone()
+    labels[:, :5] = IGNORED
+    chunked = ChunkedCrossEntropy()(model, {"input_ids": ids}, labels)
+    own = ModelLoss()(model, {"input_ids": ids}, labels)
+    torch.testing.assert_close(chunked, own, rtol=1e-5, atol=1e-5)
+
+
+def test_vocabulary_sized_logits_are_never_allocated():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class LargestTensor(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    hidden = torch.randn(4, 65, 8, requires_grad=True)
+    weight = torch.randn(1000, 8, requires_grad=True)
+    labels = torch.randint(0, 1000, (4, 65))
+    with LargestTensor() as largest:
+        chunked_cross_entropy(hidden, weight, labels, chunk_tokens=16).backward()
+    assert largest.numel < 256 * 1000 / 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "agrees"),
+    [
+        ("llama", {}, True),
+        ("llama", {"tie_word_embeddings": True}, True),
+        ("gpt2", {}, True),
+        ("qwen3", {"head_dim": 16}, True),
+        ("gemma2", {"head_dim": 16}, False),  # caps its logits
+        ("granite", {"logits_scaling": 8.0}, False),
+        ("cohere", {}, False),  # logit_scale
+        ("mixtral", {}, True),
+        ("mixtral", {"output_router_logits": True}, False),  # adds a loss
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_transform_logits_or_add_losses_are_detected(model_type, config, agrees, dtype):
+    model = tiny_model(model_type, **config).to(dtype)
+    ids = torch.randint(3, 300, (1, 32))
+    assert ChunkedCrossEntropy().agrees_with(model, ids) is agrees
+    assert model.training
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_an_adapter_on_the_head_takes_the_models_own_loss():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama"), config)
+    assert not ChunkedCrossEntropy().agrees_with(model, torch.randint(3, 300, (1, 32)))
+
+
+def test_a_validation_loss_in_bfloat16_is_not_rounded_to_three_digits():
+    hidden, weight = torch.randn(1, 513, 64).bfloat16(), (torch.randn(999, 64) * 0.05).bfloat16()
+    labels = torch.randint(0, 999, (1, 513))
+    logits = (hidden[0, :-1] @ weight.T).float()
+    with torch.no_grad():
+        chunked = chunked_cross_entropy(hidden, weight, labels)
+    whole = cross_entropy(logits, labels[0, 1:], reduction="sum")
+    torch.testing.assert_close(chunked, whole, rtol=2e-4, atol=0)

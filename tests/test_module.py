@@ -1,0 +1,230 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+
+from lit_ft import CausalLMModule
+from lit_ft.losses import IGNORED, ModelLoss
+from lit_ft.models import FromConfig
+from lit_ft.optim import WarmupSchedule
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def module_of(model_type="llama", **options):
+    # Linear in the gradient: AdamW would blow round-off up where gradients are near zero.
+    options.setdefault("optimizer", partial(torch.optim.SGD, lr=0.1))
+    torch.manual_seed(0)
+    return CausalLMModule(FromConfig(model_type, TINY), **options)
+
+
+def trainer_of(folder, **options):
+    defaults = {"max_steps": 2, "logger": False, "enable_checkpointing": False}
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{**defaults, **options},
+    )
+
+
+def batch_of(lengths, seed=0, width=12):
+    """Right-padded rows whose first two tokens are no targets."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 64, (len(lengths), width), generator=generator)
+    mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(width) < 2), IGNORED)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def rows(batch, start, stop):
+    return {key: value[start:stop] for key, value in batch.items()}
+
+
+def inputs_of(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def loader(*batches):
+    return DataLoader(batches, batch_size=None)
+
+
+def weights_after(tmp_path, batches, **options):
+    trainer_options = {"max_steps": 2, "gradient_clip_val": 0.5}
+    module_options = {}
+    for key, value in options.items():
+        (module_options if key in ("schedule", "adapter") else trainer_options)[key] = value
+    module = module_of(**module_options)
+    trainer_of(tmp_path, **trainer_options).fit(module, loader(*batches))
+    return dict(module.model.named_parameters())
+
+
+def test_unequal_micro_batches_equal_one_batch(tmp_path):
+    first, second = batch_of([12, 3, 9, 4, 12, 2], seed=1), batch_of([5, 5, 5, 12, 8, 3], seed=2)
+    whole = weights_after(tmp_path, [first, second])
+    cut = [rows(b, *span) for b in (first, second) for span in ((0, 1), (1, 4), (4, 6))]
+    # The last window of an epoch may be short: 4 micro-batches in windows of 3 and 1.
+    for micro_batches in (cut, [*cut[:3], second]):
+        accumulated = weights_after(tmp_path, micro_batches, accumulate_grad_batches=3)
+        for name, weight in whole.items():
+            torch.testing.assert_close(accumulated[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_logged_loss_is_the_token_mean_of_the_global_batch(tmp_path):
+    batch = batch_of([12, 3, 7])
+    module = module_of()
+    trainer = trainer_of(tmp_path, max_steps=1, accumulate_grad_batches=3)
+    trainer.fit(module, loader(*(rows(batch, i, i + 1) for i in range(3))))
+    reference = module_of()
+    reference.configure_model()
+    expected = reference.model(**batch).loss
+    torch.testing.assert_close(trainer.callback_metrics["train_loss"], expected.detach())
+
+
+def test_validation_weighs_tokens_not_batches(tmp_path):
+    batches = [batch_of([12, 12, 12], seed=1), batch_of([3], seed=2)]
+    module = module_of()
+    [metrics] = trainer_of(tmp_path).validate(module, loader(*batches), verbose=False)
+    sums = [
+        ModelLoss()(module.model, {k: b[k] for k in ("input_ids", "attention_mask")}, b["labels"])
+        for b in batches
+    ]
+    targets = sum((b["labels"][:, 1:] != IGNORED).sum() for b in batches)
+    expected = (sum(sums) / targets).item()
+    assert metrics["val_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_a_model_with_a_loss_of_its_own_is_trained_on_it(tmp_path):
+    module = module_of("granite")
+    module.source.config["logits_scaling"] = 4.0
+    trainer_of(tmp_path).fit(module, loader(batch_of([12, 5])))
+    assert isinstance(module.loss, ModelLoss)
+
+
+def test_a_model_that_lets_packed_examples_leak_is_refused(tmp_path):
+    module = module_of()
+    module.configure_model()
+    forward = module.model.model.forward
+    module.model.model.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    packed = rows(batch_of([12]), 0, 1)
+    del packed["attention_mask"]
+    packed["position_ids"] = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with pytest.raises(MisconfigurationException, match=r"data\.packing=false"):
+        trainer_of(tmp_path).fit(module, loader(packed))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(tmp_path):
+    module = module_of()
+    module.configure_model()
+    with torch.no_grad():
+        module.model.model.norm.weight.fill_(torch.nan)
+    before = module.model.model.embed_tokens.weight.clone()
+    with pytest.raises(FloatingPointError, match="step 0"):
+        trainer_of(tmp_path).fit(module, loader(batch_of([12])))
+    assert torch.equal(module.model.model.embed_tokens.weight, before)
+
+
+def test_float16_weights_are_refused_before_the_model_loads(tmp_path):
+    module = module_of()
+    with pytest.raises(MisconfigurationException, match="bf16-true"):
+        trainer_of(tmp_path, precision="16-true").fit(module, loader(batch_of([12])))
+    assert module.model is None
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision_trains(tmp_path, precision):
+    module = module_of(optimizer=partial(torch.optim.AdamW, lr=1e-3))
+    trainer_of(tmp_path, precision=precision).fit(module, loader(*[batch_of([12, 5])] * 2))
+    weights = dict(module.model.named_parameters())
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    untrained = module_of()
+    untrained.configure_model()
+    for name, weight in untrained.model.named_parameters():
+        assert weights[name].dtype == dtype
+        # Norms at 1.0 move too: round-to-nearest would leave every one where it is.
+        assert not torch.equal(weights[name].float(), weight), name
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "compile"])
+def test_checkpointing_and_compilation_change_nothing_but_the_cost(tmp_path, option):
+    modules = []
+    for options in ({}, {option: True}):
+        modules.append(module_of(**options))
+        trainer_of(tmp_path).fit(modules[-1], loader(batch_of([12, 5])))
+    plain, changed = modules
+    for ours, reference in zip(changed.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_schedule_reaches_the_weights(tmp_path):
+    """A rate of zero after the first step must leave the weights where that step took them."""
+    from transformers import get_constant_schedule_with_warmup
+
+    def once(optimizer, num_training_steps):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step == 0))
+
+    batches = [batch_of([12, 5])] * 3
+    one = weights_after(tmp_path, batches, max_steps=1)
+    three = weights_after(tmp_path, batches, max_steps=3, schedule=once)
+    constant = WarmupSchedule(get_constant_schedule_with_warmup, warmup=0)
+    moved = weights_after(tmp_path, batches, max_steps=3, schedule=constant)
+    for name, weight in one.items():
+        assert torch.equal(three[name], weight)
+        assert not torch.equal(moved[name], weight)
+
+
+LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def test_an_adapters_checkpoint_holds_the_adapter_and_resumes(tmp_path):
+    batches = loader(*[batch_of([12, 5])] * 4)
+    straight = module_of(adapter=LORA)
+    trainer_of(tmp_path, max_steps=4).fit(straight, batches)
+
+    first = module_of(adapter=LORA)
+    trainer = trainer_of(tmp_path, max_steps=2)
+    trainer.fit(first, batches)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
+    assert saved and all("lora_" in name for name in saved if name.startswith("model."))
+
+    resumed = module_of(adapter=LORA)
+    trainer_of(tmp_path, max_steps=4).fit(resumed, batches, ckpt_path=tmp_path / "two.ckpt")
+    for ours, reference in zip(
+        resumed.model.parameters(), straight.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, reference)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.fit(module_of(adapter=LORA), loader(batch_of([12])))
+    trainer.save_checkpoint(tmp_path / "lora.ckpt")
+    other = module_of(adapter=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(RuntimeError, match="another model or adapter"):
+        trainer_of(tmp_path).fit(other, loader(batch_of([12])), ckpt_path=tmp_path / "lora.ckpt")
+
+
+def test_validation_inside_fit_follows_validation_before_it(tmp_path):
+    module, batches = module_of(), loader(batch_of([12, 5]))
+    trainer = trainer_of(tmp_path, max_steps=1, val_check_interval=1)
+    [before] = trainer.validate(module, batches, verbose=False)
+    trainer.fit(module, batches, batches)
+    assert trainer.callback_metrics["val_loss"].item() < before["val_loss"]

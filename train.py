@@ -1,0 +1,53 @@
+"""Fine-tune a causal language model: `python train.py --help` shows what can be chosen."""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Compose the objects that the configuration names, and run the job on them."""
+    # Imported here so that --help and mistyped names answer at once.
+    import lightning as L
+
+    from lit_ft.config import refuse_untrusted
+    from lit_ft.console import quieten_libraries
+    from lit_ft.job import checkpoint_to_resume, fine_tune, sensible_precision
+    from lit_ft.summary import RunSummary
+
+    quieten_libraries()
+    cfg.run_dir = HydraConfig.get().runtime.output_dir  # of this job, also inside a sweep
+    if cfg.trainer.precision is None:
+        cfg.trainer.precision = sensible_precision(cfg.trainer.accelerator)
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    with RunSummary(config["run_dir"], config) as summary:
+        refuse_untrusted(config, also=config["trusted_packages"])
+        L.seed_everything(config["seed"], workers=True, verbose=False)
+        resume = checkpoint_to_resume(config["resume"], config["run_dir"])
+        module = instantiate(config["module"], _convert_="all")
+        datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
+        trainer = instantiate(config["trainer"], _convert_="all")
+        return fine_tune(
+            module,
+            datamodule,
+            trainer,
+            summary,
+            resume=resume,
+            validate_only=config["validate_only"],
+            auto_batch_size=config["auto_batch_size"],
+        )
+
+
+if __name__ == "__main__":
+    from lit_ft.config import names_near
+
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            print(names_near(sys.argv[1:], config_dir="conf"), file=sys.stderr, end="")
+        raise
