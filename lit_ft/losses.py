@@ -12,6 +12,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear_cross_entropy
 
 IGNORED = -100
+_CHUNK_TOKENS = 256
 
 
 class TokenLoss(Protocol):
@@ -58,7 +59,7 @@ def chunked_cross_entropy(
         states, weight = states.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if chunk_tokens is None and hidden.device.type == "cpu":
-        chunk_tokens = 256
+        chunk_tokens = _CHUNK_TOKENS
     policy: Literal["compact", "auto"] = "compact" if states.dtype == torch.float32 else "auto"
     loss = linear_cross_entropy(
         states,
@@ -93,6 +94,10 @@ class ChunkedCrossEntropy:
         # Without a cache, or transformers would not look for packed examples.
         hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal_lm.get_output_embeddings()
+        if torch.is_grad_enabled() and hasattr(head, "summed_cross_entropy"):
+            # A head in a subspace takes its own gradients: no [V, d] is formed.
+            chunk_tokens = self.chunk_tokens or _CHUNK_TOKENS
+            return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)  # type: ignore[no-any-return]
         return chunked_cross_entropy(
             hidden, head.weight, labels, bias=head.bias, chunk_tokens=self.chunk_tokens
         )
@@ -102,7 +107,8 @@ class ChunkedCrossEntropy:
         """Whether the model's loss on `input_ids` [B, T] is the cross-entropy of `head(hidden)`."""
         causal_lm = without_adapter_wrapper(model)
         head: Any = causal_lm.get_output_embeddings()
-        if type(head) is not nn.Linear or head._forward_pre_hooks or head._forward_hooks:
+        plain = type(head) is nn.Linear or hasattr(head, "summed_cross_entropy")
+        if not plain or head._forward_pre_hooks or head._forward_hooks:
             return False  # an adapter, a quantised weight or a hook: its output is not x Wᵀ
         was_training = model.training
         model.eval()

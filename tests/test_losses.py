@@ -132,3 +132,16 @@ def test_a_validation_loss_in_bfloat16_is_not_rounded_to_three_digits():
         chunked = chunked_cross_entropy(hidden, weight, labels)
     whole = cross_entropy(logits, labels[0, 1:], reduction="sum")
     torch.testing.assert_close(chunked, whole, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss", [ChunkedCrossEntropy(), ModelLoss()])
+def test_packed_examples_have_the_loss_that_they_have_alone(loss):
+    """In training mode: with a cache, transformers would not look for the borders."""
+    model = tiny_model("llama").train()
+    first, second = torch.randint(3, 300, (1, 9)), torch.randint(3, 300, (1, 6))
+    alone = loss(model, {"input_ids": first}, first) + loss(model, {"input_ids": second}, second)
+    labels = torch.cat([first, second], 1)
+    labels[0, 9] = IGNORED
+    positions = torch.cat([torch.arange(9), torch.arange(6)])[None]
+    inputs = {"input_ids": torch.cat([first, second], 1), "position_ids": positions}
+    torch.testing.assert_close(loss(model, inputs, labels), alone, rtol=1e-5, atol=1e-4)

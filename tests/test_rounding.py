@@ -20,14 +20,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 from transformers import get_constant_schedule_with_warmup
 
-from lit_ft.optim import (
-    MuonAdamW,
-    WarmupSchedule,
-    narrowed,
-    round_stochastically,
-    stochastically_rounded,
-)
+from lit_ft.optim import MuonAdamW, WarmupSchedule, narrowed, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
+from lit_ft.rounding import round_stochastically
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": partial(AdamW, lr=1e-2),

@@ -3,7 +3,7 @@
 from lit_ft.optim.groups import DECAY_MATRICES, GroupRule, build_optimizer, parameter_groups
 from lit_ft.optim.muon import MuonAdamW
 from lit_ft.optim.narrow import narrowed
-from lit_ft.optim.rounding import round_stochastically, stochastically_rounded
+from lit_ft.optim.rounding import stochastically_rounded
 from lit_ft.optim.schedules import WarmupSchedule
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "build_optimizer",
     "narrowed",
     "parameter_groups",
-    "round_stochastically",
     "stochastically_rounded",
 ]

@@ -8,7 +8,6 @@ models Zamirai et al., arXiv:2010.06192), and needs no float32 copy of the weigh
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,31 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ft.optim.narrow import narrowed
+from lit_ft.rounding import keyed_generator, round_stochastically
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
-
-
-def round_stochastically(x: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Round float32 `x` to one of its two bfloat16 neighbours, with expectation `x`.
-
-    A bfloat16 is the upper half of a float32: adding a uniform 16-bit integer to the lower half
-    carries into the upper with the probability of the remainder, the rest is cut off. Values that
-    bfloat16 holds, infinities and NaN stay what they are; finite values beyond the largest
-    bfloat16 become that one, never infinite.
-
-    Args:
-        x: float32 tensor of any shape.
-        generator: Source of the random bits, on `x`'s device.
-
-    Returns:
-        bfloat16 tensor of `x`'s shape.
-    """
-    assert x.dtype is torch.float32
-    largest = torch.finfo(torch.bfloat16).max
-    bits = x.clamp(-largest, largest).view(torch.int32)
-    noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
-    rounded = noise.add_(bits).bitwise_and_(-1 << 16).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
@@ -131,7 +108,7 @@ class _StochasticallyRounded(Optimizer):
             self._unrounded_step()
         state = self.state[parameter]
         times = state.get("times_rounded", 0)
-        generator = _generator(
+        generator = keyed_generator(
             parameter.device, self._rounding_seed, self._rounding_index[parameter], times
         )
         parameter.copy_(round_stochastically(master, generator=generator))
@@ -176,11 +153,6 @@ def _without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
         step, stop=lambda function: not hasattr(function, "hooked")
     )
     return plain
-
-
-def _generator(device: torch.device, *key: int) -> torch.Generator:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
 @contextmanager

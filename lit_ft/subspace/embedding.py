@@ -1,0 +1,65 @@
+"""Embeddings in a subspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lit_ft.subspace.layer import SubspaceLayer
+
+
+class SubspaceEmbedding(SubspaceLayer, nn.Embedding):
+    """`nn.Embedding` whose weight [V, d] moves in a subspace of d: right side only."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of W that `ids` [..., T] name."""
+        if not torch.is_grad_enabled():
+            return F.embedding(ids, self.weight)
+        self.begin_window()
+        return _Embedding.apply(ids, self.weight, self.delta, self.basis, self.padding_idx)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        basis: Tensor,
+        padding_idx: int | None,
+    ) -> Tensor:
+        ctx.padding_idx, ctx.num_rows = padding_idx, len(weight)
+        ctx.dtypes = (weight.dtype, delta.dtype)
+        ctx.needs_sketch, ctx.needs_weight = basis.requires_grad, weight.requires_grad
+        ctx.save_for_backward(ids, basis)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, basis = ctx.saved_tensors
+        weight_dtype, delta_dtype = ctx.dtypes
+        grad = grad.to(basis.dtype)
+        if ctx.padding_idx is not None:
+            grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0)
+        in_basis = grad @ basis.T
+        gradient = _scatter(ids, in_basis, ctx.num_rows)
+        weight_gradient = sketch = None
+        if ctx.needs_sketch:
+            # R_s[id_t]: the sum over the sequence's occurrences of token t's id.
+            sequences = ids.reshape(-1, ids.shape[-1])
+            same = (sequences[:, :, None] == sequences[:, None, :]).to(grad.dtype)
+            gathered = same @ in_basis.reshape(*sequences.shape, -1)
+            sketch = gathered.reshape(-1, len(basis)).T @ grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_weight:
+            weight_gradient = _scatter(ids, grad, ctx.num_rows).to(weight_dtype)
+        return None, weight_gradient, gradient.to(delta_dtype), sketch, None
+
+
+def _scatter(ids: Tensor, values: Tensor, num_rows: int) -> Tensor:
+    """Return [num_rows, k], the sum of `values` [..., k] at the rows that `ids` [...] name."""
+    flat = values.reshape(-1, values.shape[-1])
+    return flat.new_zeros(num_rows, flat.shape[1]).index_add_(0, ids.reshape(-1), flat)

@@ -1,0 +1,116 @@
+"""The output head in a subspace: its loss, without logits of all tokens and without G [V, d]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lit_ft.subspace.linear import SubspaceLinear
+
+IGNORED = -100
+
+
+class SubspaceHead(SubspaceLinear):
+    """A `SubspaceLinear` that can turn hidden states into the loss, a piece at a time."""
+
+    def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
+        """Sum the next-token cross-entropy over the target positions; gradients are recorded.
+
+        Loss, input gradient, R and sketch are computed in the forward pass, from the logits of at
+        most `chunk_tokens` tokens at a time; the backward pass scales them. For the sketch, pieces
+        do not cross sequences, so that it does not depend on how the batch was cut.
+
+        Args:
+            hidden: [B, T, d].
+            labels: [B, T], unshifted; -100 is ignored.
+            chunk_tokens: Target tokens a piece, at most.
+
+        Returns:
+            The sum in nats, a scalar in at least float32.
+        """
+        self.begin_window()
+        states, targets = hidden[:, :-1], labels[:, 1:]
+        return _CrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+            states, targets, self.weight, self.bias, self.delta, self.basis, chunk_tokens
+        )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        delta: Tensor,
+        basis: Tensor,
+        chunk_tokens: int,
+    ) -> Tensor:
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        states, cast_weight, cast_basis = hidden.to(dtype), weight.to(dtype), basis.to(dtype)
+        accumulated = torch.promote_types(dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=accumulated)
+        grad_hidden = torch.zeros_like(states)
+        gradient = torch.zeros_like(delta)
+        sketch = torch.zeros_like(basis) if basis.requires_grad else None
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        grad_bias = None
+        if bias is not None and bias.requires_grad:
+            grad_bias = torch.zeros_like(bias, dtype=accumulated)
+        for piece in _pieces(targets, chunk_tokens, by_sequence=sketch is not None):
+            x, goal = states[piece], targets[piece]
+            logits = F.linear(x, cast_weight, bias if bias is None else bias.to(dtype))
+            logits = logits.to(accumulated)
+            chosen = torch.arange(len(goal), device=goal.device), goal
+            normaliser = logits.logsumexp(1)
+            loss += (normaliser - logits[chosen]).sum()
+            slope = logits.sub_(normaliser[:, None]).exp_()  # softmax, and minus one at the target
+            slope[chosen] -= 1
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+            slope = slope.to(dtype)
+            grad_hidden[piece] = slope @ cast_weight
+            by_piece = slope.T @ (x @ cast_basis.T)
+            gradient += by_piece
+            if sketch is not None:
+                sketch += (slope @ by_piece).T @ x
+            if grad_weight is not None:
+                grad_weight += slope.T @ x
+        if grad_bias is not None and bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        ctx.hidden_dtype = hidden.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gradient, sketch)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias, gradient, sketch = ctx.saved_tensors
+        # The sketch is a product of two gradients.
+        scaled = [
+            tensor if tensor is None else (tensor * factor).to(dtype or tensor.dtype)
+            for tensor, factor, dtype in (
+                (grad_hidden, scale, ctx.hidden_dtype),
+                (grad_weight, scale, None),
+                (grad_bias, scale, None),
+                (gradient, scale, None),
+                (sketch, scale**2, None),
+            )
+        ]
+        grad_hidden, grad_weight, grad_bias, gradient, sketch = scaled
+        return grad_hidden, None, grad_weight, grad_bias, gradient, sketch, None
+
+
+def _pieces(targets: Tensor, size: int, *, by_sequence: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return indices into [B, T] that cover the positions with a target, at most `size` each."""
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(targets)).tolist() if by_sequence else [len(rows)]
+    sizes = [min(size, n - begin) for n in counts for begin in range(0, n, size)]
+    if not sizes:
+        return []
+    return list(zip(torch.split(rows, sizes), torch.split(columns, sizes), strict=True))

@@ -1,0 +1,223 @@
+"""Put a model's layers into their subspaces."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_ft.rounding import keyed_generator
+from lit_ft.subspace.conv1d import SubspaceConv1D
+from lit_ft.subspace.embedding import SubspaceEmbedding
+from lit_ft.subspace.head import SubspaceHead
+from lit_ft.subspace.layer import Side, SubspaceLayer
+from lit_ft.subspace.linear import SubspaceLinear
+
+log = logging.getLogger(__name__)
+
+TARGETS = {
+    "attention": r"(^|\.)\w*(attn|attention)\w*\.",
+    "mlp": r"(^|\.)\w*(mlp|ffn|feed_forward|expert)\w*\.",
+}
+
+
+def inject(
+    model: nn.Module,
+    *,
+    rank: int,
+    targets: str | Sequence[str] = "all",
+    side: Side = "right",
+    seed: int = 0,
+) -> dict[str, SubspaceLayer]:
+    """Freeze the weights of the targeted layers and let them move in subspaces of `rank`.
+
+    Call it before the optimizer is built (and before a model is sharded): the layers' `delta`
+    takes their weight's place among the trainable parameters. The model computes what it did.
+
+    Args:
+        model: Changed in place; the layers stay the same objects.
+        rank: r; above min(rows, cols) of a layer it is capped there, and said so.
+        targets: "all", or any of "attention", "mlp", "embeddings", "head", or regular expressions
+            that are searched in a layer's name.
+        side: What the basis spans: a layer's inputs ("right") or outputs ("left"); embeddings and
+            the head are always right.
+        seed: Of the bases that training starts from.
+
+    Returns:
+        The layers by name; of those that share a weight the first.
+
+    Raises:
+        ValueError: The rank is no positive integer, nothing matches, or a targeted layer is frozen,
+            quantised, under an adapter, or shares its weight with a layer that is not targeted.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank}: give a positive whole number, such as 128.")
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            "The model has a LoRA adapter, whose few weights need no subspace: "
+            "use adapter=none with GaLore, or optim=adamw with the adapter."
+        )
+    chosen = _chosen(model, [targets] if isinstance(targets, str) else list(targets))
+    _refuse_half_tied(model, chosen)
+    for name, module in chosen.items():
+        _refuse_untrainable(name, module)
+    injected: dict[str, SubspaceLayer] = {}
+    by_weight: dict[nn.Parameter, SubspaceLayer] = {}
+    for index, (name, module) in enumerate(chosen.items()):
+        weight = _weight(module)
+        twin = by_weight.get(weight)
+        layer = _changed_class(module, is_head=module is _head(model))
+        if twin is not None:
+            layer.side, layer.delta = twin.side, twin.delta
+            module.register_buffer("basis", twin.basis)
+            continue
+        layer_side: Side = "right" if isinstance(layer, SubspaceEmbedding | SubspaceHead) else side
+        capped = min(rank, *weight.shape)
+        if capped < rank:
+            log.info("%s: rank %d is capped at %d, its smaller side.", name, rank, capped)
+        generator = keyed_generator(torch.device("cpu"), seed, index)
+        layer.enter_subspace(capped, layer_side, generator=generator)
+        injected[name] = by_weight[weight] = layer
+    _keep_out_of_exports(model)
+    return injected
+
+
+def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
+    """Return the model's layers that are in a subspace, those with a shared weight once."""
+    found: dict[nn.Parameter, tuple[str, SubspaceLayer]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SubspaceLayer):
+            found.setdefault(module.delta, (name, module))
+    return dict(found.values())
+
+
+def without_subspaces(names: Iterable[str], model: nn.Module) -> Iterator[str]:
+    """Leave the deltas and bases out of the names of a state dict."""
+    small = set(_small_tensors(model))
+    return (name for name in names if name not in small)
+
+
+def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
+    embeddings, head = _embeddings(model), _head(model)
+    known = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        or SubspaceConv1D.fits(module)
+        # Of a transformer the token embedding alone: positions are few, and looked up once for all
+        # sequences of a batch, so that no gradient a sequence exists.
+        or (type(module) is nn.Embedding and embeddings in (None, module))
+    }
+    chosen: dict[str, nn.Module] = {}
+    for target in targets:
+        matched = {
+            name: module
+            for name, module in known.items()
+            if target == "all"
+            or (target == "embeddings" and module is embeddings)
+            or (target == "head" and module is head)
+            or (
+                target not in ("all", "embeddings", "head")
+                and module is not embeddings
+                and module is not head
+                and re.search(TARGETS.get(target, target), name)
+            )
+        }
+        if not matched:
+            raise ValueError(
+                f"No layer matches the target '{target}': give all, attention, mlp, embeddings, "
+                f"head, or a regular expression for names such as {', '.join(list(known)[:4])}."
+            )
+        chosen |= matched
+    unknown = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.ndim >= 2
+        and name not in known
+    ]
+    if unknown:
+        log.info(
+            "Left as ordinary parameters, since their layers are of no known type: %s.",
+            ", ".join(unknown),
+        )
+    return {name: module for name, module in known.items() if name in chosen}
+
+
+def _refuse_half_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    weights = {_weight(module): name for name, module in chosen.items()}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name not in chosen and isinstance(weight, nn.Parameter) and weight in weights:
+            raise ValueError(
+                f"{name} shares its weight with {weights[weight]}, which alone is targeted: "
+                "target both (embeddings and head), or neither."
+            )
+
+
+def _refuse_untrainable(name: str, module: nn.Module) -> None:
+    weight = _weight(module)
+    if isinstance(module, SubspaceLayer):
+        raise ValueError(f"{name} is in a subspace already: inject once.")
+    if not weight.is_floating_point():
+        raise ValueError(f"{name} has a quantised weight: GaLore needs one that can move.")
+    if weight.dtype is torch.float16:
+        raise ValueError(
+            f"{name} has float16 weights, which lose small updates: use bfloat16, or "
+            "precision=16-mixed, which keeps them in float32."
+        )
+    if not weight.requires_grad:
+        raise ValueError(f"{name} is frozen: unfreeze it, or leave it out of the targets.")
+    if isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    ):
+        raise ValueError(
+            f"{name}: max_norm, scale_grad_by_freq and sparse gradients are not supported in a "
+            "subspace; leave embeddings out of the targets."
+        )
+
+
+def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:
+    """Make `module` a subspace layer: the same object, so that all who hold it see the change."""
+    kind: type[nn.Module]
+    if isinstance(module, nn.Embedding):
+        kind = SubspaceEmbedding
+    elif isinstance(module, nn.Linear):
+        kind = SubspaceHead if is_head else SubspaceLinear
+    else:
+        kind = SubspaceConv1D
+    module.__class__ = kind
+    assert isinstance(module, SubspaceLayer)
+    return module
+
+
+def _keep_out_of_exports(model: nn.Module) -> None:
+    """Let transformers' `save_pretrained` write the weights alone."""
+    if hasattr(model, "_keys_to_ignore_on_save"):
+        ignored: Any = model._keys_to_ignore_on_save
+        vars(model)["_keys_to_ignore_on_save"] = {*(ignored or ()), *_small_tensors(model)}
+
+
+def _small_tensors(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, SubspaceLayer):
+            prefix = f"{name}." if name else ""
+            yield from (f"{prefix}delta", f"{prefix}basis")
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _embeddings(model: Any) -> Any:
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -1,0 +1,106 @@
+"""The optimizer's moments follow the basis: a change of coordinates for each kind of state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
+    """Return C [r, r] with S_new ≈ S_old C: the best fit of S_old P_old in the new basis.
+
+    C = P_old P_newᵀ (P_new P_newᵀ)⁻¹; the last factor is 1 where the new rows are orthonormal.
+
+    Args:
+        old: P_old [r, n].
+        new: P_new [r, n].
+    """
+    overlap, gram = old @ new.T, new @ new.T
+    solved: Tensor = torch.linalg.solve(gram, overlap.T)
+    return solved.T
+
+
+def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bias-corrected first and second moments in the new coordinates.
+
+    m C for the mean; for the square the variance, taken as uncorrelated, goes through C∘² and the
+    mean's square through C: |(v − m²) C∘² + (m C)²|. LDAdam, arXiv:2410.16103, section 3.2.
+
+    Args:
+        mean: m̂ [rows, r].
+        square: v̂ [rows, r].
+        rotation: C [r, r].
+    """
+    turned = mean @ rotation
+    variance = square - mean.square()
+    return turned, torch.addmm(turned.square(), variance, rotation.square()).abs_()
+
+
+def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tensor) -> bool:
+    """Turn one parameter's optimizer state in place by `rotation` C [r, r].
+
+    Knows torch's AdamW, SGD and Muon momentum, transformers' Adafactor and bitsandbytes' AdamW and
+    Lion, with 8-bit state or without.
+
+    Returns:
+        Whether there is a rule for this state; an empty state needs none.
+    """
+    if "exp_avg" in state and "exp_avg_sq" in state:
+        _turn_pair(state, "exp_avg", "exp_avg_sq", group["betas"], rotation)
+        return "max_exp_avg_sq" not in state
+    if "exp_avg_sq_col" in state:  # row sums [rows] stay, column sums [r] turn like squares
+        state["exp_avg_sq_col"].copy_(state["exp_avg_sq_col"] @ rotation.square())
+        if "exp_avg" in state:
+            state["exp_avg"].copy_(state["exp_avg"] @ rotation)
+        return True
+    if "state1" in state and state.get("state2") is not None:
+        _turn_pair(state, "state1", "state2", group["betas"], rotation)
+        return True
+    for name in ("state1", "momentum_buffer", "exp_avg"):
+        if state.get(name) is not None:
+            _write(state, name, _read(state, name) @ rotation)
+            return True
+    return not state
+
+
+def _turn_pair(
+    state: dict[str, Any], first: str, second: str, betas: tuple[float, ...], rotation: Tensor
+) -> None:
+    # In raw moments √v̂ would come out too large while t is small: the two corrections differ.
+    steps = float(state["step"])
+    correct_mean, correct_square = 1 - betas[0] ** steps, 1 - betas[1] ** steps
+    mean, square = rotated(
+        _read(state, first) / correct_mean, _read(state, second) / correct_square, rotation
+    )
+    _write(state, first, mean * correct_mean)
+    _write(state, second, square * correct_square)
+
+
+def _read(state: dict[str, Any], name: str) -> Tensor:
+    value: Tensor = state[name]
+    if value.dtype is not torch.uint8:
+        return value
+    from bitsandbytes.functional import dequantize_blockwise
+
+    number = name.removeprefix("state")
+    dequantised = dequantize_blockwise(
+        value, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+    )
+    return dequantised.view_as(value)
+
+
+def _write(state: dict[str, Any], name: str, new: Tensor) -> None:
+    value: Tensor = state[name]
+    if value.dtype is not torch.uint8:
+        value.copy_(new)
+        return
+    from bitsandbytes.functional import quantize_blockwise
+
+    number = name.removeprefix("state")
+    quantised, quantisation = quantize_blockwise(
+        new.contiguous(), code=state[f"qmap{number}"], blocksize=256
+    )
+    value.copy_(quantised.view_as(value))
+    state[f"absmax{number}"].copy_(quantisation.absmax)

@@ -1,0 +1,46 @@
+"""Thin products: what the subspace needs of a weight gradient G = Yᵀ X, without forming it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def projected_gradient(rows: Tensor, cols_in_basis: Tensor) -> Tensor:
+    """Return R = Σ_t rows_t ⊗ cols_in_basis_t, the gradient in the coordinates of the basis.
+
+    Args:
+        rows: [..., m], per token; the output gradients Y where the basis spans the inputs.
+        cols_in_basis: [..., r], per token; X Pᵀ.
+
+    Returns:
+        [m, r], in the dtype of the arguments.
+    """
+    return rows.reshape(-1, rows.shape[-1]).T @ cols_in_basis.reshape(-1, cols_in_basis.shape[-1])
+
+
+def projected_gradient_and_sketch(
+    rows: Tensor, cols: Tensor, cols_in_basis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return R and the sketch H = Σ_s R_sᵀ G_s over the sequences s of the batch.
+
+    H is what every rule that moves the basis needs. One gradient a sequence makes it a plain sum:
+    it accumulates over micro-batches and ranks, however the batch is cut, where RᵀG of the summed
+    gradients would not. H Pᵀ = Σ_s R_sᵀ R_s, so its trace is the energy that the basis captures.
+
+    Args:
+        rows: [..., T, m] per token, leading dimensions enumerate sequences; [T, m] is one.
+        cols: [..., T, n], likewise.
+        cols_in_basis: [..., T, r], `cols` in the basis: cols Pᵀ.
+
+    Returns:
+        R [m, r] and H [r, n], in the dtype of the arguments (H in float32 for float16, whose range
+        the square of a scaled loss leaves).
+    """
+    rows, cols, cols_in_basis = (t.reshape(-1, *t.shape[-2:]) for t in (rows, cols, cols_in_basis))
+    by_sequence = rows.mT @ cols_in_basis  # R_s [S, m, r]
+    gradient = by_sequence.sum(0)
+    if rows.dtype is torch.float16:
+        rows, cols, by_sequence = rows.float(), cols.float(), by_sequence.float()
+    sketch = projected_gradient(rows @ by_sequence, cols)
+    return gradient, sketch

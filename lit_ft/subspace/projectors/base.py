@@ -1,0 +1,72 @@
+"""What every projector offers."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Evidence(Enum):
+    """What a projector looks at when it moves a basis."""
+
+    NOTHING = "nothing"
+    SKETCH = "sketch"  # H [r, cols], see `products.projected_gradient_and_sketch`
+    GRADIENT = "gradient"  # G [rows, cols] itself: formed for that step
+
+
+class Projector(Protocol):
+    """A rule that moves a basis.
+
+    Attributes:
+        evidence: What `move` is given.
+    """
+
+    evidence: ClassVar[Evidence]
+
+    @property
+    def every(self) -> int:
+        """Optimizer steps between two moves of the same layer's basis."""
+
+    @property
+    def rotates_moments(self) -> bool:
+        """Whether the optimizer's moments follow the basis."""
+
+    def move(
+        self,
+        basis: Tensor,
+        evidence: Tensor | None,
+        *,
+        state: dict[str, Tensor],
+        decay: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return the new basis [r, cols]; the old one where the evidence says nothing.
+
+        Args:
+            basis: [r, cols], in float32 or wider.
+            evidence: As `evidence` says; None for NOTHING.
+            state: What the rule remembers of this basis; saved with the run.
+            decay: The weights' learning rate now over its peak.
+            generator: Random numbers that a resumed run repeats.
+        """
+
+
+def orthonormal_rows(matrix: Tensor) -> Tensor:
+    """Return an orthonormal basis [r, n] of the rows of `matrix` [r, n]."""
+    columns: Tensor = torch.linalg.qr(matrix.T).Q
+    return columns.T.contiguous()
+
+
+def where_informative(sketch: Tensor, moved: Tensor, basis: Tensor) -> Tensor:
+    """Return `moved`, but `basis` where the sketch is zero or not finite (no host sync)."""
+    scale = sketch.abs().amax()
+    return torch.where((scale > 0) & scale.isfinite(), moved, basis)
+
+
+def captured_energy(basis: Tensor, sketch: Tensor) -> Tensor:
+    """Return tr(H Pᵀ) = Σ_s ||R_s||², a scalar; tiny in place of zero, for dividing by it."""
+    energy = (sketch * basis).sum()
+    return energy.clamp_min(torch.finfo(energy.dtype).tiny)

@@ -1,0 +1,86 @@
+"""Online subspace descent: gradient steps on the online-PCA objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lit_ft.subspace.projectors.base import Evidence, captured_energy, where_informative
+
+
+def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) -> Tensor:
+    """Return the gradient of Σ_s ||G_s − G_s PᵀP||² / Σ_s ||R_s||² + λ ||PPᵀ − I||².
+
+    In closed form −4H + 2 (PPᵀ) H + 2 (H Pᵀ) P + 4λ (PPᵀ − I) P, since H Pᵀ = Σ_s R_sᵀ R_s. The
+    paper divides the first term by the norm of G; the optimizer on P is scale-free.
+    arXiv:2408.12857, eq. 5.
+
+    Args:
+        basis: P [r, n].
+        sketch: H [r, n].
+        penalty: λ.
+    """
+    h = sketch / captured_energy(basis, sketch)
+    gram = basis @ basis.T
+    gradient = -4 * h + 2 * gram @ h + 2 * (h @ basis.T) @ basis
+    if penalty:
+        gradient = gradient + 4 * penalty * (gram @ basis - basis)
+    return gradient
+
+
+@dataclass(frozen=True)
+class Online:
+    """Online subspace descent as its paper has it: AdamW on P, at its own rate.
+
+    Attributes:
+        lr: AdamW's rate for P (the paper: 1 / T), decayed with the weights' schedule.
+        penalty: λ of the orthonormality term (0 in the authors' code).
+        starts_from_svd: Take the first basis from an SVD of the first gradient.
+        every: Optimizer steps between two moves of a layer's basis.
+        rotates_moments: Whether the optimizer's moments follow the basis.
+    """
+
+    evidence: ClassVar[Evidence] = Evidence.SKETCH
+    lr: float = 0.005
+    penalty: float = 0.0
+    starts_from_svd: bool = False
+    every: int = 1
+    rotates_moments: bool = False
+
+    def move(
+        self,
+        basis: Tensor,
+        evidence: Tensor | None,
+        *,
+        state: dict[str, Tensor],
+        decay: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return the basis after one AdamW step on the objective."""
+        assert evidence is not None
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(basis), torch.zeros_like(basis)
+            state["step"] = torch.zeros(())
+        gradient = online_pca_gradient(basis, evidence, penalty=self.penalty)
+        gradient = where_informative(evidence, gradient, torch.zeros_like(gradient))
+        moved = basis.clone()
+        adamw(
+            [moved],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr * decay,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+        return moved

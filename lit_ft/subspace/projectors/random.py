@@ -1,0 +1,40 @@
+"""Random bases: the baseline that one drawn from data must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_ft.subspace.projectors.base import Evidence, orthonormal_rows
+
+
+@dataclass(frozen=True)
+class Random:
+    """P ← orth(Gaussian), as Flora (arXiv:2402.03293) resamples its projection.
+
+    Attributes:
+        every: Optimizer steps between two draws.
+        rotates_moments: Whether the optimizer's moments follow the basis.
+    """
+
+    evidence: ClassVar[Evidence] = Evidence.NOTHING
+    every: int = 200
+    rotates_moments: bool = True
+
+    def move(
+        self,
+        basis: Tensor,
+        evidence: Tensor | None,
+        *,
+        state: dict[str, Tensor],
+        decay: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return a new random orthonormal basis."""
+        drawn = torch.randn(
+            basis.shape, dtype=basis.dtype, device=basis.device, generator=generator
+        )
+        return orthonormal_rows(drawn)

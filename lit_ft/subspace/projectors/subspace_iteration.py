@@ -1,0 +1,42 @@
+"""Block power iteration: the basis of GaLore without an SVD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_ft.subspace.projectors.base import Evidence, orthonormal_rows, where_informative
+
+
+@dataclass(frozen=True)
+class SubspaceIteration:
+    """P ← orth(H): one round of block power iteration on Σ_s G_sᵀ G_s, from the basis at hand.
+
+    A round costs thin products and a QR of [cols, r]; repeated over a run it follows the top right
+    singular vectors that GaLore (arXiv:2403.03507) takes from an SVD of G.
+
+    Attributes:
+        every: Optimizer steps between two moves of a layer's basis.
+        rotates_moments: Whether the optimizer's moments follow the basis.
+    """
+
+    evidence: ClassVar[Evidence] = Evidence.SKETCH
+    every: int = 200
+    rotates_moments: bool = True
+
+    def move(
+        self,
+        basis: Tensor,
+        evidence: Tensor | None,
+        *,
+        state: dict[str, Tensor],
+        decay: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return the orthonormalised sketch."""
+        assert evidence is not None
+        scale = evidence.abs().amax().clamp_min(torch.finfo(evidence.dtype).tiny)
+        return where_informative(evidence, orthonormal_rows(evidence / scale), basis)

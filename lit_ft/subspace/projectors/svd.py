@@ -1,0 +1,42 @@
+"""GaLore's own rule: the top singular vectors of the gradient at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_ft.subspace.projectors.base import Evidence
+
+
+@dataclass(frozen=True)
+class SVD:
+    """P ← the top-r right singular vectors of G, every `every` steps (arXiv:2403.03507, alg. 2).
+
+    The reference rule: it forms G of the layers whose turn it is, and its time dominates the step.
+    The paper leaves the moments in the old basis.
+
+    Attributes:
+        every: Optimizer steps between two moves (the paper: 200).
+        rotates_moments: Whether the optimizer's moments follow the basis.
+    """
+
+    evidence: ClassVar[Evidence] = Evidence.GRADIENT
+    every: int = 200
+    rotates_moments: bool = False
+
+    def move(
+        self,
+        basis: Tensor,
+        evidence: Tensor | None,
+        *,
+        state: dict[str, Tensor],
+        decay: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return the top right singular vectors of `evidence` [rows, cols]."""
+        assert evidence is not None
+        right: Tensor = torch.linalg.svd(evidence.to(basis.dtype), full_matrices=False)[2]
+        return right[: len(basis)].contiguous()

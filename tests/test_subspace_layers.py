@@ -1,0 +1,147 @@
+"""The layers compute what they did, and their small gradients are those of the whole weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lit_ft.losses import IGNORED, ChunkedCrossEntropy, ModelLoss
+from lit_ft.subspace import inject, subspace_layers
+from tests.test_losses import tiny_model
+
+IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+LABELS = IDS.masked_fill(torch.arange(12) < torch.tensor([[2], [9], [5]]), IGNORED)
+MODELS = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": False, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0},
+    "qwen2": {},  # biases
+}
+
+
+def model_and_twin(name, **options):
+    """A float64 model and the same one with its layers in subspaces."""
+    plain = tiny_model(name.split()[0], **MODELS[name]).double().eval()
+    twin = copy.deepcopy(plain)
+    layers = inject(twin, rank=options.pop("rank", 4), **options)
+    return plain, twin, layers
+
+
+def track(layers):
+    for layer in layers.values():
+        layer.basis.requires_grad_(True)
+
+
+@pytest.mark.parametrize("loss", [ChunkedCrossEntropy(chunk_tokens=3), ModelLoss()])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_of_delta_is_the_projected_gradient(name, side, loss):
+    plain, twin, layers = model_and_twin(name, side=side)
+    track(layers)  # sketches must not change it
+    values = [loss(model, {"input_ids": IDS}, LABELS) for model in (plain, twin)]
+    torch.testing.assert_close(values[0], values[1])
+    for value in values:
+        value.backward()
+    modules = dict(plain.named_modules())
+    assert len(layers) >= 5
+    for key, layer in layers.items():
+        gradient = modules[key].weight.grad
+        gradient = gradient.T if layer.views_transposed else gradient
+        torch.testing.assert_close(layer.delta.grad, gradient @ layer.basis.T)
+    deltas = {id(layer.delta) for layer in layers.values()}
+    ours = [p for p in twin.named_parameters() if p[1].requires_grad and id(p[1]) not in deltas]
+    others = dict(plain.named_parameters())
+    for key, parameter in ours:
+        torch.testing.assert_close(parameter.grad, others[key].grad, msg=key)
+
+
+@pytest.mark.parametrize("loss", [ChunkedCrossEntropy(chunk_tokens=64), ModelLoss()])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_sketch_is_the_sum_over_sequences(name, side, loss):
+    _, twin, layers = model_and_twin(name, side=side)
+    plain = tiny_model(name, **MODELS[name]).double().eval()
+    expected = {}
+    for row in range(len(IDS)):
+        plain.zero_grad()
+        loss(plain, {"input_ids": IDS[row : row + 1]}, LABELS[row : row + 1]).backward()
+        modules = dict(plain.named_modules())
+        for key, layer in layers.items():
+            gradient = modules[key].weight.grad
+            gradient = gradient.T if layer.views_transposed else gradient
+            expected[key] = expected.get(key, 0) + (gradient @ layer.basis.T).T @ gradient
+    track(layers)
+    for rows in (IDS, IDS[:1], IDS[1:]):  # whole, and in two micro-batches
+        labels = {3: LABELS, 1: LABELS[:1], 2: LABELS[1:]}[len(rows)]
+        if len(rows) == 1:
+            first = {key: layer.basis.grad.clone() for key, layer in layers.items()}
+            twin.zero_grad()
+        loss(twin, {"input_ids": rows}, labels).backward()
+    for key, layer in layers.items():
+        torch.testing.assert_close(first[key], expected[key].detach(), msg=key)
+        torch.testing.assert_close(layer.basis.grad, expected[key].detach(), msg=key)
+
+
+def test_tied_layers_share_one_delta_and_one_basis_wherever_the_model_goes():
+    _, twin, layers = model_and_twin("llama tied")
+    assert "lm_head" not in layers
+    for model in (twin, copy.deepcopy(twin), twin.float(), twin.bfloat16()):
+        head, embedding = model.lm_head, model.model.embed_tokens
+        assert head.delta is embedding.delta
+        assert head.basis is embedding.basis
+        assert "basis" in dict(head.named_buffers())
+        assert head.delta.dtype in (torch.float32, torch.float64)  # never 16 bits
+    assert twin.lm_head.weight.dtype == torch.bfloat16
+    assert list(subspace_layers(twin)) == list(layers)
+
+
+def test_a_layer_that_is_used_twice_sums_both_gradients():
+    linear = nn.Linear(6, 6).double()
+    twin = copy.deepcopy(linear)
+    [layer] = inject(twin, rank=3).values()
+    layer.basis.requires_grad_(True)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for module in (linear, twin):
+        module(module(x).tanh()).square().sum().backward()
+    torch.testing.assert_close(layer.delta.grad, linear.weight.grad @ layer.basis.T)
+    assert layer.basis.grad is not None
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_fold_moves_the_weight_by_alpha_s_p_and_decays_it(name, side):
+    _, twin, layers = model_and_twin(name, side=side)
+    for layer in layers.values():
+        before = layer.moving_weight.clone()
+        step = torch.randn_like(layer.delta)
+        layer.delta.data.copy_(step)
+        layer.fold(scale=0.5, decay=0.1)
+        torch.testing.assert_close(layer.moving_weight, 0.9 * before + 0.5 * step @ layer.basis)
+        assert layer.moving_weight.data_ptr() == layer.weight.data_ptr()
+        assert not layer.delta.any()
+
+
+def test_checkpointing_autocast_and_compilation_leave_the_gradients_alone():
+    _, twin, layers = model_and_twin("llama tied")
+    twin.float()
+    track(layers)
+
+    def gradients(model=twin, dtype=None):
+        twin.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            ChunkedCrossEntropy()(model, {"input_ids": IDS}, LABELS).backward()
+        return [t.clone() for la in layers.values() for t in (la.delta.grad, la.basis.grad)]
+
+    reference = gradients()
+    twin.activation_checkpointing_enable({"use_reentrant": False})
+    twin.train()
+    for ours, theirs in zip(gradients(), reference, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(gradients(dtype=torch.bfloat16), reference, strict=True):
+        cosine = torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
+        assert cosine > 0.99
+    twin.activation_checkpointing_disable()
+    twin.model.compile()
+    for ours, theirs in zip(gradients(), reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
