@@ -1,11 +1,15 @@
 """Fine-tune a causal language model: `python train.py --help` shows what can be chosen."""
 
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -15,22 +19,31 @@ def main(cfg: DictConfig) -> float:
     import lightning as L
 
     from lit_ft.config import refuse_untrusted
-    from lit_ft.console import quieten_libraries
-    from lit_ft.job import checkpoint_to_resume, fine_tune, sensible_precision
+    from lit_ft.console import command_line_exits, quieten_libraries
+    from lit_ft.job import (
+        available_accelerator,
+        checkpoint_to_resume,
+        fine_tune,
+        refuse_to_start_processes,
+        sensible_precision,
+    )
     from lit_ft.summary import RunSummary
 
     quieten_libraries()
     cfg.run_dir = HydraConfig.get().runtime.output_dir  # of this job, also inside a sweep
+    cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
     if cfg.trainer.precision is None:
         cfg.trainer.precision = sensible_precision(cfg.trainer.accelerator)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    with RunSummary(config["run_dir"], config) as summary:
+    with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
         refuse_untrusted(config, also=config["trusted_packages"])
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
         module = instantiate(config["module"], _convert_="all")
         datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
         trainer = instantiate(config["trainer"], _convert_="all")
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            refuse_to_start_processes(trainer)
         return fine_tune(
             module,
             datamodule,
@@ -48,6 +61,6 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as stop:
-        if stop.code:
-            print(names_near(sys.argv[1:], config_dir="conf"), file=sys.stderr, end="")
+        if stop.code == 1:
+            print(names_near(sys.argv[1:], config_dir=CONF), file=sys.stderr, end="")
         raise

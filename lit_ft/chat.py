@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from lit_ft.console import quieten_libraries
 from lit_ft.summary import read_summary
 
 Message = dict[str, str]
@@ -19,6 +20,7 @@ Message = dict[str, str]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Answer what is typed, or one `--prompt`, token by token."""
     options = _parser().parse_args(arguments)
+    quieten_libraries()
     try:
         folder = exported_folder(options.run_dir)
     except ValueError as error:
@@ -33,15 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.prompt is not None:
         reply(model, tokenizer, [*conversation, _user(options.prompt)], options)
         return
-    print(f"{folder}: an empty line or Ctrl-D ends, /new starts afresh.")
+    print(f"{folder}: an empty line ends, Ctrl-C cuts an answer short, /new starts afresh.")
     start = len(conversation)
     while text := _ask():
         if text == "/new":
             del conversation[start:]
             continue
-        conversation.append(_user(text))
-        answer = reply(model, tokenizer, conversation, options)
-        conversation.append({"role": "assistant", "content": answer})
+        try:
+            answer = reply(model, tokenizer, [*conversation, _user(text)], options)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            print()
+            continue
+        conversation += [_user(text), {"role": "assistant", "content": answer}]
 
 
 def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any) -> str:
@@ -90,7 +95,8 @@ def exported_folder(run_dir: str | Path) -> Path:
 def _ask() -> str:
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print()
         return ""
 
 

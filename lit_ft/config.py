@@ -33,18 +33,26 @@ def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> 
             )
 
 
-def names_near(overrides: Sequence[str], *, config_dir: str) -> str:
+def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
     """Return, for each override of a value that does not exist, the names that do, closest first.
 
     Args:
         overrides: Command-line arguments (`trainer.max_step=3`).
-        config_dir: The folder of train.yaml, relative to the working directory or absolute.
+        config_dir: The folder of train.yaml.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
+    groups = {path.name: None for path in Path(config_dir).iterdir() if path.is_dir()}
+    choices = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
     with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
-        known: Any = OmegaConf.to_container(compose("train"), resolve=False)
+        try:
+            composed = compose("train", choices)
+        except HydraException:  # a choice that does not exist: Hydra's own message lists them
+            composed = compose("train")
+    values: Any = OmegaConf.to_container(composed, resolve=False)
+    known = {**groups, **values}
     lines = []
     for override in overrides:
         key, assigned, _ = override.partition("=")

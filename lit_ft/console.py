@@ -1,10 +1,18 @@
-"""A terminal that shows the run, not the libraries' asides."""
+"""A terminal that shows the run, not the libraries' asides, and ends as the shell expects."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from hydra.errors import CompactHydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Nothing that a user of lit_ft could act on: deprecations between libraries, and an advertisement.
 _WARNINGS = (
@@ -14,6 +22,14 @@ _WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft calls transformers
     "PiSSA changes the base weights",  # exported as an adapter for the original ones
     ".*does not have many workers",  # tokenised data is read from a memory map
+    ".*sync_dist=True",  # the module logs what is the same on all ranks
+    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+)
+_MESSAGES = (
+    "litlogger",  # advertisements
+    "litmodels",
+    "TPU available",
+    "GPU available: False",  # what there is, Lightning says if it is not used
 )
 
 
@@ -22,11 +38,45 @@ def quieten_libraries() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: not any(part in record.getMessage() for part in _MESSAGES)
     )
+    # It says at import that one kernel for AVX512-BF16 is missing; the others do.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         from datasets.utils.logging import disable_progress_bar
         from transformers.utils import logging as transformers_logging
 
         disable_progress_bar()
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def command_line_exits() -> Iterator[None]:
+    """Turn what ends a run into what a shell expects of a command.
+
+    Raises:
+        SystemExit: 130 after Ctrl-C and 143 after SIGTERM, as for any program that they end.
+        CompactHydraException: A setting that cannot work. Hydra prints its message alone, with the
+            traceback under HYDRA_FULL_ERROR=1, exits with 1, and goes on with the rest of a sweep.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns Ctrl-C into SystemExit(1).
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        sys.exit(128 + signal.SIGINT)
+    except (
+        ValueError,
+        FileNotFoundError,
+        FloatingPointError,
+        MisconfigurationException,
+        InstantiationException,
+        torch.OutOfMemoryError,
+    ) as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise CompactHydraException(f"\n{type(cause).__name__}: {cause}") from error

@@ -16,13 +16,14 @@ import torch
 from hydra.utils import instantiate
 
 from lit_ft.config import refuse_untrusted
-from lit_ft.models import export_model
+from lit_ft.console import quieten_libraries
 from lit_ft.summary import read_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rebuild the run's model, load the checkpoint into it, export it."""
     options = _parser().parse_args(arguments)
+    quieten_libraries()
     try:
         folder = export_run(
             options.run_dir,
@@ -56,6 +57,9 @@ def export_run(
     Raises:
         ValueError: No such run or checkpoint.
     """
+    # Not above: peft's imports speak before they can be silenced.
+    from lit_ft.models import export_model
+
     run_dir = Path(run_dir)
     summary = read_summary(run_dir)
     if summary is None:

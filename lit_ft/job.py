@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 from lit_ft.callbacks import (
@@ -17,13 +20,15 @@ from lit_ft.callbacks import (
     ExportHF,
     LastCheckpoint,
     SampleGenerations,
+    StopOnSignal,
     ThroughputMonitor,
     final_panel,
 )
 from lit_ft.datamodule import InstructionDataModule
 from lit_ft.memory import optimizer_state_bytes, peak_bytes, weight_bytes
 from lit_ft.module import CausalLMModule
-from lit_ft.summary import RunSummary, read_summary
+from lit_ft.subspace import subspace_layers
+from lit_ft.summary import RunSummary, status_of
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
@@ -51,20 +56,17 @@ def fine_tune(
         auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
-    callbacks_of(trainer).append(_Recorder(summary))
+    callbacks_of(trainer).extend([_Recorder(summary), StopOnSignal()])
     if auto_batch_size:
         callbacks_of(trainer).insert(0, AutoBatchSize())
-    if resume is None or validate_only:
-        [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
-        summary.update(initial_val_loss=metrics["val_loss"])
-    else:
-        summary.update(
-            initial_val_loss=(read_summary(summary.path.parent) or {}).get("initial_val_loss")
-        )
-    if not validate_only:
-        trainer.fit(module, datamodule, ckpt_path=resume)
-        [metrics] = trainer.validate(module, datamodule, verbose=False)
-        _keep_if_best(trainer, metrics["val_loss"])
+    with _remedies_for_out_of_memory(module, datamodule):
+        if resume is None or validate_only:
+            [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
+            summary.update(initial_val_loss=metrics["val_loss"])
+        if not validate_only:
+            trainer.fit(module, datamodule, ckpt_path=resume)
+            [metrics] = trainer.validate(module, datamodule, verbose=False)
+            _keep_if_best(trainer, metrics["val_loss"])
     summary.update(val_loss=metrics["val_loss"], val_perplexity=metrics["val_perplexity"])
     _report(trainer, summary)
     return metrics["val_loss"]
@@ -89,6 +91,15 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
     return Path(resume)
 
 
+def available_accelerator(accelerator: str) -> str:
+    """Return Lightning's name for `accelerator`, where "gpu_or_cpu" says which of them it is."""
+    if accelerator != "gpu_or_cpu":
+        return accelerator
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        rank_zero_info("There is no GPU that torch can use: the CPU stands in.")
+    return "auto"
+
+
 def sensible_precision(accelerator: str) -> str:
     """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
 
@@ -99,6 +110,17 @@ def sensible_precision(accelerator: str) -> str:
             "bf16-true" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
         )
     return "32-true"
+
+
+def refuse_to_start_processes(trainer: Trainer) -> None:
+    """Raise MisconfigurationException if `trainer` starts this very command again for other ranks.
+
+    In a sweep each of them would run the whole sweep.
+    """
+    if trainer.strategy.launcher is not None and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "A sweep (-m) runs on one device: set trainer.devices=1, or start the runs one by one."
+        )
 
 
 def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> int | None:
@@ -118,12 +140,47 @@ def _keep_if_best(trainer: Trainer, val_loss: float) -> None:
         trainer.save_checkpoint(Path(str(best.dirpath)) / "best.ckpt", weights_only=True)
 
 
+@contextmanager
+def _remedies_for_out_of_memory(
+    module: CausalLMModule, datamodule: InstructionDataModule
+) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if status_of(error) != "out_of_memory":
+            raise
+        quantised = getattr(module.source, "quantization_config", None) is not None
+        remedies = {
+            f"data.batch_size={datamodule.batch_size // 2} with twice the "
+            "trainer.accumulate_grad_batches": datamodule.batch_size > 1,
+            "module.activation_checkpointing=true": not module.activation_checkpointing,
+            f"data.max_length below {datamodule.max_length}": True,
+            "optim=adamw_8bit": module.adapter is None,
+            "adapter=lora": module.adapter is None,
+            "adapter=qlora": module.adapter is not None and not quantised,
+        }
+        settings = ", ".join(setting for setting, applies in remedies.items() if applies)
+        raise torch.OutOfMemoryError(
+            f"{error}\nSettings that need less memory: {settings}."
+        ) from error
+
+
 class _Recorder(Callback):
-    """Fills the summary while the trainer has the objects at hand, failed runs included."""
+    """Fills the summary while the trainer has the objects at hand, failed runs included.
+
+    Its part of a checkpoint is the validation loss that the run began with: a resumed run has no
+    other way to know it.
+    """
 
     def __init__(self, summary: RunSummary) -> None:
         self.summary = summary
         self.ready = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial_val_loss": self.summary.fields["initial_val_loss"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.summary.update(**state_dict)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded(pl_module)
@@ -151,13 +208,19 @@ class _Recorder(Callback):
             return
         self.ready = True
         self.summary.loaded()
-        parameters = list(module.parameters())
+        # A weight that moves in a subspace is trained as a whole; what moves it is no weight.
+        layers = subspace_layers(module).values()
+        deltas, moving = {la.delta for la in layers}, {la.weight for la in layers}
+        weights = [p for p in module.parameters() if p not in deltas]
+        beside = sum(la.delta.nbytes + la.basis.nbytes for la in layers)
         self.summary.update(
             model={
                 "name": getattr(getattr(module, "source", None), "name", type(module).__name__),
-                "parameters": sum(p.numel() for p in parameters),
-                "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-                "weight_bytes": weight_bytes(module),
+                "parameters": sum(p.numel() for p in weights),
+                "trainable_parameters": sum(
+                    p.numel() for p in weights if p.requires_grad or p in moving
+                ),
+                "weight_bytes": weight_bytes(module) - beside,
             }
         )
 

@@ -30,6 +30,7 @@ from lit_ft.losses import (
 from lit_ft.models import ModelSource, add_adapter
 from lit_ft.models.adapters import rewrites_base_weights
 from lit_ft.optim import DECAY_MATRICES, GroupRule, build_optimizer, stochastically_rounded
+from lit_ft.rounding import keyed_generator
 
 Batch = Mapping[str, Any]
 
@@ -50,7 +51,7 @@ class CausalLMModule(LightningModule):
             trained on its own loss instead of the chunked one: found out on the first batch.
         activation_checkpointing: Recompute each block's activations in backward.
         compile: Compile the transformer with torch.compile.
-        seed: Of the stochastic rounding of bfloat16 weights.
+        seed: Of dropout and of the stochastic rounding of bfloat16 weights.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class CausalLMModule(LightningModule):
                 "or trainer.precision=16-mixed, which keeps the weights in float32."
             )
         self.source.check()
+        self._check_optimizer()
 
     def configure_model(self) -> None:
         """Load the model, once, in the precision and on the device that the strategy asks for."""
@@ -119,6 +121,12 @@ class CausalLMModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make dropout depend on seed, rank and batch alone: a resumed run repeats it."""
+        # Saving the random state instead would miss what loaders and validations draw in between.
+        key = (self.seed, self.global_rank, self.current_epoch, batch_idx)
+        torch.manual_seed(keyed_generator(torch.device("cpu"), *key).initial_seed())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the global batch's loss."""
@@ -210,6 +218,19 @@ class CausalLMModule(LightningModule):
         return tuple(
             name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
         )
+
+    def _check_optimizer(self) -> None:
+        """Let the optimizer and the schedule refuse their options, on stand-ins."""
+        groups = [
+            {**rule.options, "params": [torch.nn.Parameter(torch.zeros(2, 2))]}
+            for rule in self.groups
+        ]
+        try:
+            optimizer = self.optimizer(groups)
+            if self.schedule and not getattr(optimizer, "sets_own_learning_rate", False):
+                self.schedule(optimizer, 100)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"optim, groups or schedule: {error}") from error
 
     def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:
         """Check what the loss and packing take for granted, on the first batch that shows it."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from huggingface_hub import RepoUrl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lit_ft.callbacks import ExportHF
+from lit_ft.callbacks import ExportHF, export
 
 
 class Plain(LightningModule):
@@ -80,3 +83,59 @@ def test_a_model_that_cannot_be_written_is_refused_before_training(tmp_path):
     ):
         fit(tmp_path, ExportHF(tmp_path / "model"), module)
     assert torch.equal(module.layer.weight, before)
+
+
+class Hub:
+    """Stands in for huggingface_hub.HfApi."""
+
+    calls: list
+    error: Exception | None = None
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create", repo_id, options))
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path):
+        if self.error is not None:
+            raise self.error
+        self.calls.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(Hub, "calls", [], raising=False)
+    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(export, "get_token", lambda: "hf_secret")
+    return Hub
+
+
+def test_the_folder_is_uploaded_to_a_private_repository(tmp_path, hub):
+    fit(tmp_path, ExportHF(tmp_path / "model", push_to_hub="me/tuned"), Plain())
+    create, (verb, repository, files) = hub.calls
+    assert create == ("create", "me/tuned", {"private": True, "exist_ok": True})
+    assert (verb, repository) == ("upload", "me/tuned")
+    assert {"config.json", "model.safetensors"} <= set(files)
+
+
+def test_a_failed_upload_is_a_warning_and_the_folder_stays(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(hub, "error", ConnectionError("no route"))
+    callback = ExportHF(tmp_path / "model", push_to_hub="me/tuned")
+    with pytest.warns(UserWarning, match="Not uploaded to me/tuned.*no route.*hf upload"):
+        fit(tmp_path, callback, Plain())
+    assert (callback.export_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("repository", "token", "said"),
+    [("me/tuned", None, "hf auth login"), ("me/ tuned", "hf_secret", "me/ tuned")],
+)
+def test_an_upload_that_cannot_work_is_refused_before_training(
+    tmp_path, hub, monkeypatch, repository, token, said
+):
+    monkeypatch.setattr(export, "get_token", lambda: token)
+    module = Plain()
+    before = module.model.lm_head.weight.clone()
+    with pytest.raises(MisconfigurationException, match=said):
+        fit(tmp_path, ExportHF(tmp_path / "model", push_to_hub=repository), module)
+    assert torch.equal(module.model.lm_head.weight, before)
+    assert not hub.calls

@@ -228,3 +228,16 @@ def test_validation_inside_fit_follows_validation_before_it(tmp_path):
     [before] = trainer.validate(module, batches, verbose=False)
     trainer.fit(module, batches, batches)
     assert trainer.callback_metrics["val_loss"].item() < before["val_loss"]
+
+
+def test_dropout_repeats_for_the_same_batch_and_differs_for_another(monkeypatch):
+    def draw(batch_idx, seed=0, rank=0, epoch=0):
+        monkeypatch.setattr(CausalLMModule, "global_rank", rank)
+        monkeypatch.setattr(CausalLMModule, "current_epoch", epoch)
+        module = CausalLMModule(None, optimizer=None, seed=seed)
+        module.on_train_batch_start({}, batch_idx)
+        return torch.rand(()).item()
+
+    assert draw(3) == draw(3)
+    drawn = [draw(0), draw(1), draw(0, seed=1), draw(0, rank=1), draw(0, epoch=1)]
+    assert len(set(drawn)) == len(drawn)

@@ -4,10 +4,12 @@ from lit_ft.callbacks.batch_size import AutoBatchSize
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lit_ft.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_ft.callbacks.export import ExportHF
+from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.learning_rate import LearningRateMonitor
 from lit_ft.callbacks.memory import MemoryMonitor
 from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
 from lit_ft.callbacks.samples import SampleGenerations
+from lit_ft.callbacks.stop import StopOnSignal
 from lit_ft.callbacks.tables import StartTable, final_panel
 from lit_ft.callbacks.throughput import ThroughputMonitor
 
@@ -16,6 +18,7 @@ __all__ = [
     "AutoBatchSize",
     "BestCheckpoint",
     "ExportHF",
+    "GaLore",
     "LastCheckpoint",
     "LearningRateMonitor",
     "LineProgress",
@@ -23,6 +26,7 @@ __all__ = [
     "ProgressBar",
     "SampleGenerations",
     "StartTable",
+    "StopOnSignal",
     "TerminalProgress",
     "ThroughputMonitor",
     "final_panel",

@@ -61,12 +61,17 @@ class AutoBatchSize(Callback):
         device = trainer.strategy.root_device
         reserved = sum(n or 0 for o in trainer.optimizers for n in estimate_state_bytes(o))
         free = int(_free_bytes(device) * (1 - self.headroom)) - reserved
+        # One baseline for all: a CPU's allocator keeps what a smaller batch has freed, so that the
+        # next one's growth alone would look small.
+        baseline = current_bytes(device).value
         needed: dict[int, int] = {}
         for size in (n for n in range(1, rows + 1) if rows % n == 0):
             if needed and _extrapolated(needed, size) > free:
                 break
             try:
-                needed[size] = _measure(trainer, module, size, length, device)
+                peak = _peak_of(trainer, module, size, length, device)
+                # Resident memory is noisy where a batch weighs little: it never falls here.
+                needed[size] = max(peak - baseline, 1, *needed.values())
             except torch.OutOfMemoryError:
                 break
             finally:
@@ -83,12 +88,11 @@ class AutoBatchSize(Callback):
         return max(needed), needed[max(needed)]
 
 
-def _measure(
+def _peak_of(
     trainer: Trainer, module: LightningModule, size: int, length: int, device: torch.device
 ) -> int:
-    """Return the bytes that two micro-batches of `size` rows need at their peak."""
+    """Return the bytes in use at the peak of two micro-batches of `size` rows."""
     vocabulary = module.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, operator]
-    before = current_bytes(device).value
     reset_peak(device)
     with torch.random.fork_rng():
         for _ in range(2):  # the second meets the gradients of the first, as under accumulation
@@ -96,7 +100,7 @@ def _measure(
             with trainer.precision_plugin.forward_context():
                 loss, num_targets = module.loss_sum({"input_ids": tokens, "labels": tokens})  # type: ignore[operator]
             (loss / num_targets).backward()
-    return max(peak_bytes(device).value - before, 1)
+    return peak_bytes(device).value
 
 
 def _extrapolated(needed: dict[int, int], size: int) -> float:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 
 class ExportHF(Callback):
@@ -19,19 +22,31 @@ class ExportHF(Callback):
         folder: where to write.
         merge: fold an adapter into the weights; else the adapter alone is written.
         dtype: of the written weights, as `bfloat16`; None keeps the model's.
+        push_to_hub: "user/name" of a Hugging Face repository that the folder is uploaded to, made
+            where it is missing. A failed upload is a warning: the folder stays.
+        private: whether a new repository is.
 
     Attributes:
         export_path: the folder, once it is written.
 
     Raises:
         MisconfigurationException: at the start of `fit`, if the module has no `model` that can
-            save itself.
+            save itself, or nobody is logged in to the hub.
     """
 
-    def __init__(self, folder: str | Path, merge: bool = True, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        merge: bool = True,
+        dtype: str | None = None,
+        push_to_hub: str | None = None,
+        private: bool = True,
+    ) -> None:
         self.folder = folder
         self.merge = merge
         self.dtype = dtype
+        self.push_to_hub = push_to_hub
+        self.private = private
         self.export_path: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -42,6 +57,8 @@ class ExportHF(Callback):
                 f"ExportHF writes transformers models: {type(pl_module).__name__}.model has no "
                 "save_pretrained(). Keep the model there, or leave ExportHF out."
             )
+        if self.push_to_hub is not None:
+            _check_hub(self.push_to_hub)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,3 +74,30 @@ class ExportHF(Callback):
             merge=self.merge,
             dtype=self.dtype,
         )
+        if self.push_to_hub is not None:
+            _upload(self.export_path, self.push_to_hub, private=self.private)
+
+
+def _check_hub(repository: str) -> None:
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise MisconfigurationException(f"push_to_hub={repository}: {error}") from error
+    if get_token() is None:
+        raise MisconfigurationException(
+            f"push_to_hub={repository} needs a login: run `hf auth login`, or set HF_TOKEN."
+        )
+
+
+def _upload(folder: Path, repository: str, *, private: bool) -> None:
+    try:
+        api = HfApi()
+        created = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder)
+    except Exception as error:  # networks fail in many ways, and none may cost the trained model
+        rank_zero_warn(
+            f"Not uploaded to {repository}: {error!r}. The model is in {folder}; to try again: "
+            f"hf upload {repository} {folder}"
+        )
+    else:
+        rank_zero_info(f"Uploaded to {created}")

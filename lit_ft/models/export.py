@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ft.models.sources import dtype_named
+
 
 def export_model(
     model: PreTrainedModel | PeftModel,
@@ -33,15 +35,20 @@ def export_model(
         folder: Made where it is missing.
         merge: Fold the adapter into the weights it sits on.
         dtype: Of the written weights ("bfloat16"); None keeps the model's.
+
+    Raises:
+        ValueError: `dtype` is none of torch's.
     """
+    target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         _save_adapter(model, folder / "adapter" if merge else folder)
     if merge or not isinstance(model, PeftModel):
         whole: Any = merged(model) if isinstance(model, PeftModel) else model
-        if dtype is not None:
-            whole = (copy.deepcopy(whole) if whole is model else whole).to(getattr(torch, dtype))
+        if target_dtype is not None:
+            whole = copy.deepcopy(whole) if whole is model else whole
+            whole.to(target_dtype)
         whole.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

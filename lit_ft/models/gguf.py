@@ -66,9 +66,8 @@ def _dequantise(source: Path, folder: Path) -> None:
 
 
 def _cache_root() -> Path:
-    if "LIT_FT_CACHE" in os.environ:
-        return Path(os.environ["LIT_FT_CACHE"]) / "models"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lit_ft" / "models"
+    own, shared = os.environ.get("LIT_FT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return (Path(own) if own else Path(shared or Path.home() / ".cache") / "lit_ft") / "models"
 
 
 def _digest(file: Path) -> str:

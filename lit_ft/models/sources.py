@@ -77,7 +77,7 @@ class Pretrained:
                 f"model.gguf_file={self.gguf_file}: not in {path}. GGUF files there: {found}."
             )
         if self.dtype is not None:
-            _dtype_named(self.dtype)
+            dtype_named(self.dtype)
         if self.quantization_config is not None:
             _check_quantization_runs()
 
@@ -97,7 +97,7 @@ class Pretrained:
             options["attn_implementation"] = self.attn_implementation
         if self.quantization_config is not None:
             options["quantization_config"] = self.quantization_config
-        dtype = _dtype_named(self.dtype) if self.dtype else dtype
+        dtype = dtype_named(self.dtype) if self.dtype else dtype
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
     def _folder(self) -> str:
@@ -176,6 +176,8 @@ class FromConfig:
         name: What to call the model; its type if None.
         attn_implementation: As in `Pretrained`.
         quantization_config: Refused: there is nothing to keep in random weights.
+        seed: Of the weights: they depend on it alone, so that what a checkpoint leaves out (the
+            frozen weights under an adapter) is the same again.
     """
 
     model_type: str
@@ -184,6 +186,7 @@ class FromConfig:
     name: str = "from scratch"
     attn_implementation: str | None = None
     quantization_config: Any = None
+    seed: int = 0
 
     def check(self) -> None:
         """Raise ValueError for an unknown architecture or a tokenizer that cannot be loaded."""
@@ -202,22 +205,25 @@ class FromConfig:
         return None if source is None else source.load_tokenizer()
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Return a new model; its weights depend on torch's seed alone."""
+        """Return a new model."""
         config = AutoConfig.for_model(self.model_type, **self.config)
         options = {}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore
 
     def _tokenizer_source(self) -> ModelSource | None:
         return Pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
 
 
-def _dtype_named(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
+    """Return torch's floating-point type of that name; raise ValueError if there is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
-            f"model.dtype={name}: not a floating-point type of torch; try bfloat16 or float32."
+            f"dtype={name}: not a floating-point type of torch; try bfloat16 or float32."
         )
     return dtype
 

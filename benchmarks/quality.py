@@ -1,0 +1,214 @@
+"""Held-out loss of the methods at equal tokens, each at its own tuned learning rate.
+
+    python benchmarks/quality.py                       # whatever is missing from the results
+    python benchmarks/quality.py --only adamw galore_subspace_r64 --seeds 0
+    python benchmarks/quality.py --report              # the table of what is there
+
+SmolLM2-135M on the embedded data: every run sees the same batches in the same order (per seed) and
+is validated on the same examples of modules that it never trained on. First every method runs at
+several rates with the first seed; the best rate then runs with all seeds. Results are appended to
+results/quality.jsonl as they come, so that the hours can be spread over sessions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lit_ft.callbacks import ThroughputMonitor
+from lit_ft.console import quieten_libraries
+from lit_ft.summary import hardware, versions
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "quality.jsonl"
+CONF = HERE.parent / "conf"
+RATES = (5e-5, 1e-4, 2e-4)
+
+
+def _galore(name: str, rank: int, rates: tuple[float, ...] = RATES) -> dict[str, Any]:
+    return {"overrides": [f"optim={name}", f"galore.rank={rank}"], "rates": rates}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "adamw": {"overrides": ["optim=adamw"], "rates": RATES},
+    "adamw_8bit": {"overrides": ["optim=adamw_8bit"], "rates": RATES},
+    "adafactor_fixed": {"overrides": ["optim=adafactor_fixed"], "rates": RATES},
+    "lora_r16": {"overrides": ["adapter=lora"], "rates": (2e-4, 5e-4, 1e-3)},
+    "galore_subspace_r64": _galore("galore_subspace", 64),
+    "galore_subspace_r128": _galore("galore_subspace", 128),
+    "galore_r64": _galore("galore", 64),
+    "galore_r128": _galore("galore", 128),
+    "galore_svd_r64": _galore("galore_svd", 64, (2e-4, 4e-4, 8e-4)),
+}
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    options = _parser().parse_args()
+    if not options.report:
+        quieten_libraries()
+        wanted = [name for name in METHODS if not options.only or name in options.only]
+        for method, rate, seed in track(list(_missing(wanted, options.seeds)), "runs"):
+            record = run(method, rate, seed, options)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    Console().print(table(_results()))
+
+
+def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train once and return the record."""
+    overrides = [
+        *METHODS[method]["overrides"],
+        f"optim.lr={rate}",
+        f"seed={seed}",
+        "callbacks=none",
+    ]
+    overrides += [f"trainer.max_steps={options.steps}", f"data.batch_size={options.batch_size}"]
+    overrides += [f"data.max_length={options.max_length}", "run_dir=runs/quality", "strategy=cpu"]
+    overrides += [f"data.max_val_examples={options.val_examples}", "data.val_batch_size=8"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
+    L.seed_everything(seed, verbose=False)
+    module = instantiate(config["module"], _convert_="all")
+    data = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
+    throughput = ThroughputMonitor()
+    galore = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=options.steps,
+        gradient_clip_val=config["trainer"]["gradient_clip_val"],
+        callbacks=[throughput, *galore],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+    )
+    began = time.monotonic()
+    trainer.fit(module, data)
+    trainer.limit_val_batches = 1.0
+    [metrics] = trainer.validate(module, data, verbose=False)
+    return {
+        "method": method,
+        "lr": rate,
+        "seed": seed,
+        "val_loss": metrics["val_loss"],
+        "initial_val_loss": _initial_loss(config, options),
+        "train_loss": float(trainer.callback_metrics.get("train_loss", torch.nan)),
+        "tokens": throughput.tokens,
+        "tokens_per_second": throughput.tokens_per_second,
+        "seconds": time.monotonic() - began,
+        "settings": {
+            k: v for k, v in vars(options).items() if k not in ("only", "report", "seeds")
+        },
+        "overrides": overrides,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """Best rate of each method, mean over seeds, and the share of AdamW's fall in loss."""
+    shown = Table("method", "lr", "seeds", "val loss", "± seeds", "fall", "of adamw's", "tok/s")
+    falls: dict[str, float] = {}
+    for method in METHODS:
+        by_rate: dict[float, list[dict[str, Any]]] = {}
+        for record in records:
+            if record["method"] == method:
+                by_rate.setdefault(record["lr"], []).append(record)
+        if not by_rate:
+            continue
+        rate = _best_rate(records, method)
+        assert rate is not None
+        losses = [record["val_loss"] for record in by_rate[rate]]
+        falls[method] = by_rate[rate][0]["initial_val_loss"] - statistics.mean(losses)
+        spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-"
+        share = f"{falls[method] / falls['adamw']:.1%}" if "adamw" in falls else "-"
+        speed = statistics.median(record["tokens_per_second"] for record in by_rate[rate])
+        shown.add_row(
+            method,
+            f"{rate:.0e}",
+            str(len(losses)),
+            f"{statistics.mean(losses):.4f}",
+            spread,
+            f"{falls[method]:.4f}",
+            share,
+            f"{speed:.0f}",
+        )
+    return shown
+
+
+def _missing(methods: list[str], seeds: list[int]) -> Iterator[tuple[str, float, int]]:
+    """Rates first, with the first seed; then the best rate with the other seeds."""
+    done = {(r["method"], r["lr"], r["seed"]) for r in _results()}
+    for method in methods:
+        for rate in METHODS[method]["rates"]:
+            if (method, rate, seeds[0]) not in done:
+                yield method, rate, seeds[0]
+    for method in methods:
+        rate = _best_rate(_results(), method)
+        for seed in seeds[1:]:
+            if rate is not None and (method, rate, seed) not in done:
+                yield method, rate, seed
+
+
+def _best_rate(records: list[dict[str, Any]], method: str) -> float | None:
+    """The rate with the lowest loss among the runs of the first seed."""
+    runs = [r for r in records if r["method"] == method and r["seed"] == 0]
+    return min(runs, key=lambda r: r["val_loss"])["lr"] if runs else None
+
+
+def _initial_loss(config: Any, options: argparse.Namespace) -> float:
+    """The untrained model's loss: measured once, then taken from the results."""
+    for record in _results():
+        settings = record["settings"]
+        if all(settings[k] == getattr(options, k) for k in ("max_length", "val_examples")):
+            return float(record["initial_val_loss"])
+    module = instantiate(config["module"], _convert_="all")
+    data = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False
+    )
+    [metrics] = trainer.validate(module, data, verbose=False)
+    return float(metrics["val_loss"])
+
+
+def _results() -> list[dict[str, Any]]:
+    if not RESULTS.is_file():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=METHODS, help="these methods; all if not given"
+    )
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch-size", type=int, default=12, help="about 430 target tokens")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--val-examples", type=int, default=200)
+    parser.add_argument("--report", action="store_true", help="print the table only")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

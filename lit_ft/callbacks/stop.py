@@ -1,0 +1,103 @@
+"""Ctrl-C and SIGTERM end a run with nothing lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_ft.callbacks.checkpoint import LastCheckpoint
+
+
+class StopOnSignal(Callback):
+    """Finish the optimizer step that is under way, save `LastCheckpoint`'s file, and stop.
+
+    Lightning by itself stops in the midst of a step on Ctrl-C, after any micro-batch on SIGTERM,
+    and saves nothing. Here a second signal stops at once, and so does the first one outside `fit`.
+    All ranks stop at the same step, whichever of them got the signal. Has an effect in the main
+    thread only, where Python allows signal handlers.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; Lightning turns it into SystemExit.
+        SIGTERMException: after SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._global_step = 0
+        self._step_is_complete = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let SIGTERM end what has nothing to save; Lightning loses one during the last batch."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            _handle(signal.SIGTERM, _stop_at_once)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over; Lightning puts the earlier handlers back when `fit` ends."""
+        self._received = None
+        self._step_is_complete = False
+        self._global_step = trainer.global_step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            _handle(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if this batch completed an optimizer step."""
+        self._step_is_complete = trainer.global_step > self._global_step
+        self._global_step = trainer.global_step
+        self._stop_if_asked(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Stop if the validation does not interrupt an optimizer step."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._stop_if_asked(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is no step to finish."""
+        self._step_is_complete = True
+        self._stop_if_asked(trainer, pl_module)
+        self._let_signals_through()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self._let_signals_through()
+        rank_zero_info(
+            f"{signal.Signals(number).name}: finishing the step and saving. Again: stop at once."
+        )
+
+    def _let_signals_through(self) -> None:
+        _handle(signal.SIGINT, signal.default_int_handler)
+        _handle(signal.SIGTERM, _stop_at_once)
+
+    def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._step_is_complete:
+            return
+        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint):
+                callback.on_train_end(trainer, pl_module)
+                rank_zero_info(
+                    f"Stopped at step {trainer.global_step}; its state: {callback.last_model_path}"
+                )
+        if self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SIGTERMException
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    raise SIGTERMException
+
+
+def _handle(number: signal.Signals, handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)

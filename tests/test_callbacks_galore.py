@@ -1,0 +1,139 @@
+"""GaLore as a callback: in foreign projects, with accumulation, clipping, schedules, resume."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+from examples.other_project import RANK, train
+from lit_ft.callbacks import GaLore
+from lit_ft.optim import WarmupSchedule
+from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
+from tests.test_module import batch_of, loader, module_of, trainer_of
+
+FIXED = SubspaceIteration(every=10**6)
+
+
+def test_a_foreign_project_trains_and_its_update_has_the_rank(monkeypatch):
+    import lit_ft.subspace.stepping as stepping
+
+    monkeypatch.setattr(stepping, "_START_ROUNDS", 0)
+    module, update = train(FIXED)
+    values = torch.linalg.svdvals(update)
+    assert values[RANK - 1] > 1e-3 * values[0]
+    assert values[RANK] < 1e-5 * values[0]
+    assert type(module).__name__ == "Regression"
+
+
+def test_a_moving_basis_gives_an_update_of_higher_rank():
+    _, update = train(Oja())
+    assert torch.linalg.matrix_rank(update, rtol=1e-3) > RANK
+
+
+def fit(tmp_path, data, *, projector, steps=6, ckpt=None, rank=4, stop=None, **options):
+    module = module_of(
+        optimizer=partial(AdamW, lr=1e-2),
+        schedule=WarmupSchedule(partial(get_cosine_schedule_with_warmup), warmup=1),
+    )
+    trainer = trainer_of(
+        tmp_path,
+        max_steps=steps,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        callbacks=[GaLore(rank=rank, projector=projector), *([stop] if stop else [])],
+        **options,
+    )
+    trainer.fit(module, loader(*data), ckpt_path=ckpt)
+    return module, trainer
+
+
+class StopAt:
+    """Ends training after a step, as an interruption between steps does."""
+
+    def __new__(cls, step):
+        from lightning.pytorch import Callback
+
+        class _StopAt(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                if trainer.global_step == step:
+                    trainer.should_stop = True
+
+        return _StopAt()
+
+
+@pytest.mark.parametrize("projector", [Oja(), Online(), SubspaceIteration(every=2)])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, projector):
+    data = [batch_of([12, 5, 7])] * 12
+    straight, _ = fit(tmp_path, data, projector=projector)
+    stopped, trainer = fit(tmp_path, data, projector=projector, stop=StopAt(3))
+    assert trainer.global_step == 3
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    resumed, _ = fit(tmp_path, data, projector=projector, ckpt=tmp_path / "three.ckpt")
+    for (name, ours), reference in zip(
+        resumed.model.named_parameters(), straight.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, reference), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"rank": 2}, "rank=4"), ({"projector": Online()}, "projector=Oja")],
+)
+def test_a_checkpoint_of_another_rank_or_projector_is_refused(tmp_path, changed, named):
+    data = [batch_of([12])] * 4
+    _, trainer = fit(tmp_path, data, projector=Oja(), steps=2)
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    with pytest.raises(Exception, match=named):
+        fit(tmp_path, data, ckpt=tmp_path / "four.ckpt", **{"projector": Oja(), **changed})
+
+
+def test_bf16_true_keeps_the_small_tensors_in_float32_and_moves_the_weights(tmp_path):
+    module = module_of(optimizer=partial(AdamW, lr=1e-3))
+    callback = GaLore(rank=4)
+    trainer = trainer_of(tmp_path, precision="bf16-true", callbacks=[callback])
+    trainer.fit(module, loader(*[batch_of([12, 5])] * 2))
+    untrained = module_of()
+    untrained.configure_model()
+    start = dict(untrained.model.named_parameters())
+    for name, layer in callback.steps.layers.items():
+        assert layer.weight.dtype == torch.bfloat16
+        assert layer.basis.dtype == layer.delta.dtype == torch.float32
+        assert not torch.equal(layer.weight, start[f"{name}.weight"].bfloat16()), name
+    assert module.model.model.norm.weight.dtype == torch.bfloat16
+
+
+def test_two_optimizers_are_refused(tmp_path):
+    class Two(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            return None
+
+        def configure_optimizers(self):
+            return [SGD(self.parameters(), lr=0.1), SGD(self.parameters(), lr=0.1)]
+
+    trainer = trainer_of(tmp_path, callbacks=[GaLore(rank=2)])
+    with pytest.raises(MisconfigurationException, match="one optimizer"):
+        trainer.fit(Two(), DataLoader(torch.zeros(2, 4)))
+
+
+def test_after_training_nothing_is_left_behind(tmp_path):
+    module = module_of()
+    callback = GaLore(rank=4)
+    trainer_of(tmp_path, callbacks=[callback]).fit(module, loader(*[batch_of([12])] * 2))
+    for layer in callback.steps.layers.values():
+        assert not layer.delta.any()
+        assert layer.basis.grad is None and layer.weight.grad is None
+        assert not layer.basis.requires_grad
+    copy.deepcopy(module.model)
+    assert isinstance(trainer_of(tmp_path), Trainer)

@@ -1,0 +1,63 @@
+"""Signals in a project that knows nothing of lit_ft."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_ft.callbacks import LastCheckpoint, StopOnSignal
+from tests.stopping import Fault
+
+
+def fit(tmp_path, *callbacks, verb="fit"):
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        accumulate_grad_batches=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        callbacks=[StopOnSignal(), *callbacks, LastCheckpoint(tmp_path)],
+        default_root_dir=tmp_path,
+    )
+    getattr(trainer, verb)(BoringModel())
+
+
+def saved_step(tmp_path):
+    return torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised"), [("interrupt", SystemExit), ("terminate", SIGTERMException)]
+)
+def test_the_step_under_way_is_finished_and_saved(tmp_path, fault, raised):
+    with pytest.raises(raised):
+        fit(tmp_path, Fault("on_train_batch_start", 2, fault))
+    assert saved_step(tmp_path) == 3
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    twice = [Fault("on_train_batch_start", 2, "interrupt") for _ in range(2)]
+    with pytest.raises(SystemExit):
+        fit(tmp_path, *twice)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    # In a callback behind StopOnSignal: nothing will ask it again.
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Fault("on_train_end", 6, "interrupt"))
+
+
+def test_sigterm_in_the_last_batch_of_a_validation_outside_fit_is_not_lost(tmp_path):
+    class Validating(Fault):
+        def _when_due(self, *_, **__):
+            self.fault()
+
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, Validating("on_validation_batch_start", 0, "terminate"), verb="validate")

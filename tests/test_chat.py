@@ -1,0 +1,146 @@
+"""`python -m lit_ft.chat`: one prompt, or a conversation."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from lit_ft.chat import main
+from lit_ft.models import FromConfig, export_model
+from tests.commands import TINY
+from tests.running import run_job
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 4096,
+    }
+    torch.manual_seed(0)
+    model = FromConfig("llama", config).load_model(torch.float32)
+    return export_model(model, tokenizer, tmp_path / "model")
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """Collect the conversations that reach the tokenizer's chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    seen = []
+    apply = PreTrainedTokenizerFast.apply_chat_template
+
+    def record(self, conversation, *arguments, **options):
+        seen.append([dict(message) for message in conversation])
+        return apply(self, conversation, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", record)
+    return seen
+
+
+def typed(monkeypatch, *lines):
+    answers = iter(lines)
+
+    def type_next(prompt):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_next)
+
+
+def test_one_prompt_is_answered_with_what_the_model_generates(folder, prompts, capsys):
+    main([str(folder), "--prompt", "hello", "--max-new-tokens", "5", "--system", "Be brief."])
+    said = capsys.readouterr().out
+    assert said.strip()
+    assert prompts == [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    ]
+    main([str(folder), "--prompt", "hello", "--max-new-tokens", "5", "--system", "Be brief."])
+    assert capsys.readouterr().out == said  # greedy
+
+
+def test_a_conversation_remembers_until_new(folder, prompts, capsys, monkeypatch):
+    typed(monkeypatch, "one", "two", "/new", "three", "")
+    main([str(folder), "--max-new-tokens", "3", "--system", "S"])
+    roles = [[message["role"] for message in conversation] for conversation in prompts]
+    assert roles == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user"],
+    ]
+    assert prompts[1][1]["content"] == "one" and prompts[2][1]["content"] == "three"
+    assert prompts[1][2]["content"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_ctrl_d_and_ctrl_c_end_it_without_a_traceback(folder, monkeypatch, end):
+    def stop(prompt):
+        raise end
+
+    monkeypatch.setattr("builtins.input", stop)
+    main([str(folder)])
+
+
+def test_a_temperature_samples(folder, capsys):
+    options = ["--prompt", "hello", "--max-new-tokens", "8", "--temperature", "2"]
+    answers = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        main([str(folder), *options])
+        answers.add(capsys.readouterr().out)
+    assert len(answers) > 1
+
+
+def test_ctrl_c_cuts_an_answer_short_and_the_conversation_goes_on(folder, prompts, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    generate = LlamaForCausalLM.generate
+
+    def cut_short(self, *arguments, **options):
+        monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", cut_short)
+    typed(monkeypatch, "one", "two")
+    main([str(folder), "--max-new-tokens", "3"])
+    assert [conversation[-1]["content"] for conversation in prompts] == ["one", "two"]
+    assert len(prompts[1]) == 1
+
+
+def test_a_model_without_a_template_continues_the_text(folder, tokenizer, capsys):
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    main([str(folder), "--prompt", "hello", "--max-new-tokens", "5"])
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_finished_run_answers_with_its_export(tmp_path, capsys):
+    run_job(tmp_path / "run", *TINY, "trainer.max_steps=1")
+    capsys.readouterr()
+    main([str(tmp_path / "run"), "--prompt", "hello", "--max-new-tokens", "3"])
+    assert capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "export")
+    with pytest.raises(SystemExit, match=r"python -m lit_ft\.export"):
+        main([str(tmp_path / "run")])
+
+
+def test_an_adapter_alone_is_told_apart_from_a_model(tmp_path):
+    run_job(tmp_path / "run", *TINY, "adapter=lora", "+callbacks.export.merge=false",
+            "trainer.max_steps=1")  # fmt: skip
+    with pytest.raises(SystemExit, match=r"python -m lit_ft\.export"):
+        main([str(tmp_path / "run")])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="neither a run's folder nor a Hugging Face model"):
+        main([str(tmp_path)])

@@ -1,0 +1,67 @@
+"""What a configuration may name, and what is said about a name that is not there."""
+
+from __future__ import annotations
+
+import pytest
+
+from lit_ft.config import names_near, refuse_untrusted
+from tests.running import CONF
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "torch.load", "torchvision.x", "lit_ft_evil.run", "builtins.eval"]
+)
+def test_a_target_outside_the_trusted_packages_is_refused_wherever_it_stands(target):
+    for config in (
+        {"_target_": target},
+        {"callbacks": {"mine": {"_target_": target}}},
+        {"plugins": [{"x": 1}, {"deep": [{"_target_": target}]}]},
+    ):
+        with pytest.raises(ValueError, match=target):
+            refuse_untrusted(config)
+
+
+def test_the_refusal_says_where_it_stands_and_how_to_trust_it():
+    config = {"trainer": {"plugins": [{"_target_": "mine.Plugin"}]}}
+    with pytest.raises(
+        ValueError, match=r"config\.trainer\.plugins\[0\].*trusted_packages=\[mine\]"
+    ):
+        refuse_untrusted(config)
+    refuse_untrusted(config, also=["mine"])
+    refuse_untrusted({"optim": {"_target_": "torch.optim.AdamW"}})
+
+
+@pytest.mark.parametrize(
+    ("override", "suggested"),
+    [
+        ("trainer.max_step=3", "max_steps"),
+        ("data.formatt=x", "format"),
+        ("mdl=tiny", "model"),
+        ("stratgy=ddp", "strategy"),
+        ("experimnt=lora", "experiment"),
+    ],
+)
+def test_a_mistyped_name_brings_the_name_that_is_there(override, suggested):
+    said = names_near([override], config_dir=CONF)
+    assert said.startswith(f"\n{override.partition('=')[0]}: there is no")
+    assert suggested in said.partition("Did you mean ")[2].partition("?")[0]
+
+
+def test_names_that_are_there_bring_nothing():
+    overrides = [
+        "strategy=ddp",
+        "data/format=chat",
+        "optim.lr=1",
+        "model=tiny",
+        "model.config.hidden_size=32",  # of the chosen model, not of the default one
+        "+new.name=1",
+        "~callbacks.samples",
+        "hydra.verbose=true",
+        "-m",
+    ]
+    assert names_near(overrides, config_dir=CONF) == ""
+
+
+def test_a_choice_that_is_not_there_leaves_the_other_names_to_be_checked():
+    said = names_near(["model=tinyy", "trainer.max_step=3"], config_dir=CONF)
+    assert "max_steps" in said

