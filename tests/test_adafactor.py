@@ -134,3 +134,18 @@ def test_lightnings_monitor_shows_it(tmp_path: Path) -> None:
         rates = [float(row["lr-RelativeStepAdafactor"]) for row in csv.DictReader(file)]
     assert len(rates) == 3
     assert all(0 < rate < 1e-2 for rate in rates)
+
+
+def test_relative_size_scales_the_first_step():
+    moved = []
+    for size in (1.0, 0.25):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(6, 4))
+        before = weight.detach().clone()
+        optimizer = RelativeStepAdafactor([weight], relative_size=size, weight_decay=0.0)
+        weight.grad = torch.randn(6, 4)
+        optimizer.step()
+        moved.append(weight.detach() - before)
+    torch.testing.assert_close(moved[1], 0.25 * moved[0])
+    with pytest.raises(ValueError, match="relative_size=0"):
+        RelativeStepAdafactor([torch.nn.Parameter(torch.ones(2))], relative_size=0)
