@@ -4,7 +4,7 @@ A projected layer's weight gradient is never formed. Its gradient in the subspac
 a small parameter; any optimizer steps it; a fold moves the step into the weight.
 """
 
-from lit_ft.subspace.inject import inject, subspace_layers, without_subspaces
+from lit_ft.subspace.inject import inject, subspace_layers
 from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
 from lit_ft.subspace.stepping import SubspaceStep
 
@@ -14,5 +14,4 @@ __all__ = [
     "SubspaceStep",
     "inject",
     "subspace_layers",
-    "without_subspaces",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,12 +93,6 @@ def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
         if isinstance(module, SubspaceLayer):
             found.setdefault(module.delta, (name, module))
     return dict(found.values())
-
-
-def without_subspaces(names: Iterable[str], model: nn.Module) -> Iterator[str]:
-    """Leave the deltas and bases out of the names of a state dict."""
-    small = set(_small_tensors(model))
-    return (name for name in names if name not in small)
 
 
 def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
