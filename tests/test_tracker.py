@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 
 import bitsandbytes as bnb
 import pytest
@@ -49,11 +50,18 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def touched(size: int) -> mmap.mmap:
+    # Straight from the kernel: malloc may hand out what another test left resident.
+    block = mmap.mmap(-1, size)
+    for _ in range(size // MIB):
+        block.write(bytes(MIB))
+    return block
+
+
 def test_peak_remembers_memory_that_was_given_back_until_it_is_reset():
     assert reset_peak()
     before = peak_bytes()
-    block = torch.ones(64 * MIB)  # float32: 256 MiB, touched
-    del block
+    touched(256 * MIB).close()
     assert peak_bytes().value - before.value > 200 * MIB
     assert peak_bytes().source == current_bytes().source == "process_rss"
     assert reset_peak()
@@ -62,9 +70,9 @@ def test_peak_remembers_memory_that_was_given_back_until_it_is_reset():
 
 def test_current_follows_memory_down():
     before = current_bytes().value
-    block = torch.ones(64 * MIB)
+    block = touched(256 * MIB)
     during = current_bytes().value
-    del block
+    block.close()
     assert during - before > 200 * MIB
     assert during - current_bytes().value > 200 * MIB
 
