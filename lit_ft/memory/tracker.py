@@ -91,13 +91,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def state_tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested dicts, lists, tuples."""
+    """Every tensor inside nested dicts, lists, tuples and plain objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         yield from chain.from_iterable(map(state_tensors, value.values()))
     elif isinstance(value, list | tuple):
         yield from chain.from_iterable(map(state_tensors, value))
+    elif hasattr(value, "__dict__"):  # galore-torch keeps its basis in an object
+        yield from state_tensors(vars(value))
 
 
 def _weight_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -24,6 +24,11 @@ ELSEWHERE = {
     "logger/wandb": "below, offline",
 }
 
+NEEDS = {  # groups that one optimizer alone understands
+    "optim/groups/muon_matrices": "optim=muon",
+    "optim/groups/galore_matrices": "optim=galore_torch",
+}
+
 
 def choices() -> list[str]:
     found = sorted(str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/**/*.yaml"))
@@ -62,8 +67,8 @@ def write_rows(path: Path, row: dict) -> Path:
 def overrides_for(choice: str, tiny_folder: Path, tmp_path: Path) -> list[str]:
     group, _, name = choice.rpartition("/")
     model = ["model=pretrained", f"model.name_or_path={tiny_folder}"]
-    if choice == "optim/groups/muon_matrices":
-        return [*model, "optim=muon"]
+    if choice in NEEDS:
+        return [*model, NEEDS[choice]]
     if group in ("galore", "optim/projector"):  # part of every optim=galore*
         return [*model, "optim=galore", f"{group}={name}"]
     if choice == "model/pretrained":
