@@ -16,6 +16,7 @@ from lit_ft.losses import IGNORED, ChunkedCrossEntropy
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration
+from tests.allocations import NewTensors
 from tests.test_losses import tiny_model
 
 NEVER = SubspaceIteration(every=10**6)
@@ -270,33 +271,13 @@ def test_a_skipped_step_leaves_no_trace():
 
 def test_no_tensor_of_a_gradients_size_is_allocated():
     """Law 7: embedding and head included, on steps that track and steps that do not."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     shapes = {(300, 64), (64, 300), (128, 64), (64, 128), (64, 64), (32, 64), (64, 32)}
-
-    class Allocations(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.found = set()
-            self.known = set()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr():
-                    new = tensor.untyped_storage().data_ptr() not in self.known
-                    if new and tuple(tensor.shape) in shapes and tensor._base is None:
-                        self.found.add((str(func), tuple(tensor.shape)))
-            return out
-
     run = Run(Oja(), rank=4, model=tiny_model("llama", tie_word_embeddings=True))
     data = batches(3, rows=3)
     run.train(data[:1])
-    tracer = Allocations()
-    tracer.known = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
-    with tracer:
+    with NewTensors(shapes, known=run.model.parameters()) as new:
         run.train(data[1:])
-    assert not tracer.found
+    assert not new.found
 
 
 def test_bfloat16_weights_learn_and_stay_bfloat16():

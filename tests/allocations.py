@@ -1,0 +1,33 @@
+"""Which tensors come into being while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NewTensors(TorchDispatchMode):
+    """Collects (operation, shape) of the new tensors that have one of `shapes`.
+
+    A view of a tensor in `known` is not new.
+    """
+
+    def __init__(self, shapes: Iterable[tuple[int, ...]], known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.shapes = set(shapes)
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.found: set[tuple[str, tuple[int, ...]]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) in self.shapes:
+                storage = tensor.untyped_storage().data_ptr()
+                if storage and storage not in self.known:
+                    self.found.add((str(func), tuple(tensor.shape)))
+        return out
