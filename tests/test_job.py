@@ -99,6 +99,10 @@ def stopped(job, name, *overrides, status=130):
 
 
 LORA = ["adapter=lora", "+adapter.lora_dropout=0.2"]
+GALORE = ["galore.rank=4", "schedule=cosine", "trainer.gradient_clip_val=1.0"]
+SUBSPACE = ["optim=galore_subspace", *GALORE, "trainer.accumulate_grad_batches=4"]
+SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.projector.every=3"]
+SVD = ["optim=galore_svd", *GALORE, "galore.projector.every=3"]
 QLORA = ["adapter=qlora", "optim=adamw_8bit", "module.activation_checkpointing=true"]
 
 
@@ -111,6 +115,9 @@ QLORA = ["adapter=qlora", "optim=adamw_8bit", "module.activation_checkpointing=t
         ("on_validation_batch_start", 2, []),
         ("on_train_batch_start", 5, LORA),
         ("on_train_batch_start", 3, QLORA),
+        ("on_train_batch_start", 4, SUBSPACE),
+        ("on_validation_batch_start", 2, SUBSPACE_8BIT),
+        ("on_train_batch_start", 5, SVD),
     ],
 )
 def test_a_stopped_run_resumes_to_the_uninterrupted_one_bit_for_bit(

@@ -72,6 +72,7 @@ class SubspaceStep:
         self._indices = {name: index for index, name in enumerate(self.layers)}
         self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
         self._said: set[type] = set()
+        self._attached = False
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Follow `optimizer`'s steps, until the handle that is returned is removed.
@@ -88,6 +89,7 @@ class SubspaceStep:
                     f"The optimizer does not hold {name}.delta: build it after inject(), on the "
                     "parameters that require a gradient."
                 )
+        self._attached = True
         self._prepare()
         return optimizer.register_step_post_hook(self._after_step)
 
@@ -147,10 +149,12 @@ class SubspaceStep:
             }
             for name, memory in state["memory"].items()
         }
-        self._prepare()
+        if self._attached:  # an optimizer that is built later would take what asks for a gradient
+            self._prepare()
 
     def stop(self) -> None:
         """Ask for no more sketches or gradients."""
+        self._attached = False
         for layer in self.layers.values():
             layer.basis.requires_grad_(False)
             layer.weight.requires_grad_(False)
