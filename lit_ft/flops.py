@@ -8,7 +8,6 @@ checkpointing computes a second time is not useful work and not counted.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -49,18 +48,23 @@ def training_flops(model: nn.Module) -> TrainingFlops:
     """Count what one step of training costs, from the layers and from what is trainable.
 
     Linear layers [m, n] (torch's and its quantised subclasses, transformers' Conv1D): 2mn a token
-    forward, 2mn for the input's gradient, 2mn for the weight's. Attention, if the model has a
-    transformers config: 2 · width · length² a layer forward (the causal half), twice that backward.
-    Not counted: weights outside such layers (the fused experts of a mixture), embeddings, norms. A
-    sliding window or linear attention counts as full.
+    forward, 2mn for the input's gradient, 2mn for the weight's, or 2r(m + n) for its gradient in a
+    subspace of rank r. Attention, if the model has a transformers config: 2 · width · length² a
+    layer forward (the causal half), twice that backward. Not counted: weights outside such layers
+    (the fused experts of a mixture), embeddings, norms, and a subspace's fold and moves, which come
+    once a step. A sliding window or linear attention counts as full.
     """
     layers = _linear_layers(model)
     needs_input_gradient = _input_gradients(model, layers)
     head = _call(model, "get_output_embeddings")
     per_token = per_head_token = 0
     for name, layer in layers.items():
-        products = 1 + needs_input_gradient[name] + layer.weight.requires_grad
-        flops = 2 * math.prod(_shape(layer)) * products
+        rows, cols = _shape(layer)
+        flops = 2 * rows * cols * (1 + needs_input_gradient[name])
+        if hasattr(layer, "delta"):  # it moves in a subspace
+            flops += 2 * (rows + cols) * layer.delta.shape[1]
+        elif layer.weight.requires_grad:
+            flops += 2 * rows * cols
         if layer is head:
             per_head_token += flops
         else:
@@ -73,7 +77,7 @@ def _linear_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return type(module).__name__ in ("Conv1D", "SubspaceConv1D") and hasattr(module, "nf")
 
 
 def _shape(layer: Any) -> tuple[int, int]:
@@ -99,12 +103,16 @@ def _input_gradients(model: nn.Module, layers: dict[str, Any]) -> dict[str, bool
         # Norms are registered after the layers that read them.
         trainable_before |= _has_trainable_vector(model, block.rpartition(".")[0])
         readers = [n for n in names if _slot(n) != _slot(names[-1])]
-        inner = trainable_before or any(layers[n].weight.requires_grad for n in readers)
+        inner = trainable_before or any(_trains(layers[n]) for n in readers)
         for name in names:
             above = trainable_before if name in readers else inner
             needs[name] = above or ".lora_B." in name
-        trainable_before |= any(layers[n].weight.requires_grad for n in names)
+        trainable_before |= any(_trains(layers[n]) for n in names)
     return needs
+
+
+def _trains(layer: Any) -> bool:
+    return layer.weight.requires_grad or hasattr(layer, "delta")
 
 
 def _slot(name: str) -> str:

@@ -25,9 +25,9 @@ from lit_ft.callbacks import (
     final_panel,
 )
 from lit_ft.datamodule import InstructionDataModule
-from lit_ft.memory import optimizer_state_bytes, peak_bytes, weight_bytes
+from lit_ft.memory import optimizer_state_bytes, peak_bytes
+from lit_ft.models.size import model_size
 from lit_ft.module import CausalLMModule
-from lit_ft.subspace import subspace_layers
 from lit_ft.summary import RunSummary, status_of
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
@@ -208,19 +208,13 @@ class _Recorder(Callback):
             return
         self.ready = True
         self.summary.loaded()
-        # A weight that moves in a subspace is trained as a whole; what moves it is no weight.
-        layers = subspace_layers(module).values()
-        deltas, moving = {la.delta for la in layers}, {la.weight for la in layers}
-        weights = [p for p in module.parameters() if p not in deltas]
-        beside = sum(la.delta.nbytes + la.basis.nbytes for la in layers)
+        size = model_size(module)
         self.summary.update(
             model={
                 "name": getattr(getattr(module, "source", None), "name", type(module).__name__),
-                "parameters": sum(p.numel() for p in weights),
-                "trainable_parameters": sum(
-                    p.numel() for p in weights if p.requires_grad or p in moving
-                ),
-                "weight_bytes": weight_bytes(module) - beside,
+                "parameters": size.parameters,
+                "trainable_parameters": size.trainable_parameters,
+                "weight_bytes": size.weight_bytes,
             }
         )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_ft.callbacks import StartTable, final_panel
 from lit_ft.callbacks.tables import model_table, optimizer_table
+from lit_ft.subspace import inject
 
 
 def text_of(renderable) -> str:
@@ -91,6 +92,16 @@ def test_the_models_table_counts_what_trains_and_what_it_weighs():
 def test_packed_weights_count_as_what_they_stand_for():
     layer = bnb.nn.Linear4bit(128, 64, bias=False).to("cpu")
     assert cells_of(model_table(layer), "parameters") == ["parameters", "8,192"]
+
+
+def test_a_model_in_subspaces_trains_whole():
+    model = nn.Sequential(nn.Linear(64, 32))
+    before = [" ".join(cells_of(model_table(model), row)) for row in ("parameters", "weights")]
+    inject(model, rank=4)
+    table = model_table(model)
+    assert [" ".join(cells_of(table, row)) for row in ("parameters", "weights")] == before
+    assert cells_of(table, "trainable") == ["trainable", "2,080", "(100.00%)"]
+    assert cells_of(table, "through")[:2] == ["through", "128"]
 
 
 SUMMARY = {

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lit_ft.flops import training_flops
+from lit_ft.subspace import inject
 
 BATCH, LENGTH, LAYERS, HIDDEN, VOCAB = 2, 12, 3, 16, 40
 TOKENS = BATCH * LENGTH
@@ -53,6 +54,11 @@ def last_layer_alone() -> nn.Module:
     return model
 
 
+def in_subspaces(model: nn.Module, **options) -> nn.Module:
+    inject(model, rank=4, **options)
+    return model
+
+
 def measured(model: nn.Module) -> dict:
     with FlopCounterMode(display=False) as counter:
         tokens = torch.randint(0, VOCAB, (BATCH, LENGTH))
@@ -72,6 +78,9 @@ MODELS = {
     "lora_mlp": lambda: lora("gate_proj", "up_proj"),
     "lora_o": lambda: lora("o_proj"),
     "gpt2": gpt2,
+    "subspaces": lambda: in_subspaces(llama(), targets=["attention", "mlp", "head"]),
+    "subspaces_left": lambda: in_subspaces(llama(), targets=["mlp"], side="left"),
+    "subspaces_gpt2": lambda: in_subspaces(gpt2(), targets=["attention", "mlp"]),
 }
 
 

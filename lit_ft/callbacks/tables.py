@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_ft.memory import estimate_state_bytes, weight_bytes
+from lit_ft.memory import estimate_state_bytes
+from lit_ft.models.size import model_size, num_weights
 
 
 class StartTable(Callback):
@@ -60,21 +60,21 @@ class StartTable(Callback):
 
 def model_table(model: nn.Module, name: str | None = None) -> Table:
     """Name, parameters (tied ones once, packed ones by what they stand for), weights in memory."""
-    parameters = list(model.parameters())
-    total = sum(map(_size, parameters))
-    trainable = sum(_size(p) for p in parameters if p.requires_grad)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-    share = f" ({trainable / total:.2%})" if total else ""
-    return _pairs(
-        "model",
-        {
-            "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
-            "parameters": f"{total:,}",
-            "trainable": f"{trainable:,}{share}",
-            "weights": _gib(weight_bytes(model)),
-            "dtype": ", ".join(dtypes),
-        },
-    )
+    size = model_size(model)
+    share = size.trainable_parameters / max(size.parameters, 1)
+    rows = {
+        "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
+        "parameters": f"{size.parameters:,}",
+        "trainable": f"{size.trainable_parameters:,} ({share:.2%})",
+        "through": f"{size.subspace_parameters:,} parameters in subspaces",
+        "weights": _gib(size.weight_bytes),
+        "dtype": ", ".join(
+            sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+        ),
+    }
+    if not size.subspace_parameters:
+        del rows["through"]
+    return _pairs("model", rows)
 
 
 def optimizer_table(optimizer: Optimizer) -> Table:
@@ -89,7 +89,7 @@ def optimizer_table(optimizer: Optimizer) -> Table:
         table.add_row(
             escape(str(group.get("name", index))),
             f"{len(group['params']):,}",
-            f"{sum(map(_size, group['params'])):,}",
+            f"{sum(map(num_weights, group['params'])):,}",
             "its own" if lr is None else f"{float(lr):.3g}",
             f"{group.get('weight_decay', 0.0):.3g}",
             "?" if state is None else _gib(state),
@@ -163,12 +163,6 @@ def _samples(samples: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         return {}
     rows = {"prompt": same[0]["prompt"], "answer before": same[0]["text"]}
     return rows if len(same) == 1 else {**rows, "answer after": same[-1]["text"]}
-
-
-def _size(parameter: Any) -> int:
-    # bitsandbytes packs two 4-bit weights into a byte and keeps the true shape beside them.
-    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return parameter.numel() if shape is None else math.prod(shape)
 
 
 def _gib(nbytes: float) -> str:
