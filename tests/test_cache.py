@@ -190,6 +190,12 @@ def test_a_damaged_entry_is_rebuilt(
     assert [entry.name for entry in folder.iterdir()] == ["key"]
 
 
+def test_what_filter_writes_beside_a_table_does_no_damage(folder: Path) -> None:
+    cached("key", table(1)).filter(lambda row: row["value"] == 1)
+    assert list(folder.glob("key/cache-*.arrow"))
+    assert value(cached("key", table(2))) == 1  # read, not built anew
+
+
 def test_of_two_that_race_one_writes_and_both_read(folder: Path) -> None:
     meet = threading.Barrier(2)
     found: list[int] = []
