@@ -28,6 +28,12 @@ def model_and_twin(name, **options):
     return plain, twin, layers
 
 
+def forget(model, layers):
+    model.zero_grad()
+    for layer in layers.values():
+        layer.forget_evidence()
+
+
 def track(layers):
     for layer in layers.values():
         layer.basis.requires_grad_(True)
@@ -76,7 +82,7 @@ def test_the_sketch_is_the_sum_over_sequences(name, side, loss):
         labels = {3: LABELS, 1: LABELS[:1], 2: LABELS[1:]}[len(rows)]
         if len(rows) == 1:
             first = {key: layer.basis.grad.clone() for key, layer in layers.items()}
-            twin.zero_grad()
+            forget(twin, layers)
         loss(twin, {"input_ids": rows}, labels).backward()
     for key, layer in layers.items():
         torch.testing.assert_close(first[key], expected[key].detach(), msg=key)
@@ -109,6 +115,51 @@ def test_a_layer_that_is_used_twice_sums_both_gradients():
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
+def test_without_sequences_each_row_is_a_sample(side):
+    linear = nn.Linear(6, 7).double()
+    [layer] = inject(copy.deepcopy(linear), rank=3, side=side).values()
+    x = torch.randn(5, 6).double()
+    expected = 0
+    for row in x:
+        linear.zero_grad()
+        linear(row).square().sum().backward()
+        gradient = linear.weight.grad.T if side == "left" else linear.weight.grad
+        expected = expected + (gradient @ layer.basis.T).T @ gradient
+    layer.basis.requires_grad_(True)
+    for rows in ([x], list(x)):  # [5, 6], and five times [6]
+        layer.forget_evidence()
+        for row in rows:
+            layer(row).square().sum().backward()
+        torch.testing.assert_close(layer.basis.grad, expected)
+
+
+def test_ids_without_sequences_are_samples_one_by_one():
+    embedding = nn.Embedding(9, 6).double()
+    [layer] = inject(embedding, rank=3).values()
+    layer.basis.requires_grad_(True)
+    ids = torch.tensor([3, 1, 3])
+    layer(ids).square().sum().backward()
+    rows = 2 * layer.weight[ids]
+    torch.testing.assert_close(layer.basis.grad, layer.basis.detach() @ rows.T @ rows)
+
+
+def test_the_heads_sketch_does_not_overflow_in_float16():
+    model = tiny_model("llama", tie_word_embeddings=False)
+    [head] = inject(model, rank=4, targets="head").values()
+    head.basis.requires_grad_(True)
+    hidden = 60 * torch.randn(2, 100, 64, generator=torch.Generator().manual_seed(0))
+    sketches = []
+    for half in (False, True):
+        head.forget_evidence()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            labels = torch.arange(200).view(2, 100)
+            head.summed_cross_entropy(hidden, labels, chunk_tokens=64).backward()
+        sketches.append(head.basis.grad)
+    assert sketches[0].abs().max() > 1e5  # float16 ends at 65,504
+    assert torch.cosine_similarity(*(sketch.flatten() for sketch in sketches), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_fold_moves_the_weight_by_alpha_s_p_and_decays_it(name, side):
     _, twin, layers = model_and_twin(name, side=side)
@@ -128,7 +179,7 @@ def test_checkpointing_autocast_and_compilation_leave_the_gradients_alone():
     track(layers)
 
     def gradients(model=twin, dtype=None):
-        twin.zero_grad()
+        forget(twin, layers)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             ChunkedCrossEntropy()(model, {"input_ids": IDS}, LABELS).backward()
         return [t.clone() for la in layers.values() for t in (la.delta.grad, la.basis.grad)]

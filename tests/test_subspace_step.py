@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lit_ft.losses import IGNORED, ChunkedCrossEntropy
-from lit_ft.subspace import SubspaceStep, inject
+from lit_ft.subspace import Refresh, SubspaceStep, inject
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration
 from tests.allocations import NewTensors
@@ -45,8 +45,9 @@ class Run:
         layers = inject(self.model, rank=rank, side=options.pop("side", "right"))
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         scale = options.pop("scale", "match_adamw")
+        refresh = options.pop("refresh", Refresh(stagger=stagger))
         self.optimizer = optimizer(trainable, **{"lr": 1e-3, **options})
-        self.steps = SubspaceStep(layers, projector, scale=scale, stagger=stagger)
+        self.steps = SubspaceStep(layers, projector, scale=scale, refresh=refresh)
         self.handle = self.steps.attach(self.optimizer)
 
     def step(self, ids, labels, micro_batches=1):
@@ -265,19 +266,25 @@ def test_a_skipped_step_leaves_no_trace():
     ids, labels = batches(1, seed=5)[0]
     ChunkedCrossEntropy()(skipping.model, {"input_ids": ids}, labels).backward()
     skipping.optimizer.zero_grad()
+    skipping.steps.begin_window()
     skipping.train(data[3:])
     assert_equal(skipping, straight)
 
 
-def test_no_tensor_of_a_gradients_size_is_allocated():
-    """Law 7: embedding and head included, on steps that track and steps that do not."""
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("projector", [Oja(), NEVER])
+def test_no_tensor_of_a_gradients_size_is_allocated(projector, watched):
+    """Law 7: embedding and head included, on steps that track, that are logged, and others."""
     shapes = {(300, 64), (64, 300), (128, 64), (64, 128), (64, 64), (32, 64), (64, 32)}
-    run = Run(Oja(), rank=4, model=tiny_model("llama", tie_word_embeddings=True))
-    data = batches(3, rows=3)
-    run.train(data[:1])
+    run = Run(projector, rank=4, model=tiny_model("llama", tie_word_embeddings=True))
+    data = batches(4, rows=3)
+    run.train(data[:2])
+    run.steps.observation.await_reading(2 if watched else None)
     with NewTensors(shapes, known=run.model.parameters()) as new:
-        run.train(data[1:])
+        run.train(data[2:])
+        seen = run.steps.observation.read(None)
     assert not new.found
+    assert bool(seen.energies) == watched
 
 
 def test_bfloat16_weights_learn_and_stay_bfloat16():
@@ -319,6 +326,13 @@ def test_frozen_and_adapted_models_are_refused():
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="adapter=none"):
         inject(adapted, rank=4)
+
+
+def test_a_model_whose_weights_are_yet_to_be_loaded_is_refused():
+    with torch.device("meta"):
+        model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"embed_tokens has no values yet .* load it first"):
+        inject(model, rank=4)
 
 
 def test_a_rank_above_a_layers_smaller_side_is_capped_and_said(caplog):

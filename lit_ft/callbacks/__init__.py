@@ -8,6 +8,7 @@ from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.learning_rate import LearningRateMonitor
 from lit_ft.callbacks.memory import MemoryMonitor
 from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
+from lit_ft.callbacks.refresh import SubspaceRefresh
 from lit_ft.callbacks.samples import SampleGenerations
 from lit_ft.callbacks.stop import StopOnSignal
 from lit_ft.callbacks.tables import StartTable, final_panel
@@ -27,6 +28,7 @@ __all__ = [
     "SampleGenerations",
     "StartTable",
     "StopOnSignal",
+    "SubspaceRefresh",
     "TerminalProgress",
     "ThroughputMonitor",
     "final_panel",

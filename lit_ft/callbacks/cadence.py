@@ -28,6 +28,11 @@ class Cadence:
         """Count from the step that the trainer is at; call it in `on_train_start`."""
         self._seen = trainer.global_step
 
+    def remaining(self, trainer: Trainer) -> int | None:
+        """Optimizer steps until it is due, 1 for the one under way; None if it never is."""
+        every = self._every(trainer)
+        return every - trainer.global_step % every if every > 0 else None
+
     def due(self, trainer: Trainer) -> bool:
         """True once for each multiple of `every_n_steps`, on the batch that completes the step.
 
@@ -36,5 +41,8 @@ class Cadence:
         """
         step, seen = trainer.global_step, self._seen
         self._seen = step
-        every: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self._every(trainer)
         return every > 0 and step // every > seen // every
+
+    def _every(self, trainer: Trainer) -> int:
+        return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.subspace import MATCH_ADAMW, SubspaceStep, inject
+from lit_ft.subspace import (
+    MATCH_ADAMW,
+    Refresh,
+    SubspaceLayer,
+    SubspaceStep,
+    inject,
+    keep_out_of_broadcasts,
+    subspace_layers,
+)
 from lit_ft.subspace.layer import Side
 from lit_ft.subspace.projectors import Oja, Projector
+from lit_ft.subspace.sharding import is_sharded
 
 
 class GaLore(Callback):
@@ -26,6 +35,10 @@ class GaLore(Callback):
     The matrices of the targeted layers are frozen for autograd and move through small parameters,
     which take their place in the optimizer that the module builds. After each step the small
     parameters are folded into the weights. The learning rate means what it means without GaLore.
+
+    A module that shards its model (`ModelParallelStrategy`) does so in a method `shard_model`,
+    which its `configure_model` calls: the layers are injected in front of it. Or it calls
+    `lit_ft.subspace.inject` itself, before `fully_shard`.
 
     Args:
         rank: Of the subspaces: a quarter of the hidden size and less.
@@ -53,30 +66,63 @@ class GaLore(Callback):
         self.scale = scale
         self.seed = seed
         self.steps: SubspaceStep | None = None
+        self._refresh: Refresh | None = None
         self._handle: RemovableHandle | None = None
 
+    def reschedule(self, refresh: Refresh) -> None:
+        """Let the bases move when `refresh` says; call it before training starts."""
+        self._refresh = refresh
+        if self.steps is not None:
+            self.steps.reschedule(refresh)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject once the model is there: now, or behind the module's `configure_model`."""
+        """Inject once the model is there: now, behind `configure_model`, or before `shard_model`.
+
+        Raises:
+            MisconfigurationException: The strategy cuts layers (tensor parallelism), which have no
+                rows of their own then.
+        """
         if self.steps is not None:
             return
+        mesh = pl_module.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                "GaLore works with sharded data parallelism, not with tensor parallelism: give "
+                "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
+            )
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             self._inject(pl_module)
             return
         configure_model = pl_module.configure_model
+        shard_model = getattr(pl_module, "shard_model", None)
 
-        def configure_model_and_inject() -> None:
-            configure_model()
+        def inject_once() -> None:
             if self.steps is None:
                 self._inject(pl_module)
 
+        def configure_model_and_inject() -> None:
+            configure_model()
+            inject_once()
+
         pl_module.configure_model = configure_model_and_inject  # type: ignore[method-assign]
+        if callable(shard_model):
+            pl_module.shard_model = _after(inject_once, shard_model)
 
     def _inject(self, module: LightningModule) -> None:
         target = getattr(module, "model", None)
         model = target if isinstance(target, torch.nn.Module) else module
-        layers = inject(model, rank=self.rank, targets=self.targets, side=self.side, seed=self.seed)
+        layers = self._found(model) or inject(
+            model, rank=self.rank, targets=self.targets, side=self.side, seed=self.seed
+        )
+        keep_out_of_broadcasts(module)
         self.steps = SubspaceStep(
-            layers, self.projector, scale=self.scale, seed=self.seed, all_reduce=_average
+            layers,
+            self.projector,
+            scale=self.scale,
+            refresh=self._refresh,
+            compiled=_is_compiled(module),
+            seed=self.seed,
+            all_reduce=_average,
         )
         small = sum(layer.delta.numel() for layer in layers.values())
         whole = sum(layer.weight.numel() for layer in layers.values())
@@ -85,6 +131,23 @@ class GaLore(Callback):
             f"({small / whole:.1%}), rank {self.rank}, {self.projector}."
         )
 
+    def _found(self, model: torch.nn.Module) -> dict[str, SubspaceLayer]:
+        """Return the layers that the module has injected itself."""
+        found = subspace_layers(model)
+        if not found and any(is_sharded(weight) for weight in model.parameters()):
+            raise MisconfigurationException(
+                "The model was sharded before GaLore's layers were in it: shard in a method "
+                "shard_model, which configure_model calls, or call lit_ft.subspace.inject(model, "
+                f"rank={self.rank}) in configure_model before fully_shard."
+            )
+        for name, layer in found.items():
+            if layer.rank != min(self.rank, *layer.weight.shape):
+                raise MisconfigurationException(
+                    f"{name} was injected with rank {layer.rank}, GaLore has rank={self.rank}: "
+                    "give both the same."
+                )
+        return found
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
         if len(trainer.optimizers) != 1:
@@ -92,14 +155,27 @@ class GaLore(Callback):
                 f"GaLore follows one optimizer; this module builds {len(trainer.optimizers)}."
             )
         assert self.steps is not None
+        if _scaler(trainer) is not None and self.steps.forms_gradients:
+            raise MisconfigurationException(
+                f"{self.projector} takes bases from whole gradients, which the grad scaler of "
+                f"precision={trainer.precision} does not unscale: use SubspaceIteration or Oja, or "
+                "precision=bf16-mixed."
+            )
         self._handle = self.steps.attach(trainer.optimizers[0])
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Begin a window of micro-batches."""
+        assert self.steps is not None
+        self.steps.begin_window()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take the bases that come from the gradients of this step."""
+        """Check the gradients of this step and take the bases that come from them."""
         assert self.steps is not None
-        self.steps.before_step(optimizer)
+        self.steps.before_step(optimizer, skips_overflow=_scaler(trainer) is not None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizer."""
@@ -142,7 +218,32 @@ class GaLore(Callback):
             self.steps.stop()
 
 
-def _average(tensor: Tensor) -> None:
+def _after(first: Callable[[], None], hook: Callable[..., Any]) -> Any:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return hook(*args, **kwargs)
+
+    return both
+
+
+def _is_compiled(module: LightningModule) -> bool:
+    """Whether torch.compile runs the module or a part of it; torch has no public word for it."""
+    return module._compiler_ctx is not None or any(
+        part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
+        for part in module.modules()
+    )
+
+
+def _scaler(trainer: Trainer) -> Any:
+    """The strategy's grad scaler, which skips steps; None if there is none."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _average(tensors: Sequence[Tensor]) -> None:
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
+        # All under way at once: the tensors are small and many.
+        works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for tensor, work in zip(tensors, works, strict=True):
+            assert work is not None
+            work.wait()
+            tensor /= dist.get_world_size()

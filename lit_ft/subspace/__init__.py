@@ -4,14 +4,23 @@ A projected layer's weight gradient is never formed. Its gradient in the subspac
 a small parameter; any optimizer steps it; a fold moves the step into the weight.
 """
 
-from lit_ft.subspace.inject import inject, subspace_layers
+from lit_ft.subspace.inject import (
+    inject,
+    keep_out_of_broadcasts,
+    layer_group,
+    subspace_layers,
+)
 from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
+from lit_ft.subspace.schedule import Refresh
 from lit_ft.subspace.stepping import SubspaceStep
 
 __all__ = [
     "MATCH_ADAMW",
+    "Refresh",
     "SubspaceLayer",
     "SubspaceStep",
     "inject",
+    "keep_out_of_broadcasts",
+    "layer_group",
     "subspace_layers",
 ]

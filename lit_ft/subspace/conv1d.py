@@ -26,7 +26,12 @@ class SubspaceConv1D(SubspaceLayer, nn.Module):
         """Return x W + b, for `x` [..., in]."""
         if not torch.is_grad_enabled():
             return nn.functional.linear(x, self.weight.T, self.bias)
-        self.begin_window()
         return subspace_linear(
-            x, self.weight.T, self.bias, delta=self.delta, basis=self.basis, side=self.side
+            x,
+            self.weight.T,
+            self.bias,
+            delta=self.delta,
+            basis=self.basis,
+            energy=self.energy,
+            side=self.side,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from lit_ft.subspace.energy import captured_and_total_energy
 from lit_ft.subspace.layer import SubspaceLayer
 
 
@@ -18,8 +19,9 @@ class SubspaceEmbedding(SubspaceLayer, nn.Embedding):
         """Return the rows of W that `ids` [..., T] name."""
         if not torch.is_grad_enabled():
             return F.embedding(ids, self.weight)
-        self.begin_window()
-        return _Embedding.apply(ids, self.weight, self.delta, self.basis, self.padding_idx)  # type: ignore[no-any-return, no-untyped-call]
+        return _Embedding.apply(  # type: ignore[no-any-return, no-untyped-call]
+            ids, self.weight, self.delta, self.basis, self.energy, self.padding_idx
+        )
 
 
 class _Embedding(torch.autograd.Function):
@@ -30,11 +32,13 @@ class _Embedding(torch.autograd.Function):
         weight: Tensor,
         delta: Tensor,
         basis: Tensor,
+        energy: Tensor,
         padding_idx: int | None,
     ) -> Tensor:
         ctx.padding_idx, ctx.num_rows = padding_idx, len(weight)
         ctx.dtypes = (weight.dtype, delta.dtype)
         ctx.needs_sketch, ctx.needs_weight = basis.requires_grad, weight.requires_grad
+        ctx.needs_energy = energy.requires_grad
         ctx.save_for_backward(ids, basis)
         return F.embedding(ids, weight)
 
@@ -47,16 +51,19 @@ class _Embedding(torch.autograd.Function):
             grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0)
         in_basis = grad @ basis.T
         gradient = _scatter(ids, in_basis, ctx.num_rows)
-        weight_gradient = sketch = None
+        weight_gradient = sketch = energy = None
+        sequences = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)  # without any, samples
         if ctx.needs_sketch:
             # R_s[id_t]: the sum over the sequence's occurrences of token t's id.
-            sequences = ids.reshape(-1, ids.shape[-1])
             same = (sequences[:, :, None] == sequences[:, None, :]).to(grad.dtype)
             gathered = same @ in_basis.reshape(*sequences.shape, -1)
             sketch = gathered.reshape(-1, len(basis)).T @ grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_energy:
+            cols, cols_in_basis = (t.reshape(*sequences.shape, -1) for t in (grad, in_basis))
+            energy = captured_and_total_energy(sequences, cols, cols_in_basis, basis)
         if ctx.needs_weight:
             weight_gradient = _scatter(ids, grad, ctx.num_rows).to(weight_dtype)
-        return None, weight_gradient, gradient.to(delta_dtype), sketch, None
+        return None, weight_gradient, gradient.to(delta_dtype), sketch, energy, None
 
 
 def _scatter(ids: Tensor, values: Tensor, num_rows: int) -> Tensor:

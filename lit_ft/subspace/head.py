@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lit_ft.subspace.energy import captured_and_total_energy
 from lit_ft.subspace.linear import SubspaceLinear
+from lit_ft.subspace.products import projected_gradient, projected_gradient_and_sketch
 
 IGNORED = -100
 
@@ -19,9 +21,10 @@ class SubspaceHead(SubspaceLinear):
     def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
         """Sum the next-token cross-entropy over the target positions; gradients are recorded.
 
-        Loss, input gradient, R and sketch are computed in the forward pass, from the logits of at
-        most `chunk_tokens` tokens at a time; the backward pass scales them. For the sketch, pieces
-        do not cross sequences, so that it does not depend on how the batch was cut.
+        Loss, input gradient, R, sketch and energies are computed in the forward pass, from the
+        logits of at most `chunk_tokens` tokens at a time; the backward pass scales them. For the
+        sketch and the energies pieces do not cross sequences: each is a sample, however the batch
+        was cut.
 
         Args:
             hidden: [B, T, d].
@@ -31,11 +34,23 @@ class SubspaceHead(SubspaceLinear):
         Returns:
             The sum in nats, a scalar in at least float32.
         """
-        self.begin_window()
         states, targets = hidden[:, :-1], labels[:, 1:]
-        return _CrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-            states, targets, self.weight, self.bias, self.delta, self.basis, chunk_tokens
-        )
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        # Or products that are taken in float32 on purpose would be cast again.
+        with torch.autocast(device, enabled=False):
+            return _CrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+                states,
+                targets,
+                self.weight,
+                self.bias,
+                self.delta,
+                self.basis,
+                self.energy,
+                chunk_tokens,
+                dtype,
+            )
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -48,22 +63,23 @@ class _CrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         delta: Tensor,
         basis: Tensor,
+        energy: Tensor,
         chunk_tokens: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
         states, cast_weight, cast_basis = hidden.to(dtype), weight.to(dtype), basis.to(dtype)
         accumulated = torch.promote_types(dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=accumulated)
         grad_hidden = torch.zeros_like(states)
         gradient = torch.zeros_like(delta)
         sketch = torch.zeros_like(basis) if basis.requires_grad else None
+        energies = torch.zeros_like(energy) if energy.requires_grad else None
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
         grad_bias = None
         if bias is not None and bias.requires_grad:
             grad_bias = torch.zeros_like(bias, dtype=accumulated)
-        for piece in _pieces(targets, chunk_tokens, by_sequence=sketch is not None):
+        by_sequence = sketch is not None or energies is not None
+        for piece in _pieces(targets, chunk_tokens, by_sequence=by_sequence):
             x, goal = states[piece], targets[piece]
             logits = F.linear(x, cast_weight, bias if bias is None else bias.to(dtype))
             logits = logits.to(accumulated)
@@ -76,22 +92,28 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_bias += slope.sum(0)
             slope = slope.to(dtype)
             grad_hidden[piece] = slope @ cast_weight
-            by_piece = slope.T @ (x @ cast_basis.T)
-            gradient += by_piece
-            if sketch is not None:
-                sketch += (slope @ by_piece).T @ x
+            x_in_basis = x @ cast_basis.T
+            if sketch is None:
+                gradient += projected_gradient(slope, x_in_basis)
+            else:  # the piece is a sample
+                sample = (t[None] for t in (slope, x, x_in_basis))
+                of_piece, its_sketch = projected_gradient_and_sketch(*sample)
+                gradient += of_piece
+                sketch += its_sketch
+            if energies is not None:
+                energies += captured_and_total_energy(slope[None], x[None], x_in_basis[None], basis)
             if grad_weight is not None:
                 grad_weight += slope.T @ x
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         ctx.hidden_dtype = hidden.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gradient, sketch)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gradient, sketch, energies)
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias, gradient, sketch = ctx.saved_tensors
-        # The sketch is a product of two gradients.
+        grad_hidden, grad_weight, grad_bias, gradient, sketch, energies = ctx.saved_tensors
+        # The sketch and the energies are products of two gradients.
         scaled = [
             tensor if tensor is None else (tensor * factor).to(dtype or tensor.dtype)
             for tensor, factor, dtype in (
@@ -100,10 +122,11 @@ class _CrossEntropy(torch.autograd.Function):
                 (grad_bias, scale, None),
                 (gradient, scale, None),
                 (sketch, scale**2, None),
+                (energies, scale**2, None),
             )
         ]
-        grad_hidden, grad_weight, grad_bias, gradient, sketch = scaled
-        return grad_hidden, None, grad_weight, grad_bias, gradient, sketch, None
+        grad_hidden, grad_weight, grad_bias, gradient, sketch, energies = scaled
+        return grad_hidden, None, grad_weight, grad_bias, gradient, sketch, energies, None, None
 
 
 def _pieces(targets: Tensor, size: int, *, by_sequence: bool) -> list[tuple[Tensor, Tensor]]:

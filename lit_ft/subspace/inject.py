@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_ft.rounding import keyed_generator
 from lit_ft.subspace.conv1d import SubspaceConv1D
@@ -16,6 +17,7 @@ from lit_ft.subspace.embedding import SubspaceEmbedding
 from lit_ft.subspace.head import SubspaceHead
 from lit_ft.subspace.layer import Side, SubspaceLayer
 from lit_ft.subspace.linear import SubspaceLinear
+from lit_ft.subspace.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ def inject(
 
     Raises:
         ValueError: The rank is no positive integer, nothing matches, or a targeted layer is frozen,
-            quantised, under an adapter, or shares its weight with a layer that is not targeted.
+            quantised, sharded, without values (on the meta device), under an adapter, or shares
+            its weight with a layer that is not targeted.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank}: give a positive whole number, such as 128.")
@@ -72,7 +75,7 @@ def inject(
         twin = by_weight.get(weight)
         layer = _changed_class(module, is_head=module is _head(model))
         if twin is not None:
-            layer.side, layer.delta = twin.side, twin.delta
+            layer.side, layer.delta, layer.energy = twin.side, twin.delta, twin.energy
             module.register_buffer("basis", twin.basis)
             continue
         layer_side: Side = "right" if isinstance(layer, SubspaceEmbedding | SubspaceHead) else side
@@ -83,7 +86,19 @@ def inject(
         layer.enter_subspace(capped, layer_side, generator=generator)
         injected[name] = by_weight[weight] = layer
     _keep_out_of_exports(model)
+    keep_out_of_broadcasts(model)
     return injected
+
+
+def keep_out_of_broadcasts(model: nn.Module) -> None:
+    """Let DDP, once it wraps `model`, leave the bases alone.
+
+    It would send all buffers of rank 0 before each forward pass: more bytes than the gradients,
+    for bases that are the same on every rank as it is.
+    """
+    bases = {name for name in _small_tensors(model) if name.endswith("basis")}
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *bases}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
 
 
 def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
@@ -93,6 +108,15 @@ def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
         if isinstance(module, SubspaceLayer):
             found.setdefault(module.delta, (name, module))
     return dict(found.values())
+
+
+def layer_group(name: str, layer: SubspaceLayer) -> str:
+    """Return "embeddings", "head", "attention", "mlp" or "other": the part of a model it is in."""
+    if isinstance(layer, SubspaceEmbedding):
+        return "embeddings"
+    if isinstance(layer, SubspaceHead):
+        return "head"
+    return next((group for group, pattern in TARGETS.items() if re.search(pattern, name)), "other")
 
 
 def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
@@ -159,6 +183,13 @@ def _refuse_untrainable(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} is in a subspace already: inject once.")
     if not weight.is_floating_point():
         raise ValueError(f"{name} has a quantised weight: GaLore needs one that can move.")
+    if is_sharded(weight):
+        raise ValueError(
+            f"{name} is sharded already: inject first, then let fully_shard spread the weights and "
+            "the small parameters over the ranks."
+        )
+    if weight.is_meta:
+        raise ValueError(f"{name} has no values yet (it is on the meta device): load it first.")
     if weight.dtype is torch.float16:
         raise ValueError(
             f"{name} has float16 weights, which lose small updates: use bfloat16, or "

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_ft.rounding import round_stochastically
+from lit_ft.rounding import keyed_generator, round_stochastically
+from lit_ft.subspace.sharding import first_row, is_sharded, local, whole
 
 Side = Literal["right", "left"]
 MATCH_ADAMW = "match_adamw"
 
-# Rows of a 16-bit weight that are in float32 at a time while a step is folded into them.
+# Rows of a 16-bit weight that are in float32 at a time, rounded by one stream of random bits.
 _ROWS_A_BLOCK = 1024
 
 
@@ -23,14 +24,16 @@ class SubspaceLayer(nn.Module):
 
     `delta` is S [rows, r], a parameter, zero whenever the model runs; its gradient is the weight's
     gradient in the coordinates of `basis`, P [r, cols] with orthonormal rows, a buffer. With
-    `basis.requires_grad` a backward pass leaves the sketch H in `basis.grad`. On the right side the
-    rows are W's outputs and P spans its inputs; on the left side the other way round. Layers with
-    tied weights share `delta` and `basis`.
+    `basis.requires_grad` a backward pass leaves the sketch H in `basis.grad`; with
+    `energy.requires_grad` it leaves in `energy.grad` [2] how much of the gradient's energy P
+    captures, and all of it. On the right side the rows are W's outputs and P spans its inputs; on
+    the left side the other way round. Layers with tied weights share `delta`, `basis` and `energy`.
     """
 
     weight: Tensor
     delta: nn.Parameter
     basis: Tensor
+    energy: Tensor  # neither parameter nor buffer: not to be stepped, broadcast, saved or exported
     side: Side
     weight_is_transposed = False  # stored as [in, out]
 
@@ -47,6 +50,7 @@ class SubspaceLayer(nn.Module):
         self.delta = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
         start = torch.randn(cols, rank, dtype=dtype, generator=generator)
         self.register_buffer("basis", torch.linalg.qr(start).Q.T.contiguous().to(device))
+        self.energy = torch.zeros(2, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Moved in place, as parameters are, so that tied layers go on sharing one basis; and never
@@ -56,10 +60,14 @@ class SubspaceLayer(nn.Module):
             "basis": self._buffers.pop("basis"),
         }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for tensor in small.values():
+        for tensor in (*small.values(), self.energy):
             moved = fn(tensor.detach())
             if moved.itemsize < tensor.itemsize:
                 moved = tensor.detach().to(moved.device)
+            if is_sharded(tensor):  # its `.data` does not reach the rows that it holds
+                if (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
+                    torch.utils.swap_tensors(tensor, nn.Parameter(moved))  # type: ignore[no-untyped-call]
+                continue
             tensor.data = moved
             if tensor.grad is not None:
                 tensor.grad.data = tensor.grad.detach().to(moved)
@@ -93,35 +101,43 @@ class SubspaceLayer(nn.Module):
         """α = √(cols / r): an update of RMS 1 in S has RMS 1 in α S P too."""
         return math.sqrt(self.basis.shape[1] / self.rank)
 
-    def begin_window(self) -> None:
-        """Forget what a skipped step left behind: without a gradient of S, a window begins."""
-        if self.delta.grad is None:
-            self.basis.grad = self.weight.grad = None
+    def forget_evidence(self) -> None:
+        """Drop what backward passes have left for a move of the basis."""
+        self.basis.grad = self.weight.grad = self.energy.grad = None
 
     @torch.no_grad()
-    def fold(self, *, scale: float, decay: float, generator: torch.Generator | None = None) -> None:
+    def fold(self, *, scale: float, decay: float, rounding_key: tuple[int, ...] = ()) -> None:
         """W ← (1 − decay) W + scale · S P, then S ← 0 (arXiv:2403.03507, eq. 4).
+
+        Of a sharded weight each rank moves the rows that it holds.
 
         Args:
             scale: α.
             decay: Learning rate times weight decay.
-            generator: Random bits that round 16-bit weights; on the weight's device.
+            rounding_key: Of the random bits that round 16-bit weights, such as (seed, step, layer).
         """
-        weight = self.moving_weight
-        if weight.dtype is self.delta.dtype:
-            weight.addmm_(self.delta, self.basis, beta=1 - decay, alpha=scale)
+        weight, first = local(self.weight), first_row(self.weight)
+        if self.views_transposed:  # as it is stored, W moves by Pᵀ Sᵀ
+            left, right = self.basis.T[first : first + len(weight)], whole(self.delta).T
         else:
-            assert generator is not None
-            for begin in range(0, len(weight), _ROWS_A_BLOCK):
-                block = slice(begin, begin + _ROWS_A_BLOCK)
-                moved = torch.addmm(
-                    weight[block].to(self.delta.dtype),
-                    self.delta[block],
-                    self.basis,
-                    beta=1 - decay,
-                    alpha=scale,
-                )
-                weight[block] = round_stochastically(moved, generator=generator)
+            left, right = local(self.delta), self.basis
+        if weight.dtype is right.dtype:
+            weight.addmm_(left, right, beta=1 - decay, alpha=scale)
+            self.delta.zero_()
+            return
+        for begin in range(first - first % _ROWS_A_BLOCK, first + len(weight), _ROWS_A_BLOCK):
+            end = min(begin + _ROWS_A_BLOCK, len(self.weight))
+            held = slice(max(begin - first, 0), min(end - first, len(weight)))
+            moved = torch.addmm(
+                weight[held].to(right.dtype), left[held], right, beta=1 - decay, alpha=scale
+            )
+            # A block that ranks share is rounded by the bits that it would take in one process.
+            above, below = first + held.start - begin, end - first - held.stop
+            if above or below:
+                moved = nn.functional.pad(moved, (0, 0, above, below))
+            generator = keyed_generator(weight.device, *rounding_key, begin)
+            rounded = round_stochastically(moved, generator=generator)
+            weight[held] = rounded[above : len(rounded) - below]
         self.delta.zero_()
 
     @property

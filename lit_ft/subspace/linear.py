@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from lit_ft.subspace.energy import captured_and_total_energy
 from lit_ft.subspace.layer import Side, SubspaceLayer
 from lit_ft.subspace.products import projected_gradient, projected_gradient_and_sketch
 
@@ -19,14 +20,26 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
         """Return x Wᵀ + b, for `x` [..., in]."""
         if not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        self.begin_window()
         return subspace_linear(
-            x, self.weight, self.bias, delta=self.delta, basis=self.basis, side=self.side
+            x,
+            self.weight,
+            self.bias,
+            delta=self.delta,
+            basis=self.basis,
+            energy=self.energy,
+            side=self.side,
         )
 
 
 def subspace_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, delta: Tensor, basis: Tensor, side: Side
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    delta: Tensor,
+    basis: Tensor,
+    energy: Tensor,
+    side: Side,
 ) -> Tensor:
     """Return x Wᵀ + b; the gradient goes to `delta` and, where they ask for it, elsewhere.
 
@@ -36,9 +49,10 @@ def subspace_linear(
         bias: [out] or None.
         delta: S, zero; receives R.
         basis: P; receives the sketch H if it requires a gradient.
+        energy: [2]; receives captured and total energy if it requires a gradient.
         side: What P spans, see `SubspaceLayer`.
     """
-    return _Linear.apply(x, weight, bias, delta, basis, side)  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(x, weight, bias, delta, basis, energy, side)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
@@ -50,6 +64,7 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         delta: Tensor,
         basis: Tensor,
+        energy: Tensor,
         side: str,
     ) -> Tensor:
         out = F.linear(x, weight, bias)
@@ -57,7 +72,8 @@ class _Linear(torch.autograd.Function):
         ctx.needs_sketch, ctx.needs_weight = basis.requires_grad, weight.requires_grad
         # On the right side X Pᵀ [..., r] is all that R needs of X [..., n].
         x_in_basis = x.to(out.dtype) @ basis.T.to(out.dtype) if side == "right" else None
-        keep_x = side == "left" or ctx.needs_sketch or ctx.needs_weight
+        ctx.needs_energy = energy.requires_grad
+        keep_x = side == "left" or ctx.needs_sketch or ctx.needs_energy or ctx.needs_weight
         ctx.save_for_backward(x if keep_x else None, x_in_basis, weight, basis)
         return out
 
@@ -71,7 +87,7 @@ class _Linear(torch.autograd.Function):
         x = x if x is None else x.to(dtype)
         rows: Any
         cols: Any
-        grad_x = grad_bias = grad_weight = sketch = None
+        grad_x = grad_bias = grad_weight = sketch = energy = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight.to(dtype)).to(x_dtype)
         if ctx.needs_input_grad[2]:
@@ -87,4 +103,6 @@ class _Linear(torch.autograd.Function):
             sketch = sketch.to(basis.dtype)
         else:
             gradient = projected_gradient(rows, cols_in_basis)
-        return grad_x, grad_weight, grad_bias, gradient.to(delta_dtype), sketch, None
+        if ctx.needs_energy:
+            energy = captured_and_total_energy(rows, cols, cols_in_basis, basis)
+        return grad_x, grad_weight, grad_bias, gradient.to(delta_dtype), sketch, energy, None

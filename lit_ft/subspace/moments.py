@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_ft.subspace.sharding import local
+
 
 def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
     """Return C [r, r] with S_new ≈ S_old C: the best fit of S_old P_old in the new basis.
@@ -18,7 +20,8 @@ def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
         new: P_new [r, n].
     """
     overlap, gram = old @ new.T, new @ new.T
-    solved: Tensor = torch.linalg.solve(gram, overlap.T)
+    # Not `solve`: it waits for the device to say that it went well.
+    solved: Tensor = torch.linalg.solve_ex(gram, overlap.T).result
     return solved.T
 
 
@@ -41,6 +44,8 @@ def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
 def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tensor) -> bool:
     """Turn one parameter's optimizer state in place by `rotation` C [r, r].
 
+    Each row turns by itself, so of sharded state each rank turns what it holds.
+
     Knows torch's AdamW, SGD and Muon momentum, transformers' Adafactor and bitsandbytes' AdamW and
     Lion, with 8-bit state or without.
 
@@ -51,9 +56,9 @@ def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tenso
         _turn_pair(state, "exp_avg", "exp_avg_sq", group["betas"], rotation)
         return "max_exp_avg_sq" not in state
     if "exp_avg_sq_col" in state:  # row sums [rows] stay, column sums [r] turn like squares
-        state["exp_avg_sq_col"].copy_(state["exp_avg_sq_col"] @ rotation.square())
+        _write(state, "exp_avg_sq_col", _read(state, "exp_avg_sq_col") @ rotation.square())
         if "exp_avg" in state:
-            state["exp_avg"].copy_(state["exp_avg"] @ rotation)
+            _write(state, "exp_avg", _read(state, "exp_avg") @ rotation)
         return True
     if "state1" in state and state.get("state2") is not None:
         _turn_pair(state, "state1", "state2", group["betas"], rotation)
@@ -68,18 +73,18 @@ def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tenso
 def _turn_pair(
     state: dict[str, Any], first: str, second: str, betas: tuple[float, ...], rotation: Tensor
 ) -> None:
+    mean, square = _read(state, first), _read(state, second)
     # In raw moments √v̂ would come out too large while t is small: the two corrections differ.
-    steps = float(state["step"])
+    # A fused optimizer counts on the device: not a Python number, which the host would wait for.
+    steps = torch.as_tensor(state["step"], dtype=mean.dtype)
     correct_mean, correct_square = 1 - betas[0] ** steps, 1 - betas[1] ** steps
-    mean, square = rotated(
-        _read(state, first) / correct_mean, _read(state, second) / correct_square, rotation
-    )
+    mean, square = rotated(mean / correct_mean, square / correct_square, rotation)
     _write(state, first, mean * correct_mean)
     _write(state, second, square * correct_square)
 
 
 def _read(state: dict[str, Any], name: str) -> Tensor:
-    value: Tensor = state[name]
+    value = local(state[name])
     if value.dtype is not torch.uint8:
         return value
     from bitsandbytes.functional import dequantize_blockwise
@@ -92,7 +97,7 @@ def _read(state: dict[str, Any], name: str) -> Tensor:
 
 
 def _write(state: dict[str, Any], name: str, new: Tensor) -> None:
-    value: Tensor = state[name]
+    value = local(state[name])
     if value.dtype is not torch.uint8:
         value.copy_(new)
         return

@@ -22,25 +22,28 @@ def projected_gradient(rows: Tensor, cols_in_basis: Tensor) -> Tensor:
 def projected_gradient_and_sketch(
     rows: Tensor, cols: Tensor, cols_in_basis: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return R and the sketch H = Σ_s R_sᵀ G_s over the sequences s of the batch.
+    """Return R and the sketch H = Σ_s R_sᵀ G_s over the samples s of the batch.
 
-    H is what every rule that moves the basis needs. One gradient a sequence makes it a plain sum:
+    H is what every rule that moves the basis needs. One gradient a sample makes it a plain sum:
     it accumulates over micro-batches and ranks, however the batch is cut, where RᵀG of the summed
     gradients would not. H Pᵀ = Σ_s R_sᵀ R_s, so its trace is the energy that the basis captures.
 
     Args:
-        rows: [..., T, m] per token, leading dimensions enumerate sequences; [T, m] is one.
-        cols: [..., T, n], likewise.
-        cols_in_basis: [..., T, r], `cols` in the basis: cols Pᵀ.
+        rows: [..., T, m] per token; leading dimensions enumerate sequences, each of them a sample.
+            [S, m], without sequences, is S samples, [m] is one.
+        cols: [..., T, n] or [S, n], likewise.
+        cols_in_basis: [..., T, r] or [S, r], `cols` in the basis: cols Pᵀ.
 
     Returns:
         R [m, r] and H [r, n], in the dtype of the arguments (H in float32 for float16, whose range
         the square of a scaled loss leaves).
     """
+    wide = torch.float32 if rows.dtype is torch.float16 else rows.dtype
+    if rows.ndim < 3:  # R_s = y_s ⊗ P x_s, hence R_sᵀ G_s = ||y_s||² P x_s ⊗ x_s
+        energy = rows.to(wide).square().sum(-1, keepdim=True)
+        sketch = projected_gradient(cols_in_basis.to(wide) * energy, cols.to(wide))
+        return projected_gradient(rows, cols_in_basis), sketch
     rows, cols, cols_in_basis = (t.reshape(-1, *t.shape[-2:]) for t in (rows, cols, cols_in_basis))
-    by_sequence = rows.mT @ cols_in_basis  # R_s [S, m, r]
-    gradient = by_sequence.sum(0)
-    if rows.dtype is torch.float16:
-        rows, cols, by_sequence = rows.float(), cols.float(), by_sequence.float()
-    sketch = projected_gradient(rows @ by_sequence, cols)
-    return gradient, sketch
+    by_sample = rows.mT @ cols_in_basis  # R_s [S, m, r]
+    sketch = projected_gradient(rows.to(wide) @ by_sample.to(wide), cols.to(wide))
+    return by_sample.sum(0), sketch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,23 +15,15 @@ from torch.utils.hooks import RemovableHandle
 from lit_ft.rounding import keyed_generator
 from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
+from lit_ft.subspace.observation import Observation, Stretch, overlap
 from lit_ft.subspace.projectors import SVD, Evidence, Online, Projector, SubspaceIteration
+from lit_ft.subspace.refusals import refuse_non_finite, refuse_sharding, refuse_unfit
+from lit_ft.subspace.schedule import Refresh, Turns
 
 log = logging.getLogger(__name__)
 
 # Rounds of power iteration that take the random start to the data, one a step.
 _START_ROUNDS = 2
-
-# What the optimizer's own step must not depend on: S is zero before it.
-_NEEDS_THE_WEIGHT = {
-    "Adafactor": "torch.optim.Adafactor scales its step by the parameter's size: use transformers' "
-    "Adafactor with scale_parameter=False, or AdamW",
-    "LBFGS": "LBFGS keeps copies of the parameters: use AdamW",
-    "LARS": "LARS scales its step by the parameter's norm: use AdamW",
-    "LAMB": "LAMB scales its step by the parameter's norm: use AdamW",
-    "Prodigy": "Prodigy measures the distance from the first parameters: use AdamW",
-    "ScheduleFree": "schedule-free optimizers keep copies of the parameters: use AdamW",
-}
 
 
 class SubspaceStep:
@@ -44,9 +37,11 @@ class SubspaceStep:
         projector: Moves the bases.
         scale: α, a number, or "match_adamw" for √(cols / r): the learning rate then means what it
             means to AdamW on whole weights.
-        stagger: Spread the layers' moves over the interval, so that no step pays for all.
+        refresh: When the bases move; None for every `projector.every` steps, staggered.
+        compiled: torch.compile runs the model, with one graph for each set of layers whose bases
+            move at the same step: they are not staggered, which leaves two.
         seed: Of random bases and of stochastic rounding.
-        all_reduce: Averages a tensor over data-parallel ranks, in place; None for one process.
+        all_reduce: Averages tensors over the data-parallel ranks, in place; None for one process.
     """
 
     def __init__(
@@ -55,33 +50,45 @@ class SubspaceStep:
         projector: Projector,
         *,
         scale: float | str = MATCH_ADAMW,
-        stagger: bool = True,
+        refresh: Refresh | None = None,
+        compiled: bool = False,
         seed: int = 0,
-        all_reduce: Callable[[Tensor], None] | None = None,
+        all_reduce: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         if isinstance(scale, str) and scale != MATCH_ADAMW:
             raise ValueError(f"scale={scale}: give a number, or '{MATCH_ADAMW}'.")
         self.layers = dict(layers)
         self.projector = projector
         self.scale = scale
-        self.stagger = stagger
+        self.compiled = compiled
         self.seed = seed
         self.all_reduce = all_reduce
         self.step = 0
-        self._by_delta = {layer.delta: name for name, layer in self.layers.items()}
+        self._by_delta: dict[Tensor, str] = {}
         self._indices = {name: index for index, name in enumerate(self.layers)}
         self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
         self._said: set[type] = set()
+        self.observation = Observation(self.layers)
+        self.turns = self._turns(refresh or Refresh())
+        self._overlaps: dict[str, Tensor] = {}  # of the bases that move at this step
         self._attached = False
+
+    def reschedule(self, refresh: Refresh) -> None:
+        """Let the bases move when `refresh` says; call it while nothing trains."""
+        turns = self._turns(refresh)
+        if turns.refresh != self.turns.refresh:
+            self.turns = turns
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Follow `optimizer`'s steps, until the handle that is returned is removed.
 
         Raises:
             ValueError: The optimizer does not hold the layers' deltas (it was built before
-                `inject`), or cannot train what is zero before each step.
+                `inject`), or cannot train what is zero before each step; or the projector needs
+                whole gradients of a sharded weight.
         """
         refuse_unfit(optimizer)
+        refuse_sharding(self.layers, forms_gradients=self.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             if layer.delta not in held:
@@ -89,21 +96,49 @@ class SubspaceStep:
                     f"The optimizer does not hold {name}.delta: build it after inject(), on the "
                     "parameters that require a gradient."
                 )
+        # Not before: sharding a model puts other parameters in place of those of `inject`.
+        self._by_delta = {layer.delta: name for name, layer in self.layers.items()}
         self._attached = True
         self._prepare()
         return optimizer.register_step_post_hook(self._after_step)
 
+    @property
+    def forms_gradients(self) -> bool:
+        """Whether a basis is ever taken from a whole gradient."""
+        return self.projector.evidence is Evidence.GRADIENT or self._starts_from_svd
+
+    def begin_window(self) -> None:
+        """Forget the evidence of a step that was skipped; call it where gradients are zeroed."""
+        for layer in self.layers.values():
+            layer.forget_evidence()
+
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Take the bases that come from G itself; call it when the gradients are complete."""
+    def before_step(self, optimizer: Optimizer, *, skips_overflow: bool = False) -> None:
+        """Check the gradients and take the bases that come from G itself.
+
+        Call it when the gradients are complete, and unscaled if a grad scaler scales them.
+
+        Args:
+            optimizer: Whose step comes next.
+            skips_overflow: A grad scaler skips the step if a gradient is not finite.
+
+        Raises:
+            FloatingPointError: A gradient is not finite; names the layers. Nothing has changed.
+        """
+        if not skips_overflow:
+            refuse_non_finite(
+                {name: layer.delta.grad for _, name, layer in self._stepped(optimizer)}, self.step
+            )
         for group, name, layer in self._stepped(optimizer):
-            if layer.weight.grad is None:
-                continue
             gradient = layer.weight.grad
+            if gradient is None and self.all_reduce is not None and layer.weight.requires_grad:
+                gradient = torch.zeros_like(layer.weight)
+            if gradient is None:
+                continue
             layer.weight.grad = None
-            gradient = gradient.mT if layer.views_transposed else gradient
             if self.all_reduce is not None:
-                self.all_reduce(gradient)
+                self.all_reduce([gradient])
+            gradient = gradient.mT if layer.views_transposed else gradient
             rule: Projector = SVD()  # or the first basis of a rule that starts from one
             if self.projector.evidence is Evidence.GRADIENT:
                 rule = self.projector
@@ -113,31 +148,36 @@ class SubspaceStep:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # A grad scaler leaves it to a fused optimizer to take no step after an overflow.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and overflow.item():
+            self.begin_window()
+            return
+        self._reduce_evidence(optimizer)
         for group, name, layer in self._stepped(optimizer):
-            index = self._indices[name]
+            scale = layer.matching_scale if isinstance(self.scale, str) else self.scale
+            self.observation.see_step(name, scale=scale, lr=group["lr"])
             layer.fold(
-                scale=layer.matching_scale if isinstance(self.scale, str) else self.scale,
+                scale=scale,
                 decay=group["lr"] * group.get("weight_decay", 0.0),
-                generator=keyed_generator(layer.weight.device, self.seed, self.step, index)
-                if layer.weight.dtype is not layer.delta.dtype
-                else None,
+                rounding_key=(self.seed, self.step, self._indices[name]),
             )
             evidence = self._evidence(name)
             if evidence is Evidence.SKETCH and layer.basis.grad is not None:
-                if self.all_reduce is not None:
-                    self.all_reduce(layer.basis.grad)
                 starting = self.step < _START_ROUNDS and not self._starts_from_svd
                 rule: Projector = SubspaceIteration() if starting else self.projector
                 self._move(optimizer, group, name, layer, rule, layer.basis.grad)
-            elif evidence is Evidence.NOTHING and self._is_due(name):
+            elif evidence is Evidence.NOTHING and self.turns.is_due(name, self.step):
                 self._move(optimizer, group, name, layer, self.projector, None)
-            layer.basis.grad = None
+            layer.forget_evidence()
+        self._pass_turns_on()
+        self.observation.end_step()
         self.step += 1
         self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the layers' own tensors."""
-        return {"step": self.step, "memory": self._memory}
+        return {"step": self.step, "memory": self._memory, "turns": self.turns.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
@@ -149,16 +189,30 @@ class SubspaceStep:
             }
             for name, memory in state["memory"].items()
         }
+        self.turns.load_state_dict(state["turns"], self.step)
         if self._attached:  # an optimizer that is built later would take what asks for a gradient
             self._prepare()
 
     def stop(self) -> None:
         """Ask for no more sketches or gradients."""
         self._attached = False
+        self.observation.await_reading(None)
         for layer in self.layers.values():
             layer.basis.requires_grad_(False)
             layer.weight.requires_grad_(False)
-            layer.basis.grad = layer.weight.grad = None
+            layer.forget_evidence()
+
+    def _reduce_evidence(self, optimizer: Optimizer) -> None:
+        """Average over the ranks what the moves will look at."""
+        if self.all_reduce is None:
+            return
+        evidence = []
+        for _, _, layer in self._stepped(optimizer):
+            if layer.basis.requires_grad:
+                if layer.basis.grad is None:  # this rank's rows did not come through the layer
+                    layer.basis.grad = torch.zeros_like(layer.basis)
+                evidence.append(layer.basis.grad)
+        self.all_reduce(evidence)
 
     def _stepped(self, optimizer: Optimizer) -> list[tuple[dict[str, Any], str, SubspaceLayer]]:
         return [
@@ -177,6 +231,8 @@ class SubspaceStep:
         rule: Projector,
         evidence: Tensor | None,
     ) -> None:
+        measured = self._is_measured(name)
+        move = Stretch(layer.basis.device) if measured else None
         moved = rule.move(
             layer.basis.detach(),
             evidence,
@@ -190,7 +246,28 @@ class SubspaceStep:
             rotation = change_of_basis(layer.basis.detach(), moved)
             if not rotate_moments(optimizer.state[layer.delta], group, rotation):
                 self._say_once(optimizer)
+        if move is not None:
+            self._overlaps[name] = turned = overlap(layer.basis.detach(), moved)
+            self.observation.see_move(name, turned=turned, move=move.end())
         layer.basis.copy_(moved)
+
+    def _is_measured(self, name: str) -> bool:
+        """Whether the schedule or the coming reading looks at the layer's move at this step."""
+        if self.turns.refresh.adaptive:
+            return True
+        remaining = self.observation.steps_to_reading
+        # Of a layer's moves before a reading the last one counts.
+        return remaining is not None and self.turns.after(name, self.step) >= self.step + remaining
+
+    def _pass_turns_on(self) -> None:
+        seen: dict[str, float] = {}
+        if self.turns.refresh.adaptive and self._overlaps and not self._is_starting:
+            values = torch.stack(list(self._overlaps.values()))
+            if self.all_reduce is not None:  # no rank may come to another decision
+                self.all_reduce([values])
+            seen = dict(zip(self._overlaps, values.tolist(), strict=True))
+        self._overlaps.clear()
+        self.turns.pass_on(self.step, seen)
 
     def _prepare(self) -> None:
         """Ask the coming window for what its moves will look at."""
@@ -202,17 +279,21 @@ class SubspaceStep:
     def _evidence(self, name: str) -> Evidence:
         if self.step == 0 and self._starts_from_svd:
             return Evidence.GRADIENT
-        evidence = self.projector.evidence
-        starting = self.step < _START_ROUNDS and evidence is Evidence.SKETCH
-        return evidence if starting or self._is_due(name) else Evidence.NOTHING
+        due = self._is_starting or self.turns.is_due(name, self.step)
+        return self.projector.evidence if due else Evidence.NOTHING
 
-    def _is_due(self, name: str) -> bool:
+    @property
+    def _is_starting(self) -> bool:
+        """Whether the bases are still on their way from the random start to the data."""
+        return self.step < _START_ROUNDS and self.projector.evidence is Evidence.SKETCH
+
+    def _turns(self, refresh: Refresh) -> Turns:
+        if self.compiled:
+            refresh = replace(refresh, stagger=False)
+        # The gradient at hand is projected with the basis that it gives: from step 0 on.
+        at_once = self.projector.evidence is Evidence.GRADIENT
         every = self.projector.every
-        offset = self._indices[name] * every // len(self.layers) if self.stagger else 0
-        if self.projector.evidence is Evidence.GRADIENT:
-            # The gradient at hand is projected with the basis that it gives: from step 0 on.
-            return self.step == 0 or (self.step > offset and (self.step - offset) % every == 0)
-        return (self.step + 1 - offset) % every == 0
+        return Turns(list(self.layers), refresh, every=every, at_once=at_once, step=self.step)
 
     @property
     def _starts_from_svd(self) -> bool:
@@ -224,28 +305,4 @@ class SubspaceStep:
             log.warning(
                 "The state of %s has no rule for a change of basis: it is left as it is.",
                 type(optimizer).__name__,
-            )
-
-
-def refuse_unfit(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer whose step has no meaning on parameters that are zero."""
-    for kind in type(optimizer).__mro__:
-        reason = next(
-            (r for n, r in _NEEDS_THE_WEIGHT.items() if kind.__name__.startswith(n)), None
-        )
-        if reason and not (kind.__name__ == "Adafactor" and kind.__module__.startswith("transf")):
-            raise ValueError(f"GaLore cannot train with this optimizer: {reason}.")
-    for group in optimizer.param_groups:
-        if group.get("scale_parameter"):
-            raise ValueError(
-                "Adafactor scales its step by the parameter's size, and a subspace parameter is "
-                "zero: set scale_parameter=False and relative_step=False, with a learning rate."
-            )
-        decoupled = group.get(
-            "decoupled_weight_decay", type(optimizer).__name__ not in ("Adam", "SGD")
-        )
-        if group.get("weight_decay") and not decoupled:
-            raise ValueError(
-                f"{type(optimizer).__name__} adds weight decay to the gradient, and a subspace "
-                "parameter is zero: set weight_decay=0, or use AdamW."
             )

@@ -13,10 +13,11 @@ from lit_ft.subspace.projectors.base import Evidence, captured_energy, where_inf
 
 
 def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
-    """Return P + η H (I − PᵀP), orthonormalised by one Newton–Schulz pass.
+    """Return P + η H (I − PᵀP), orthonormalised.
 
-    H is normalised by the energy that P captures. A small step leaves P nearly orthonormal, and
-    P ← 1.5 P − 0.5 (P Pᵀ) P squares the error that is left. Oja (1982); arXiv:2408.12857.
+    H is normalised by the energy that P captures. The drift D is orthogonal to P, so that the new
+    rows have the Gram matrix I + D Dᵀ: its Cholesky factor always exists, and of a D that is not
+    small, or of rank one, it leaves orthonormal rows as well. Oja (1982); arXiv:2408.12857.
 
     Args:
         basis: P [r, n] with orthonormal rows.
@@ -25,10 +26,14 @@ def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
     """
     drift = sketch / captured_energy(basis, sketch)
     drift = drift - (drift @ basis.T) @ basis
-    # The pass converges for ||P|| < √3: a drift of norm 1 or more is cut to 1.
+    # A norm of 1 turns a direction by 45°: no step goes further.
     drift = drift * (step_size / (step_size * drift.norm()).clamp_min(1))
     moved = basis + drift
-    return torch.add(1.5 * moved, (moved @ moved.T) @ moved, alpha=-0.5)
+    # Not `cholesky`: it waits for the device to say that it went well.
+    factor = torch.linalg.cholesky_ex(moved @ moved.T).L
+    identity = torch.eye(len(moved), dtype=moved.dtype, device=moved.device)
+    turned: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False) @ moved
+    return turned
 
 
 @dataclass(frozen=True)

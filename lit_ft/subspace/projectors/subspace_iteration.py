@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,10 @@ from lit_ft.subspace.projectors.base import Evidence, orthonormal_rows, where_in
 
 @dataclass(frozen=True)
 class SubspaceIteration:
-    """P ← orth(H): one round of block power iteration on Σ_s G_sᵀ G_s, from the basis at hand.
+    """P ← orth(H + ε P): a round of block power iteration on Σ_s G_sᵀ G_s, from the basis at hand.
+
+    The shift ε leaves the iteration's limit where it is. Where the samples span less than P it
+    keeps old directions: they would be round-off, another one for each way to cut the batch.
 
     A round costs thin products and a QR of [cols, r]; repeated over a run it follows the top right
     singular vectors that GaLore (arXiv:2403.03507) takes from an SVD of G.
@@ -38,5 +42,7 @@ class SubspaceIteration:
     ) -> Tensor:
         """Return the orthonormalised sketch."""
         assert evidence is not None
-        scale = evidence.abs().amax().clamp_min(torch.finfo(evidence.dtype).tiny)
-        return where_informative(evidence, orthonormal_rows(evidence / scale), basis)
+        limits = torch.finfo(evidence.dtype)
+        scaled = evidence / evidence.abs().amax().clamp_min(limits.tiny)
+        shifted = torch.add(scaled, basis, alpha=math.sqrt(limits.eps))
+        return where_informative(evidence, orthonormal_rows(shifted), basis)

@@ -1,0 +1,88 @@
+"""What cannot be trained in subspaces: refused by name, with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_ft.subspace.layer import SubspaceLayer
+from lit_ft.subspace.sharding import holds_whole_rows, is_sharded, whole
+
+# What the optimizer's own step must not depend on: S is zero before it.
+_NEEDS_THE_WEIGHT = {
+    "Adafactor": "torch.optim.Adafactor scales its step by the parameter's size: use transformers' "
+    "Adafactor with scale_parameter=False, or AdamW",
+    "LBFGS": "LBFGS keeps copies of the parameters: use AdamW",
+    "LARS": "LARS scales its step by the parameter's norm: use AdamW",
+    "LAMB": "LAMB scales its step by the parameter's norm: use AdamW",
+    "Prodigy": "Prodigy measures the distance from the first parameters: use AdamW",
+    "ScheduleFree": "schedule-free optimizers keep copies of the parameters: use AdamW",
+}
+
+
+def refuse_unfit(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer whose step has no meaning on parameters that are zero."""
+    for kind in type(optimizer).__mro__:
+        reason = next(
+            (r for n, r in _NEEDS_THE_WEIGHT.items() if kind.__name__.startswith(n)), None
+        )
+        if reason and not (kind.__name__ == "Adafactor" and kind.__module__.startswith("transf")):
+            raise ValueError(f"GaLore cannot train with this optimizer: {reason}.")
+    for group in optimizer.param_groups:
+        if group.get("scale_parameter"):
+            raise ValueError(
+                "Adafactor scales its step by the parameter's size, and a subspace parameter is "
+                "zero: set scale_parameter=False and relative_step=False, with a learning rate."
+            )
+        decoupled = group.get(
+            "decoupled_weight_decay", type(optimizer).__name__ not in ("Adam", "SGD")
+        )
+        if group.get("weight_decay") and not decoupled:
+            raise ValueError(
+                f"{type(optimizer).__name__} adds weight decay to the gradient, and a subspace "
+                "parameter is zero: set weight_decay=0, or use AdamW."
+            )
+
+
+def refuse_sharding(layers: Mapping[str, SubspaceLayer], *, forms_gradients: bool) -> None:
+    """Raise ValueError where weights are shared among ranks so that none has what it needs.
+
+    Args:
+        layers: By name.
+        forms_gradients: Bases are taken from whole gradients.
+    """
+    for name, layer in layers.items():
+        if not holds_whole_rows(layer.weight):
+            raise ValueError(
+                f"{name} is sharded by columns, and a subspace needs whole rows: leave fully_shard "
+                "its Shard(0)."
+            )
+        if is_sharded(layer.weight) and forms_gradients:
+            raise ValueError(
+                f"SVD takes bases from whole gradients, and no rank has that of {name}, which is "
+                "sharded: use SubspaceIteration or Oja."
+            )
+
+
+def refuse_non_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
+    """Raise FloatingPointError, on every rank, if a gradient is not finite.
+
+    Args:
+        gradients: By layer.
+        step: The optimizer step that they are for.
+    """
+    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    # A sum over the ranks: the maximum of NaN and a number may be the number.
+    norm = torch.nn.utils.get_total_norm(present.values())
+    if whole(norm).isfinite():  # the one time that the host waits for the device
+        return
+    bad = [name for name, gradient in present.items() if not whole(gradient).isfinite().all()]
+    if bad:  # else the norm alone left its range
+        raise FloatingPointError(
+            f"The gradient of {', '.join(bad[:4])}{', ...' * (len(bad) > 4)} is not finite at step "
+            f"{step}: lower the learning rate, look at this step's data, or train in a wider "
+            "precision. The weights are those of the step before."
+        )

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.ranks import ranks
+
+
+@pytest.fixture(scope="session")
+def on_both() -> Iterator[Callable[..., list]]:
+    """Runs a function on two ranks, which are the same two processes for all tests."""
+    with ranks() as run:
+        yield run

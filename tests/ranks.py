@@ -1,0 +1,58 @@
+"""Two ranks on this machine: real processes that torch.distributed's gloo connects."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+
+
+@contextmanager
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """Give a function that runs (function, *args) on all ranks and returns what each returned."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Spawned, since a fork of a process that has used threads may hang.
+    context = multiprocessing.get_context("spawn")
+    pools = [
+        ProcessPoolExecutor(1, context, initializer=_join, initargs=(rank, port))
+        for rank in range(WORLD)
+    ]
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        futures = [pool.submit(function, *args, **kwargs) for pool in pools]
+        return [future.result(timeout=180) for future in futures]
+
+    try:
+        yield run
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _join(rank: int, port: int) -> None:
+    """Become one of the ranks, with the environment that torchrun gives."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
+    # A rank that waits for one that failed must not wait long.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))

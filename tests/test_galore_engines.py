@@ -1,0 +1,191 @@
+"""GaLore under what engines put around a step: grad scalers, compilation, bad numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+from lit_ft.callbacks import GaLore
+from lit_ft.subspace import Refresh
+from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
+from tests.test_module import batch_of, module_of
+
+GOOD, INF = torch.ones(()), torch.tensor(torch.inf)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.last(nn.functional.gelu(self.first(x)))
+
+
+class Regression(LightningModule):
+    """A network whose batch says what its loss is multiplied with."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Net()
+        self.options = {"lr": 1e-2, "weight_decay": 0.1, **options}
+
+    def training_step(self, batch, batch_idx):
+        x, factor = batch
+        return (self.net(x) - x[..., :8]).square().mean() * factor
+
+    def configure_optimizers(self):
+        return AdamW(self.parameters(), **self.options)
+
+
+class States(Callback):
+    """Keeps everything that a step may change, as it is after each batch."""
+
+    def __init__(self, galore):
+        self.galore = galore
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        steps = torch.tensor(self.galore.steps.step)
+        tensors = [*module.state_dict().values(), *moments(module), steps]
+        self.seen.append([tensor.clone() for tensor in tensors])
+
+
+def moments(module):
+    states = module.trainer.optimizers[0].state.values()
+    return [value for state in states for value in state.values()]
+
+
+def batches(*factors, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(6, 5, 16, generator=generator), factor) for factor in factors]
+
+
+def causal(lr=1e-2):
+    return module_of(optimizer=partial(AdamW, lr=lr))
+
+
+def train(
+    folder,
+    data,
+    *,
+    kind=Regression,
+    scale=None,
+    projector=None,
+    refresh=None,
+    accumulate_grad_batches=1,
+    **options,
+):
+    """Train on `data`; return the module and what each batch left."""
+    galore = GaLore(rank=4, projector=projector or Oja())
+    galore.reschedule(refresh or Refresh())
+    states = States(galore)
+    module = kind(**options)
+    plugins = []
+    if scale is not None:
+        plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))]
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        plugins=plugins,
+        max_epochs=1,
+        accumulate_grad_batches=accumulate_grad_batches,
+        callbacks=[galore, states],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=None))
+    return module, states.seen
+
+
+@pytest.mark.parametrize("projector", [Oja(), Online(), SubspaceIteration(every=2)])
+@pytest.mark.parametrize("kind", [Regression, causal])
+def test_the_scale_of_the_loss_does_not_matter(tmp_path, kind, projector):
+    data = batches(*[GOOD] * 5)
+    if kind is causal:
+        data = [batch_of([12, 5, 7], seed=seed) for seed in range(5)]
+    options = {"kind": kind, "projector": projector}
+    first, second = (
+        dict(train(tmp_path, data, scale=scale, **options)[0].named_parameters())
+        for scale in (1.0, 2.0**10)
+    )
+    for name, weight in first.items():  # up to the small gradients that float16 loses unscaled
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_a_grad_scaler_skips_leaves_no_trace(tmp_path, fused):
+    first, second, third = batches(*[GOOD] * 3)
+    bad = [(x, INF) for x, _ in batches(GOOD, seed=9)]
+    _, straight = train(tmp_path, [first, second, third], scale=2.0**10, fused=fused)
+    _, skipping = train(tmp_path, [first, second, *bad, third], scale=2.0**10, fused=fused)
+    for before, after in zip(skipping[1], skipping[2], strict=True):
+        assert torch.equal(before, after)
+    for ours, other in zip(skipping[3], straight[2], strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("projector", [SVD(), Online(starts_from_svd=True)])
+def test_a_grad_scaler_and_bases_from_whole_gradients_are_refused(tmp_path, projector):
+    with pytest.raises(MisconfigurationException, match="use SubspaceIteration or Oja"):
+        train(tmp_path, batches(GOOD), scale=2.0**10, projector=projector)
+
+
+class RootOfZero(Regression):
+    """Its loss is finite, the gradient of its first layer is not, where the batch says so."""
+
+    def training_step(self, batch, batch_idx):
+        x, factor = batch
+        loss = super().training_step((x, GOOD), batch_idx)
+        hidden = self.net.first(x)
+        return loss if factor == 1 else loss + (hidden - hidden.detach()).abs().sum().sqrt()
+
+
+@pytest.mark.parametrize("projector", [Oja(), SVD(every=1, rotates_moments=True)])
+def test_a_bad_gradient_is_named_before_it_reaches_anything(tmp_path, projector):
+    data = batches(GOOD, GOOD, INF)
+    module = RootOfZero()
+    with pytest.raises(FloatingPointError, match=r"gradient of net\.first is not finite at step 2"):
+        train(tmp_path, data, kind=lambda: module, projector=projector)
+    _, states = train(tmp_path, data[:2], kind=RootOfZero, projector=projector)
+    left = [*module.state_dict().values(), *moments(module)]
+    for ours, other in zip(left, states[-1][:-1], strict=True):
+        assert torch.equal(ours, other)
+
+
+class Compiled(Regression):
+    def __init__(self, way):
+        super().__init__()
+        if way == "in place":
+            self.net.compile(backend="aot_eager")
+        else:
+            self.net = torch.compile(self.net, backend="aot_eager")
+
+
+@pytest.mark.parametrize("way", ["in place", "wrapped"])
+@pytest.mark.parametrize("projector", [Oja(), SubspaceIteration(every=4)])
+def test_compiled_models_train_alike_in_at_most_two_graphs(tmp_path, projector, way):
+    data = batches(*[GOOD] * 20)
+    options = {"projector": projector, "accumulate_grad_batches": 2}
+    plain, _ = train(tmp_path, data, refresh=Refresh(stagger=False), **options)
+    counters.clear()
+    torch.compiler.reset()
+    compiled, _ = train(tmp_path, data, kind=partial(Compiled, way), **options)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # with sketches and without
+    for ours, other in zip(
+        compiled.state_dict().values(), plain.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-6)

@@ -1,0 +1,57 @@
+"""Rules that move a basis, on evidence that says little: few tokens, nothing, or no numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_ft.subspace.projectors import SVD, Evidence, Oja, Online, SubspaceIteration
+
+ORTHONORMAL = [Oja(), Oja(step_size=10.0), SubspaceIteration(), SVD()]
+GENERATOR = torch.Generator()
+
+
+def basis_and_gradient(seed, num_tokens, rank=6, rows=9, cols=20):
+    torch.manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(cols, rank).double()).Q.T
+    return basis, torch.randn(rows, num_tokens).double() @ torch.randn(num_tokens, cols).double()
+
+
+def move(rule, basis, gradient):
+    evidence = gradient if rule.evidence is Evidence.GRADIENT else basis @ gradient.T @ gradient
+    return rule.move(basis, evidence, state={}, decay=1.0, generator=GENERATOR)
+
+
+@pytest.mark.parametrize("rule", ORTHONORMAL)
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), num_tokens=st.integers(0, 9))
+def test_orthonormal_bases_stay_so_whatever_the_rank_of_the_gradient(rule, seed, num_tokens):
+    basis, gradient = basis_and_gradient(seed, num_tokens)
+    moved = move(rule, basis, gradient)
+    torch.testing.assert_close(moved @ moved.T, torch.eye(len(basis)).double())
+
+
+@pytest.mark.parametrize("rule", [Oja(), SubspaceIteration()])
+def test_what_few_tokens_do_not_decide_is_not_left_to_round_off(rule):
+    basis, gradient = basis_and_gradient(0, num_tokens=2)
+    other = gradient + 1e-15 * torch.randn(gradient.shape).double()  # another order of summation
+    torch.testing.assert_close(
+        move(rule, basis, gradient), move(rule, basis, other), rtol=0, atol=1e-6
+    )
+
+
+def test_power_iteration_finds_the_gradients_own_directions():
+    basis, gradient = basis_and_gradient(0, num_tokens=2)
+    moved = move(SubspaceIteration(), basis, gradient)
+    torch.testing.assert_close(gradient @ moved.T @ moved, gradient)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("rule", [Oja(), Online(), SubspaceIteration()])
+def test_a_sketch_that_says_nothing_leaves_the_basis(rule, value):
+    basis, _ = basis_and_gradient(0, 1)
+    sketch = torch.full_like(basis, value)
+    moved = rule.move(basis, sketch, state={}, decay=1.0, generator=GENERATOR)
+    assert torch.equal(moved, basis)
