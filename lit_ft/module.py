@@ -135,6 +135,17 @@ class CausalLMModule(LightningModule):
         # Lightning divides by the number of micro-batches, data parallelism by that of ranks.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and free the gradients, which Lightning keeps through the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the accumulated gradient into that of the token mean."""
         loss, _ = self._global_batch.finish(self.parameters())
@@ -144,6 +155,8 @@ class CausalLMModule(LightningModule):
                 "look at this step's data, or train in a wider precision."
             )
         self.log("train_loss", loss.float(), prog_bar=True)
+
+    clips_as_lightning_does = True
 
     def configure_gradient_clipping(
         self,
@@ -155,8 +168,8 @@ class CausalLMModule(LightningModule):
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        self.log("grad_norm", norm)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.log("grad_norm", torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val))
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new token mean."""

@@ -5,6 +5,7 @@ from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lit_ft.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_ft.callbacks.export import ExportHF
 from lit_ft.callbacks.galore import GaLore
+from lit_ft.callbacks.layerwise import LayerwiseUpdate
 from lit_ft.callbacks.learning_rate import LearningRateMonitor
 from lit_ft.callbacks.memory import MemoryMonitor
 from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
@@ -21,6 +22,7 @@ __all__ = [
     "ExportHF",
     "GaLore",
     "LastCheckpoint",
+    "LayerwiseUpdate",
     "LearningRateMonitor",
     "LineProgress",
     "MemoryMonitor",

@@ -59,7 +59,7 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
     rounding_class: Any = type(
         optimizer_class.__name__,  # the name that monitors and profilers show
         (_StochasticallyRounded, optimizer_class),
-        {"_unrounded_step": _without_hooks(optimizer_class.step)},
+        {"_unrounded_step": without_hooks(optimizer_class.step)},
     )
     optimizer.__class__ = rounding_class
     vars(optimizer).update(
@@ -147,7 +147,7 @@ def _refuse_float16(parameters: list[Tensor]) -> None:
         )
 
 
-def _without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return the optimizer step under torch's hook wrapper: hooks run once a step, around ours."""
     plain: Callable[..., Any] = inspect.unwrap(
         step, stop=lambda function: not hasattr(function, "hooked")

@@ -1,0 +1,148 @@
+"""Layerwise updates in real runs: weights, state, schedule and checkpoints of whole ones."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import AdamW
+
+from examples.other_project import Regression
+from lit_ft.callbacks import LayerwiseUpdate
+from tests.running import CONF, run_job
+from tests.test_job import same
+from tests.test_module import batch_of, loader, module_of, trainer_of
+
+OPTIMIZERS = sorted(path.stem for path in (CONF / "optim").glob("*.yaml"))
+JOB = [
+    "model=tiny",
+    "strategy=cpu",
+    "logger=none",
+    "~callbacks.samples",
+    "~callbacks.export",
+    "schedule=cosine",
+    "data.max_length=96",
+    "data.batch_size=2",
+    "data.max_val_examples=2",
+    "trainer.max_steps=20",
+]
+LAYERWISE = ["update=layerwise", "callbacks.layerwise.min_grad_bytes=0"]
+EVERY_STEP = {"trainer.accumulate_grad_batches=1", "trainer.gradient_clip_val=null"}
+
+
+def run(folder: Path, optimizer: str, *overrides: str) -> Path:
+    galore = optimizer.startswith("galore") and not optimizer.startswith("galore_torch")
+    small = ["galore.rank=8", "galore.targets=[mlp,embeddings,head]"] if galore else []
+    run_job(folder, *JOB, f"optim={optimizer}", *small, *overrides)
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_trains_the_same_weights(optimizer: str, tmp_path: Path) -> None:
+    options = ["trainer.gradient_clip_val=null"]
+    whole = run(tmp_path / "whole", optimizer, *options)
+    same(whole, run(tmp_path / "layerwise", optimizer, *options, *LAYERWISE))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "galore_subspace"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.gradient_clip_val=0.5"],
+        ["trainer.gradient_clip_val=0.001", "+trainer.gradient_clip_algorithm=value"],
+        ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=4"],
+        ["trainer.gradient_clip_val=0.5", "module.activation_checkpointing=true"],
+        ["trainer.gradient_clip_val=null", "trainer.precision=bf16-true", "trainer.max_steps=5"],
+    ],
+)
+def test_clipping_and_accumulation_compose(
+    optimizer: str, options: list[str], tmp_path: Path
+) -> None:
+    whole = run(tmp_path / "whole", optimizer, *options)
+    same(whole, run(tmp_path / "layerwise", optimizer, *options, *LAYERWISE))
+
+
+@pytest.mark.parametrize("first", [[], LAYERWISE])
+@pytest.mark.parametrize("then", [[], LAYERWISE])
+def test_a_stopped_run_goes_on_as_either(first: list[str], then: list[str], tmp_path: Path) -> None:
+    constant = "schedule=constant"  # a cosine's length is that of the run
+    whole = run(tmp_path / "uninterrupted", "adamw_8bit", constant, "trainer.max_steps=6")
+    run(tmp_path / "parts", "adamw_8bit", constant, "trainer.max_steps=3", *first)
+    resumed = [constant, "trainer.max_steps=6", "resume=auto", *then]
+    same(whole, run(tmp_path / "parts", "adamw_8bit", *resumed))
+
+
+class Other(Regression):
+    """Somebody's module with somebody's scheduler."""
+
+    def configure_optimizers(self):
+        groups = [
+            {"params": self.net[0].parameters()},
+            {"params": self.net[2].parameters(), "lr": 0.1},
+        ]
+        optimizer = AdamW(groups, lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.01}])
+def test_a_foreign_project_trains_the_same_weights(options: dict, tmp_path: Path) -> None:
+    nets = []
+    batches = [[torch.randn(8, 32), torch.randn(8, 8)] for _ in range(5)]
+    for callbacks in ([], [LayerwiseUpdate(min_grad_bytes=0)]):
+        torch.manual_seed(0)
+        module = Other()
+        trainer = trainer_of(tmp_path, max_steps=10, callbacks=callbacks, **options)
+        trainer.fit(module, loader(*batches))
+        assert trainer.global_step == 10
+        assert "backward" not in vars(module)
+        nets.append(module.net.state_dict())
+    torch.testing.assert_close(*nets, rtol=0, atol=0)
+
+
+def test_the_logged_norm_is_the_true_one(tmp_path: Path) -> None:
+    norms = []
+    for callbacks in ([], [LayerwiseUpdate(min_grad_bytes=0)]):
+        module = module_of(optimizer=partial(AdamW, lr=1e-2))
+        trainer = trainer_of(tmp_path, gradient_clip_val=0.1, callbacks=callbacks)
+        trainer.fit(module, loader(batch_of([12, 5]), batch_of([7, 9])))
+        norms.append(trainer.callback_metrics["grad_norm"])
+    assert norms[0] == norms[1] > 0.1
+
+
+class Manual(Regression):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class ClipsItself(Regression):
+    def configure_gradient_clipping(self, *args, **kwargs):
+        nn.utils.clip_grad_norm_(self.parameters(), 1e-3)
+
+
+FLOAT16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "named"),
+    [
+        (Manual, {}, "automatic optimization"),
+        (Regression, {"strategy": "ddp"}, "strategy=fsdp"),
+        (Regression, {"plugins": [FLOAT16]}, "bf16-mixed"),
+        (ClipsItself, {"gradient_clip_val": 1.0}, "ClipsItself clips in its own way"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_training(
+    module: type, options: dict, named: str, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path, callbacks=[LayerwiseUpdate()], **options)
+    callback, pl_module = trainer.callbacks[0], module()
+    assert isinstance(callback, Callback)
+    with pytest.raises(MisconfigurationException, match=named):
+        callback.setup(trainer, pl_module, "fit")
