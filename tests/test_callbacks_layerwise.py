@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import AdamW
 
 from examples.other_project import Regression
-from lit_ft.callbacks import LayerwiseUpdate
+from lit_ft.callbacks import GaLore, LayerwiseUpdate
+from lit_ft.subspace.projectors import SVD
 from tests.running import CONF, run_job
 from tests.test_job import same
 from tests.test_module import batch_of, loader, module_of, trainer_of
@@ -33,7 +35,6 @@ JOB = [
     "trainer.max_steps=20",
 ]
 LAYERWISE = ["update=layerwise", "callbacks.layerwise.min_grad_bytes=0"]
-EVERY_STEP = {"trainer.accumulate_grad_batches=1", "trainer.gradient_clip_val=null"}
 
 
 def run(folder: Path, optimizer: str, *overrides: str) -> Path:
@@ -58,7 +59,8 @@ def test_every_optimizer_trains_the_same_weights(optimizer: str, tmp_path: Path)
         ["trainer.gradient_clip_val=0.001", "+trainer.gradient_clip_algorithm=value"],
         ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=4"],
         ["trainer.gradient_clip_val=0.5", "module.activation_checkpointing=true"],
-        ["trainer.gradient_clip_val=null", "trainer.precision=bf16-true", "trainer.max_steps=5"],
+        ["trainer.precision=bf16-true", "trainer.max_steps=5"],
+        ["trainer.precision=bf16-true", "trainer.gradient_clip_val=null", "trainer.max_steps=5"],
     ],
 )
 def test_clipping_and_accumulation_compose(
@@ -115,6 +117,72 @@ def test_the_logged_norm_is_the_true_one(tmp_path: Path) -> None:
     assert norms[0] == norms[1] > 0.1
 
 
+class OneGroup(Regression):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_galore_by_svd_beside_it(tmp_path: Path) -> None:
+    nets = []
+    batches = [[torch.randn(8, 32), torch.randn(8, 8)] for _ in range(5)]
+    for callbacks in ([], [LayerwiseUpdate(min_grad_bytes=0)]):
+        torch.manual_seed(0)
+        module = OneGroup()
+        galore = GaLore(rank=2, projector=SVD(every=2), targets=[r"net\.0"])
+        trainer_of(tmp_path, max_steps=5, callbacks=[*callbacks, galore]).fit(
+            module, loader(*batches)
+        )
+        nets.append(module.net.state_dict())
+    torch.testing.assert_close(*nets, rtol=0, atol=0)
+    clipped = [GaLore(rank=2, projector=SVD(), targets=[r"net\.0"]), LayerwiseUpdate(0)]
+    trainer = trainer_of(tmp_path, gradient_clip_val=1.0, callbacks=clipped)
+    with pytest.raises(MisconfigurationException, match="SVD.*update=whole"):
+        trainer.fit(OneGroup(), loader(*batches))
+
+
+class Diverges(OneGroup):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (torch.nan if batch_idx == 1 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
+    module = Diverges()
+    trainer = trainer_of(tmp_path, callbacks=[LayerwiseUpdate(min_grad_bytes=0)])
+    batch = [torch.randn(8, 32), torch.randn(8, 8)]
+    with pytest.raises(FloatingPointError, match="nan at step 1"):
+        trainer.fit(module, loader(batch, batch))
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_under_a_loss_scaler_updates_are_ordinary_and_said_so(tmp_path: Path, caplog) -> None:
+    float16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    callback = LayerwiseUpdate(min_grad_bytes=0)
+    batch = [torch.randn(8, 32), torch.randn(8, 8)]
+    module = OneGroup()
+    before = module.net[0].weight.detach().clone()
+    with caplog.at_level("INFO"):
+        trainer_of(tmp_path, plugins=[float16], callbacks=[callback]).fit(
+            module, loader(batch, batch)
+        )
+    assert "loss scaler" in caplog.text
+    assert not torch.equal(module.net[0].weight, before)
+
+
+def test_one_callback_serves_two_fits(tmp_path: Path) -> None:
+    callback = LayerwiseUpdate(min_grad_bytes=0)
+    batch = [torch.randn(8, 32), torch.randn(8, 8)]
+    nets = []
+    for callbacks in ([], [callback], [callback]):
+        torch.manual_seed(0)
+        module = OneGroup()
+        trainer_of(tmp_path, gradient_clip_val=0.1, callbacks=callbacks).fit(
+            module, loader(batch, batch)
+        )
+        nets.append(module.net.state_dict())
+    torch.testing.assert_close(nets[1], nets[0], rtol=0, atol=0)
+    torch.testing.assert_close(nets[2], nets[0], rtol=0, atol=0)
+
+
 class Manual(Regression):
     def __init__(self):
         super().__init__()
@@ -126,20 +194,23 @@ class ClipsItself(Regression):
         nn.utils.clip_grad_norm_(self.parameters(), 1e-3)
 
 
-FLOAT16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+class BackpropagatesItself(Regression):
+    def backward(self, loss, *args, **kwargs):
+        (3 * loss).backward()
 
 
 @pytest.mark.parametrize(
     ("module", "options", "named"),
     [
         (Manual, {}, "automatic optimization"),
-        (Regression, {"strategy": "ddp"}, "strategy=fsdp"),
-        (Regression, {"plugins": [FLOAT16]}, "bf16-mixed"),
-        (ClipsItself, {"gradient_clip_val": 1.0}, "ClipsItself clips in its own way"),
+        (Regression, {"strategy": "ddp"}, "DDP's buckets.*update=whole"),
+        (ClipsItself, {}, "ClipsItself clips in its own way"),
+        (BackpropagatesItself, {"gradient_clip_val": 1.0}, "BackpropagatesItself back-propagates"),
+        (partial(module_of, optimizer=partial(torch.optim.LBFGS)), {}, "LBFGS.*update=whole"),
     ],
 )
 def test_what_cannot_be_right_is_refused_before_training(
-    module: type, options: dict, named: str, tmp_path: Path
+    module: Callable[[], LightningModule], options: dict, named: str, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tmp_path, callbacks=[LayerwiseUpdate()], **options)
     callback, pl_module = trainer.callbacks[0], module()

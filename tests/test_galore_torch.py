@@ -83,3 +83,17 @@ def test_the_bases_count_as_state() -> None:
 def test_a_rank_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="rank=0"):
         GaLoreTorchAdamW(parameters(), rank=0)
+
+
+def test_an_unknown_side_is_refused() -> None:
+    with pytest.raises(ValueError, match="proj_type=both: give one of std"):
+        GaLoreTorchAdamW(parameters(), proj_type="both")
+
+
+def test_a_groups_own_rank_holds_also_when_it_comes_later() -> None:
+    first, second, _ = parameters()
+    optimizer = GaLoreTorchAdamW([{"params": [first], "galore": True, "rank": 4}], **SETTINGS)
+    optimizer.add_param_group({"params": [second], "galore": True})
+    train(optimizer, [first, second], range(1))
+    ranks = [optimizer.state[p]["projector"].ortho_matrix.shape for p in (first, second)]
+    assert ranks == [(4, 6), (5, 2)]

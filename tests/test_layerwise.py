@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,11 @@ def build(
     factory: Callable[..., Optimizer], dtype: torch.dtype = torch.float32
 ) -> tuple[Net, Optimizer]:
     net = Net().to(dtype)
-    trainable = [p for p in net.parameters() if p.requires_grad]
-    matrices = {"weight_decay": 0.1, "params": [p for p in trainable if p.ndim == 2]}
+    held = list(net.parameters())  # the frozen ones too, as in AdamW(self.parameters())
+    matrices = {"weight_decay": 0.1, "params": [p for p in held if p.ndim == 2]}
     if factory is OPTIMIZERS["muon"]:
         matrices["use_muon"] = True
-    groups = [matrices, {"weight_decay": 0.0, "params": [p for p in trainable if p.ndim != 2]}]
+    groups = [matrices, {"weight_decay": 0.0, "params": [p for p in held if p.ndim != 2]}]
     if factory is OPTIMIZERS["torch_muon"]:
         groups.pop()
     return net, stochastically_rounded(factory(groups), seed=0)
@@ -118,7 +119,7 @@ def test_clipping_by_norm_is_exact(min_grad_bytes: int, micro_batches: int) -> N
     step = LayerwiseStep(optimizer, large_parameters(optimizer, min_grad_bytes), max_norm=0.1)
 
     def clip_if_it_did_not(parameters: list[Tensor]) -> None:
-        seen.append(step.grad_norm if step.clips else nn.utils.clip_grad_norm_(parameters, 0.1))
+        seen.append(step.grad_norm if step.clips_now else nn.utils.clip_grad_norm_(parameters, 0.1))
 
     options = {"backward": step.backward, "clip": clip_if_it_did_not}
     train(net, optimizer, micro_batches=micro_batches, **options)
@@ -176,6 +177,7 @@ def test_hooks_and_schedulers_see_one_step() -> None:
     LayerwiseStep(optimizer, large_parameters(optimizer, 0))
     train(net, optimizer, steps=3)
     assert calls == ["step"] * 3
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.7**3 * 1e-2)
 
 
 def test_removed_it_leaves_no_trace() -> None:
@@ -187,6 +189,89 @@ def test_removed_it_leaves_no_trace() -> None:
     assert_same(net, optimizer, whole, whole_optimizer)
     net(torch.arange(3)).backward()
     assert net.twice.weight.grad is not None
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_a_gradient_that_comes_in_parts_is_refused(max_norm: float | None) -> None:
+    layer = nn.Linear(4, 4)
+    optimizer = AdamW(layer.parameters())
+    step = LayerwiseStep(optimizer, layer.parameters(), max_norm=max_norm)
+
+    def two_losses() -> None:
+        for _ in range(2):
+            step.backward(layer(torch.ones(2, 4)).square().sum())
+
+    with pytest.raises(RuntimeError, match="comes in parts.*update=whole"):
+        optimizer.step(two_losses)
+
+
+def test_small_gradients_of_earlier_passes_are_kept_and_clipped() -> None:
+    weights = []
+    for layerwise in (False, True):
+        torch.manual_seed(0)
+        large, small = nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False)
+        optimizer = AdamW([large.weight, small.weight], lr=0.1)
+        step = LayerwiseStep(optimizer, [large.weight], max_norm=0.1) if layerwise else None
+        x = torch.randn(4, 8)
+        small(x).sum().backward()  # an earlier micro-batch, which large has no part in
+
+        def closure(step=step, large=large, small=small, x=x) -> None:
+            loss = small(large(x)).square().sum()
+            step.backward(loss) if step else loss.backward()
+            if not (step and step.clips_now):
+                nn.utils.clip_grad_norm_([large.weight, small.weight], 0.1)
+
+        optimizer.step(closure)
+        weights.append([large.weight, small.weight])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_a_norm_that_is_not_finite_stops_before_anything_moves() -> None:
+    net, optimizer = build(OPTIMIZERS["adamw_fused"])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    step = LayerwiseStep(optimizer, large_parameters(optimizer, 0), max_norm=1.0)
+    with pytest.raises(FloatingPointError, match="Nothing has moved"):
+        optimizer.step(lambda: step.backward(net(torch.arange(9)) * torch.inf))
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_after_an_error_in_the_closure_backward_alone_moves_nothing() -> None:
+    net, optimizer = build(OPTIMIZERS["adamw_fused"])
+    LayerwiseStep(optimizer, large_parameters(optimizer, 0))
+
+    def closure() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(closure)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net(torch.arange(9)).backward()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_optimizer_that_counts_in_its_groups_is_refused() -> None:
+    class Counts(AdamW):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["steps"] = group.get("steps", 0) + 1
+            return super().step(closure)
+
+    layer = nn.Linear(4, 4)
+    optimizer = Counts(layer.parameters())
+    LayerwiseStep(optimizer, layer.parameters())
+    with pytest.raises(RuntimeError, match="Counts counts in its groups \\('steps'\\)"):
+        optimizer.step(lambda: layer(torch.ones(2, 4)).sum().backward())
+
+
+def test_bitsandbytes_overrides_by_module_are_refused() -> None:
+    net = nn.Sequential(bnb.nn.StableEmbedding(64, 128), nn.Linear(128, 64))  # 32-bit, and 8-bit
+    optimizer = bnb.optim.AdamW8bit(net.parameters())
+    LayerwiseStep(optimizer, net.parameters())
+    try:
+        with pytest.raises(ValueError, match="StableEmbedding.*update=whole"):
+            optimizer.step(lambda: net(torch.arange(9)).sum().backward())
+    finally:
+        bnb.optim.GlobalOptimManager.get_instance().initialize()
 
 
 def test_an_optimizer_that_needs_all_gradients_is_refused() -> None:

@@ -4,71 +4,85 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lit_ft.callbacks.galore import GaLore
 from lit_ft.losses import ChunkedCrossEntropy
-from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
+from lit_ft.optim.layerwise import LayerwiseStep, large_parameters, refuse_not_by_parameter
 from lit_ft.subspace import subspace_layers
 
 
 class LayerwiseUpdate(Callback):
     """Update each large parameter inside the backward pass, and free its gradient at once.
 
-    Steps, schedules, checkpoints and logs stay what they are without it, and so do the weights, bit
-    for bit. Hooks that look at gradients (`on_before_optimizer_step`) see only the small ones.
+    Steps, schedules, checkpoints and metrics stay what they are without it, and so do the weights,
+    bit for bit. Hooks that look at gradients after backward (`on_after_backward`,
+    `on_before_optimizer_step`) see only the small ones, and cannot keep a step from happening.
 
     Windows of several micro-batches keep their gradients, as they must, and step as usual. Clipping
     by norm needs a second backward pass. What GaLore has put into a subspace has small gradients
-    and waits for the step.
+    and waits for the step. Under float16's loss scaler, which judges all gradients before a step,
+    updates are ordinary ones, and a message says so.
 
     Args:
         min_grad_bytes: Gradients of this size and larger are not kept; 0 for all.
+
+    Raises:
+        MisconfigurationException: What would not be right: DDP and other strategies for many
+            devices, manual optimization, an optimizer that needs all gradients at once, or a module
+            that clips or, with clipping, back-propagates in its own way.
     """
 
     def __init__(self, min_grad_bytes: int = 2**20) -> None:
         self.min_grad_bytes = min_grad_bytes
         self._step: LayerwiseStep | None = None
+        self._repeatable = False  # the loss, before it had to be
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be right, before the model is loaded."""
         if stage != "fit":
             return
+        name = type(pl_module).__name__
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                "LayerwiseUpdate follows automatic optimization: remove it from the callbacks, and "
-                "use lit_ft.optim.layerwise.LayerwiseStep in your own loop."
-            )
-        if isinstance(trainer.strategy, DDPStrategy):
-            raise MisconfigurationException(
-                "Layerwise updates gain nothing under DDP, whose buckets keep every gradient, and "
-                "ranks would drift apart: use update=whole (no LayerwiseUpdate), or strategy=fsdp."
+                f"LayerwiseUpdate follows automatic optimization, and {name} optimizes by hand: "
+                "use lit_ft.optim.layerwise.LayerwiseStep there."
             )
         if not isinstance(trainer.strategy, SingleDeviceStrategy):
+            why = ""
+            if isinstance(trainer.strategy, DDPStrategy):
+                why = " (DDP's buckets keep every gradient anyway, and ranks would drift apart)"
             raise MisconfigurationException(
-                f"Layerwise updates are for one device, not {type(trainer.strategy).__name__}: use "
-                "update=whole (no LayerwiseUpdate)."
+                f"Layerwise updates are for one device, not {type(trainer.strategy).__name__}{why}"
+                ": use update=whole, that is no LayerwiseUpdate."
             )
-        precision = trainer.precision_plugin
-        if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+        clipping = type(pl_module).configure_gradient_clipping
+        own_clipping = is_overridden("configure_gradient_clipping", pl_module, LightningModule)
+        if own_clipping and not hasattr(clipping, "clips_as_lightning_does"):
             raise MisconfigurationException(
-                "float16's loss scaler judges all gradients before a step, and layerwise updates "
-                "do not keep them: use trainer.precision=bf16-mixed, or update=whole."
+                f"{name} clips in its own way, and layerwise updates leave it no gradients to "
+                "clip: use update=whole, that is no LayerwiseUpdate."
             )
-        if (
-            trainer.gradient_clip_val
-            and is_overridden("configure_gradient_clipping", pl_module, parent=LightningModule)
-            and not getattr(pl_module, "clips_as_lightning_does", False)
-        ):
+        if _max_norm(trainer) and is_overridden("backward", pl_module, LightningModule):
             raise MisconfigurationException(
-                f"{type(pl_module).__name__} clips in its own way, and layerwise updates leave it "
-                "no gradients to clip: remove LayerwiseUpdate or trainer.gradient_clip_val."
+                f"{name} back-propagates in its own way, and clipping by norm has to do so twice: "
+                "use update=whole, that is no LayerwiseUpdate, or trainer.gradient_clip_val=null."
             )
+        # CausalLMModule's; other modules build theirs later, and are refused then.
+        builder = getattr(pl_module, "optimizer", None)
+        kind = getattr(builder, "func", builder)
+        if isinstance(kind, type) and issubclass(kind, Optimizer):
+            try:
+                refuse_not_by_parameter(kind)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
@@ -77,21 +91,36 @@ class LayerwiseUpdate(Callback):
                 f"LayerwiseUpdate follows one optimizer; this module has {len(trainer.optimizers)}."
             )
         [optimizer] = trainer.optimizers
-        moving = {layer.delta for layer in subspace_layers(pl_module).values()}
-        large = [p for p in large_parameters(optimizer, self.min_grad_bytes) if p not in moving]
-        threshold = trainer.gradient_clip_val or None
-        by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
+        layers = subspace_layers(pl_module).values()
+        in_subspaces = {p for layer in layers for p in (layer.delta, layer.weight)}
+        large = large_parameters(optimizer, self.min_grad_bytes)
+        large = [p for p in large if p not in in_subspaces]
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            rank_zero_info(
+                "float16's loss scaler judges all gradients before a step: updates are not "
+                "layerwise. trainer.precision=bf16-mixed needs no scaler."
+            )
+            return
+        max_norm = _max_norm(trainer) if large else None
+        if max_norm is not None:
+            self._prepare_second_backward(trainer, pl_module)
         self._step = LayerwiseStep(
-            optimizer,
-            large,
-            max_norm=threshold if large and not by_value else None,
-            max_value=threshold if by_value else None,
+            optimizer, large, max_norm=max_norm, max_value=_max_value(trainer)
         )
-        self._repeat_backward(pl_module, self._step.max_norm is not None)
-        vars(pl_module).update(
-            backward=self._step.backward, configure_gradient_clipping=self._clipping(pl_module)
-        )
-        self._tell(trainer, large)
+        if max_norm is not None:
+            pl_module.backward = self._step.backward  # type: ignore[method-assign]
+        pl_module.configure_gradient_clipping = self._clipping(pl_module)  # type: ignore[method-assign]
+        _tell(trainer, large, max_norm)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Stop before a loss that is not finite reaches a weight."""
+        if self._step is not None and not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {trainer.global_step}: lower the learning "
+                "rate, look at this step's data, or train in a wider precision."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizer and the module."""
@@ -103,13 +132,29 @@ class LayerwiseUpdate(Callback):
         """Let go of the optimizer and the module."""
         self._detach(pl_module)
 
+    def _prepare_second_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, GaLore) and callback.steps and callback.steps.forms_gradients:
+                raise MisconfigurationException(
+                    f"{callback.projector} rewrites gradients after backward, where layerwise "
+                    "updates have clipped them: use update=whole, that is no LayerwiseUpdate, or "
+                    "trainer.gradient_clip_val=null."
+                )
+        # What torch.compile saves for backward it would give away in the first pass.
+        torch._functorch.config.donated_buffer = False
+        loss = getattr(module, "loss", None)
+        if isinstance(loss, ChunkedCrossEntropy):
+            self._repeatable, loss.repeatable = loss.repeatable, True
+
     def _clipping(self, module: LightningModule) -> Any:
         usual, step = module.configure_gradient_clipping, self._step
         assert step is not None
+        logs_norm = hasattr(usual, "clips_as_lightning_does")
 
         def configure_gradient_clipping(*args: Any, **kwargs: Any) -> None:
-            if step.clips:
-                if step.grad_norm is not None:
+            if step.clips_now:
+                if logs_norm and step.grad_norm is not None:
                     module.log("grad_norm", step.grad_norm)
             elif any(p.grad is not None for p in module.parameters()):
                 usual(*args, **kwargs)
@@ -117,29 +162,36 @@ class LayerwiseUpdate(Callback):
         return configure_gradient_clipping
 
     def _detach(self, module: LightningModule) -> None:
-        if self._step is not None:
-            self._step.remove()
-            self._step = None
-            self._repeat_backward(module, False)
-            vars(module).pop("backward", None)
-            vars(module).pop("configure_gradient_clipping", None)
-
-    def _repeat_backward(self, module: LightningModule, allowed: bool) -> None:
+        if self._step is None:
+            return
+        self._step.remove()
+        self._step = None
         loss = getattr(module, "loss", None)
-        if isinstance(loss, ChunkedCrossEntropy):
-            loss.repeatable = allowed
+        if "backward" in vars(module) and isinstance(loss, ChunkedCrossEntropy):
+            loss.repeatable = self._repeatable
+        vars(module).pop("backward", None)
+        vars(module).pop("configure_gradient_clipping", None)
 
-    def _tell(self, trainer: Trainer, large: list[Tensor]) -> None:
-        freed = sum(p.numel() * p.itemsize for p in large)
-        told = (
-            f"Layerwise updates: the gradients of {len(large)} parameters, {freed / 2**30:.2f} GiB"
-        )
-        if not large:
-            told = "Layerwise updates: no gradient is large enough to be worth it"
-        elif trainer.accumulate_grad_batches > 1:
-            told += ", are kept while micro-batches accumulate: nothing is saved"
-        else:
-            told += ", are not kept"
-            if trainer.gradient_clip_val and self._step is not None and self._step.max_norm:
-                told += "; clipping by norm costs a second backward pass"
-        rank_zero_info(told + ".")
+
+def _max_norm(trainer: Trainer) -> float | None:
+    by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
+    return None if by_value else trainer.gradient_clip_val or None
+
+
+def _max_value(trainer: Trainer) -> float | None:
+    by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
+    return (trainer.gradient_clip_val or None) if by_value else None
+
+
+def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None:
+    freed = sum(p.numel() * p.itemsize for p in large) / 2**30
+    told = f"Layerwise updates: the gradients of {len(large)} parameters, {freed:.2f} GiB, are "
+    if not large:
+        told = "Layerwise updates: no gradient is large enough to be worth it"
+    elif trainer.accumulate_grad_batches > 1:
+        told += "kept while micro-batches accumulate: nothing is saved"
+    else:
+        told += "not kept"
+        if max_norm is not None:
+            told += "; clipping by norm costs a second backward pass"
+    rank_zero_info(told + ".")

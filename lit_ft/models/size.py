@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lit_ft.memory import weight_bytes
+from lit_ft.memory.storage import storage_bytes
 from lit_ft.subspace import subspace_layers
 
 
@@ -35,7 +36,7 @@ def model_size(model: nn.Module) -> ModelSize:
     layers = subspace_layers(model).values()
     deltas, moving = {layer.delta for layer in layers}, {layer.weight for layer in layers}
     weights = [p for p in model.parameters() if p not in deltas]
-    beside = sum(layer.delta.nbytes + layer.basis.nbytes for layer in layers)
+    beside = storage_bytes([tensor for layer in layers for tensor in (layer.delta, layer.basis)])
     return ModelSize(
         parameters=sum(map(num_weights, weights)),
         trainable_parameters=sum(num_weights(p) for p in weights if p.requires_grad or p in moving),

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 _SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
+_SIDES = ("std", "reverse_std", "right", "left", "full")
 
 
 class _OriginalGaLore(Optimizer):
@@ -22,7 +23,8 @@ class _OriginalGaLore(Optimizer):
         rank: Of the subspaces; at most a matrix's smaller side.
         update_proj_gap: Steps between two SVDs of a matrix's gradient.
         scale: α, on the projected update.
-        proj_type: The side that is projected: "std" is the smaller state.
+        proj_type: The side that is projected, as upstream: "std", "reverse_std", "right", "left"
+            or "full".
         **options: Those of the upstream optimizer.
     """
 
@@ -38,12 +40,17 @@ class _OriginalGaLore(Optimizer):
     ) -> None:
         if rank < 1 or update_proj_gap < 1:
             raise ValueError(f"rank={rank} and update_proj_gap={update_proj_gap} must be positive.")
+        if proj_type not in _SIDES:
+            raise ValueError(f"proj_type={proj_type}: give one of {', '.join(_SIDES)}.")
+        given = (rank, update_proj_gap, scale, proj_type)
+        self._settings = dict(zip(_SETTINGS, given, strict=True))
         super().__init__(params, **options)
         self.defaults["galore"] = False
-        settings = dict(zip(_SETTINGS, (rank, update_proj_gap, scale, proj_type), strict=True))
-        for group in self.param_groups:
-            if group.get("galore"):
-                group.update(settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, to project if it has `galore: True`."""
+        settings = self._settings if param_group.get("galore") else {}
+        super().add_param_group({**settings, **param_group})
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's, with each basis in its projector's place."""
@@ -61,7 +68,8 @@ class _OriginalGaLore(Optimizer):
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for parameter in group["params"]:
-                if "projector" in (state := self.state[parameter]):
+                state = self.state.get(parameter, {})
+                if "projector" in state:
                     projector = GaLoreProjector(**{name: group[name] for name in _SETTINGS})
                     projector.ortho_matrix = state["projector"]
                     state["projector"] = projector

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +16,7 @@ from lit_ft.optim.rounding import without_hooks
 # Optimizers whose step is not the sum of its parameters' steps.
 _NOT_BY_PARAMETER = {
     "LBFGS": "LBFGS looks at all gradients at once",
+    "Lamb": "Lamb clips by the norm of all gradients",
     "ScheduleFree": "schedule-free optimizers count their steps in the groups",
     "Prodigy": "Prodigy sums over all parameters",
     "DAdapt": "D-Adaptation sums over all parameters",
@@ -32,7 +32,7 @@ class LayerwiseStep:
     result equals the ordinary step bit for bit. LOMO (arXiv:2306.09782) does this for SGD.
 
     A window of several backward passes keeps its gradients until the last of them, and takes the
-    ordinary step.
+    ordinary step; so does a step without a closure.
 
     With `max_norm`, call `backward(loss)` in place of `loss.backward()`: the norm over all
     parameters must be known before the first one moves, so backward runs twice over the same graph,
@@ -42,10 +42,14 @@ class LayerwiseStep:
         optimizer: Any that steps a parameter on its gradient and state alone.
         parameters: Those to step in backward: the large ones. Others of the optimizer wait.
         max_norm: Clip the gradient of all the optimizer's parameters to this norm; None: do not.
-        max_value: Clip each element of a gradient to ±max_value; None: do not.
+        max_value: Clip each element of the gradients that are used in backward to ±max_value;
+            None: do not.
 
     Raises:
         ValueError: The optimizer needs more than one parameter at a time.
+        RuntimeError: While stepping: the optimizer counts steps in its groups, or a gradient comes
+            in parts.
+        FloatingPointError: While stepping with `max_norm`: the norm is not finite. Nothing moved.
     """
 
     def __init__(
@@ -64,16 +68,17 @@ class LayerwiseStep:
         self._large = [p for p in parameters if p.requires_grad]
         self._step_without_hooks = without_hooks(type(optimizer).step)
         self._steps_now = False
+        self._stepped: set[Tensor] = set()
         self._norms: dict[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._begin),
-            optimizer.register_step_post_hook(self._end),
-            *(p.register_post_accumulate_grad_hook(self._use) for p in self._large),  # type: ignore[no-untyped-call]
+            optimizer.register_step_pre_hook(self._arm),
+            optimizer.register_step_post_hook(self._free),
+            *(p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._large),  # type: ignore[no-untyped-call]
         ]
 
     @property
-    def clips(self) -> bool:
-        """Whether the backward pass that runs, or ran last, clips by norm itself."""
+    def clips_now(self) -> bool:
+        """Whether the closure that runs steps in backward and clips by norm itself."""
         return self._steps_now and self.max_norm is not None
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -82,25 +87,31 @@ class LayerwiseStep:
         The first pass leaves `grad_norm`, the norm before clipping; after the second the gradients
         that wait are clipped with the others.
         """
-        if not self.clips:
+        held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
+        if any(p.grad is not None for p in held):  # an earlier pass of the window
+            self._steps_now = False
+        if not self.clips_now:
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
             return
         self._norms = {}
-        held = self._held()
         try:
             # To the parameters alone: other leaves (GaLore's sketches) must not count twice.
             norm_alone = {"retain_graph": True, "inputs": held}
             loss.backward(*args, **{**kwargs, **norm_alone})  # type: ignore[no-untyped-call]
-            small = [p for p in held if p.grad is not None]
-            self._norms.update({p: get_total_norm(_gradients([p])) for p in small})
-            norms = [self._norms[p] for p in held if p in self._norms]
+            for parameter in held:
+                if parameter.grad is not None:
+                    self._norms[parameter] = get_total_norm(parameter.grad)
+                    parameter.grad = None
+            self.grad_norm = get_total_norm([self._norms[p] for p in held if p in self._norms])
         finally:
             self._norms = None
-        for parameter in small:
-            parameter.grad = None
-        self.grad_norm = get_total_norm(norms)
+        if not self.grad_norm.isfinite():
+            raise FloatingPointError(
+                f"The norm of the gradient is {self.grad_norm.item()}: lower the learning rate, "
+                "look at this step's data, or train in a wider precision. Nothing has moved."
+            )
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
-        clip_grads_with_norm_(held, self.max_norm or 0.0, self.grad_norm)
+        self._clip(held)
 
     def remove(self) -> None:
         """Leave the optimizer and its parameters as they were."""
@@ -108,37 +119,73 @@ class LayerwiseStep:
             handle.remove()
         self._handles.clear()
 
-    def _held(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def _arm(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let the step's closure, in which a window's last backward pass runs, step parameters."""
 
-    def _begin(self, optimizer: Optimizer, *_: Any) -> None:
-        # The last backward pass of a window runs in the step's closure. A gradient that is there
-        # before it comes from earlier passes: then the gradients are all in memory anyway.
-        self._steps_now = all(p.grad is None for p in self._large)
-        self.grad_norm = None
+        def armed(closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+            if closure is None:
+                return None
 
-    def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        self._steps_now = False
+            def run() -> Any:
+                # What is there before comes from earlier passes: all of it is in memory anyway.
+                self._steps_now = all(p.grad is None for p in self._large)
+                self._stepped.clear()
+                self.grad_norm = None
+                try:
+                    return closure()
+                finally:
+                    self._steps_now = False
+
+            return run
+
+        return (args[0], *map(armed, args[1:])), {k: armed(v) for k, v in kwargs.items()}
+
+    def _free(self, optimizer: Optimizer, *_: Any) -> None:
         # The others are left to whoever follows the step: GaLore still looks at them.
         for parameter in self._large:
             parameter.grad = None
 
-    def _use(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
         if self._norms is not None:
-            self._norms[parameter] = get_total_norm(_gradients([parameter]))
-        elif not self._steps_now:
-            return
-        else:
-            self._clip(parameter)
-            with narrowed(self.optimizer, parameter):
-                self._step_without_hooks(self.optimizer)
-        parameter.grad = None
+            self._refuse_part(parameter, self._norms)
+            self._norms[parameter] = get_total_norm(parameter.grad)
+            parameter.grad = None
+        elif self._steps_now:
+            self._refuse_part(parameter, self._stepped)
+            self._stepped.add(parameter)
+            self._clip([parameter])
+            self._step(parameter)
+            parameter.grad = None
 
-    def _clip(self, parameter: Tensor) -> None:
+    def _clip(self, parameters: list[Tensor]) -> None:
         if self.grad_norm is not None and self.max_norm is not None:
-            clip_grads_with_norm_(parameter, self.max_norm, self.grad_norm)
+            clip_grads_with_norm_(parameters, self.max_norm, self.grad_norm)
         if self.max_value is not None:
-            torch.nn.utils.clip_grad_value_(parameter, self.max_value)
+            clip_grad_value_(parameters, self.max_value)
+
+    def _step(self, parameter: Tensor) -> None:
+        before = _numbers(self.optimizer)
+        with narrowed(self.optimizer, parameter):
+            self._step_without_hooks(self.optimizer)
+        for group, numbers in zip(self.optimizer.param_groups, before, strict=True):
+            for key, value in numbers.items():
+                if group[key] != value:
+                    raise RuntimeError(
+                        f"{type(self.optimizer).__name__} counts in its groups ('{key}'), once for "
+                        "each parameter that is stepped by itself: step it as a whole "
+                        "(update=whole)."
+                    )
+
+    def _refuse_part(self, parameter: Tensor, seen: Iterable[Tensor]) -> None:
+        if parameter in set(seen):
+            raise RuntimeError(
+                f"The gradient of a parameter {tuple(parameter.shape)} comes in parts, and the "
+                "first has been used: run one backward pass a step, checkpoint with "
+                "use_reentrant=False, or step as a whole (update=whole)."
+            )
 
 
 def large_parameters(optimizer: Optimizer, min_grad_bytes: int) -> list[Tensor]:
@@ -152,8 +199,13 @@ def refuse_not_by_parameter(kind: type) -> None:
     for base in kind.__mro__:
         for name, reason in _NOT_BY_PARAMETER.items():
             if base.__name__.startswith(name):
-                raise ValueError(f"Layerwise updates do not fit: {reason}. Use update=whole.")
+                raise ValueError(
+                    f"Layerwise updates do not fit: {reason}. Step it as a whole (update=whole)."
+                )
 
 
-def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+def _numbers(optimizer: Optimizer) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in group.items() if isinstance(value, int | float)}
+        for group in optimizer.param_groups
+    ]

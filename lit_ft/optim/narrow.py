@@ -23,7 +23,8 @@ def narrowed(optimizer: Optimizer, *parameters: Tensor) -> Iterator[None]:
         *parameters: Parameters of `optimizer`; none at all makes the step a no-op.
 
     Raises:
-        ValueError: A parameter is not in the optimizer.
+        ValueError: A parameter is not in the optimizer, or the optimizer is one of bitsandbytes'
+            with overrides by module.
     """
     kept = {id(parameter) for parameter in parameters}
     groups = list(optimizer.param_groups)
@@ -36,6 +37,7 @@ def narrowed(optimizer: Optimizer, *parameters: Tensor) -> Iterator[None]:
             f"{type(optimizer).__name__} does not hold the parameters of shape "
             f"{', '.join(map(str, shapes))}: narrow it to parameters of its own groups."
         )
+    _initialise(optimizer)
     try:
         for group, params in zip(groups, narrow, strict=True):
             group["params"] = params
@@ -43,3 +45,19 @@ def narrowed(optimizer: Optimizer, *parameters: Tensor) -> Iterator[None]:
     finally:
         for group, params in zip(groups, whole, strict=True):
             group["params"] = params
+
+
+def _initialise(optimizer: Optimizer) -> None:
+    # bitsandbytes does this in its first step, for the parameters that it sees there.
+    if getattr(optimizer, "initialized", True) or not hasattr(optimizer, "check_overrides"):
+        return
+    optimizer.check_overrides()
+    if optimizer.mng.index2config:  # type: ignore[attr-defined]
+        raise ValueError(
+            "bitsandbytes' overrides by module (StableEmbedding, GlobalOptimManager) go by a "
+            f"parameter's place in {type(optimizer).__name__}, and it is stepped one parameter at "
+            "a time (layerwise, or for bfloat16 weights): use update=whole and float32 weights, or "
+            "no override."
+        )
+    optimizer.to_gpu()  # type: ignore[attr-defined]
+    optimizer.initialized = True  # type: ignore[attr-defined]
