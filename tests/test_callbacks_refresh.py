@@ -222,7 +222,7 @@ def test_after_training_nothing_is_asked_for(tmp_path):
         assert layer.energy.grad is None
 
 
-@pytest.mark.parametrize("projector", [SubspaceIteration(every=1), Oja()])
+@pytest.mark.parametrize("projector", [SubspaceIteration(every=1), Oja(every=1)])
 def test_an_adaptive_run_stopped_and_resumed_equals_uninterrupted(tmp_path, projector):
     def run(stop=None, **options):
         callbacks = [

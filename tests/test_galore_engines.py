@@ -87,7 +87,7 @@ def train(
     **options,
 ):
     """Train on `data`; return the module and what each batch left."""
-    galore = GaLore(rank=4, projector=projector or Oja())
+    galore = GaLore(rank=4, projector=projector or Oja(every=1))
     galore.reschedule(refresh or Refresh())
     states = States(galore)
     module = kind(**options)
@@ -111,7 +111,7 @@ def train(
     return module, states.seen
 
 
-@pytest.mark.parametrize("projector", [Oja(), Online(), SubspaceIteration(every=2)])
+@pytest.mark.parametrize("projector", [Oja(every=1), Online(), SubspaceIteration(every=2)])
 @pytest.mark.parametrize("kind", [Regression, causal])
 def test_the_scale_of_the_loss_does_not_matter(tmp_path, kind, projector):
     data = batches(*[GOOD] * 5)
@@ -154,7 +154,7 @@ class RootOfZero(Regression):
         return loss if factor == 1 else loss + (hidden - hidden.detach()).abs().sum().sqrt()
 
 
-@pytest.mark.parametrize("projector", [Oja(), SVD(every=1, rotates_moments=True)])
+@pytest.mark.parametrize("projector", [Oja(every=1), SVD(every=1, rotates_moments=True)])
 def test_a_bad_gradient_is_named_before_it_reaches_anything(tmp_path, projector):
     data = batches(GOOD, GOOD, INF)
     module = RootOfZero()
@@ -176,7 +176,7 @@ class Compiled(Regression):
 
 
 @pytest.mark.parametrize("way", ["in place", "wrapped"])
-@pytest.mark.parametrize("projector", [Oja(), SubspaceIteration(every=4)])
+@pytest.mark.parametrize("projector", [Oja(every=1), SubspaceIteration(every=4)])
 def test_compiled_models_train_alike_in_at_most_two_graphs(tmp_path, projector, way):
     data = batches(*[GOOD] * 20)
     options = {"projector": projector, "accumulate_grad_batches": 2}

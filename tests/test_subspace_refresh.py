@@ -157,7 +157,7 @@ def test_an_adaptive_run_moves_less_often_where_bases_rest(threshold, expected):
 
 @pytest.mark.parametrize(
     ("projector", "threshold"),
-    [(SubspaceIteration(every=2), 0.35), (SVD(every=2), 0.15), (Oja(), 0.99)],
+    [(SubspaceIteration(every=2), 0.35), (SVD(every=2), 0.15), (Oja(every=1), 0.99)],
 )
 def test_an_adaptive_run_resumes_bit_for_bit(projector, threshold):
     data = batches(14)
@@ -204,7 +204,7 @@ def test_the_squared_update_is_that_of_the_lifted_step():
     torch.testing.assert_close(squared_update(delta, basis), (delta @ basis).square().sum())
 
 
-@pytest.mark.parametrize("projector", [Oja(), Online(lr=0.05)])
+@pytest.mark.parametrize("projector", [Oja(every=1), Online(lr=0.05)])
 def test_step_rms_is_what_the_weights_moved_by_over_the_learning_rate(projector):
     run = Run(projector, lr=1e-3, weight_decay=0.0)
     data = batches(3)
@@ -219,7 +219,7 @@ def test_step_rms_is_what_the_weights_moved_by_over_the_learning_rate(projector)
 
 
 def test_the_first_step_of_adamw_in_subspaces_has_adamws_size():
-    run = Run(Oja(), lr=1e-3)
+    run = Run(Oja(every=1), lr=1e-3)
     run.steps.observation.await_reading(1)
     run.train(batches(1))
     # AdamW's first step is the gradient's sign; rows of the embedding that no token named rest.
@@ -400,7 +400,7 @@ def test_energy_is_neither_saved_nor_exported_nor_stepped_nor_broadcast():
 
 def test_watching_changes_nothing_and_costs_only_the_step_that_is_read():
     data = batches(6)
-    silent, watched = Run(Oja()).train(data), Run(Oja())
+    silent, watched = Run(Oja(every=1)).train(data), Run(Oja(every=1))
     asked = []
     watched.steps.observation.await_reading(4)
     for one in data:
@@ -457,8 +457,8 @@ def test_the_host_waits_once_a_reading_and_once_a_step_of_adaptive_moves(
             assert waits <= 1
 
     fixed = replace(refresh, adaptive=False)
-    never = list(waits_of(Run(Oja(), refresh=fixed), watch=False))
-    seen = list(waits_of(Run(Oja(), refresh=refresh), watch=watch))
+    never = list(waits_of(Run(Oja(every=1), refresh=fixed), watch=False))
+    seen = list(waits_of(Run(Oja(every=1), refresh=refresh), watch=watch))
     assert [b - a for a, b in zip(never, seen, strict=True)] == more
 
 

@@ -25,7 +25,7 @@ PROJECTORS = {
     "subspace_iteration": SubspaceIteration(every=3),
     "online": Online(),
     "online paper": Online(starts_from_svd=True),
-    "oja": Oja(),
+    "oja": Oja(every=1),
     "random": Random(every=3),
 }
 
@@ -261,7 +261,7 @@ def test_an_optimizer_from_before_the_injection_is_refused():
 def test_a_skipped_step_leaves_no_trace():
     """As a GradScaler does after an overflow: no step, zero_grad, the next batch."""
     data = batches(4)
-    straight, skipping = Run(Oja()).train(data), Run(Oja())
+    straight, skipping = Run(Oja(every=1)).train(data), Run(Oja(every=1))
     skipping.train(data[:3])
     ids, labels = batches(1, seed=5)[0]
     ChunkedCrossEntropy()(skipping.model, {"input_ids": ids}, labels).backward()
@@ -272,7 +272,7 @@ def test_a_skipped_step_leaves_no_trace():
 
 
 @pytest.mark.parametrize("watched", [False, True])
-@pytest.mark.parametrize("projector", [Oja(), NEVER])
+@pytest.mark.parametrize("projector", [Oja(every=1), NEVER])
 def test_no_tensor_of_a_gradients_size_is_allocated(projector, watched):
     """Law 7: embedding and head included, on steps that track, that are logged, and others."""
     shapes = {(300, 64), (64, 300), (128, 64), (64, 128), (64, 64), (32, 64), (64, 32)}
@@ -288,7 +288,7 @@ def test_no_tensor_of_a_gradients_size_is_allocated(projector, watched):
 
 
 def test_bfloat16_weights_learn_and_stay_bfloat16():
-    run = Run(Oja(), model=tiny_model("llama", tie_word_embeddings=True).bfloat16(), lr=1e-4)
+    run = Run(Oja(every=1), model=tiny_model("llama", tie_word_embeddings=True).bfloat16(), lr=1e-4)
     before = {name: weight.clone() for name, weight in run.weights.items()}
     run.train(batches(2))
     for name, layer in run.steps.layers.items():
@@ -347,7 +347,7 @@ def test_saved_models_carry_neither_basis_nor_delta(tmp_path):
     """Law 9."""
     from safetensors.torch import load_file
 
-    run = Run(Oja()).train(batches(2))
+    run = Run(Oja(every=1)).train(batches(2))
     run.model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert not [name for name in saved if "delta" in name or "basis" in name]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, ROWS = 6, 8
 PROJECTORS = {
-    "oja": Oja(),
+    "oja": Oja(every=1),
     "staggered": SubspaceIteration(every=2),
     "svd": SVD(every=2, rotates_moments=True),
 }
