@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lit_ft.losses import IGNORED, ChunkedCrossEntropy
-from lit_ft.subspace import Refresh, SubspaceStep, inject
+from lit_ft.subspace import Refresh, SubspaceStep, inject, stepping
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration
 from tests.allocations import NewTensors
@@ -90,7 +90,7 @@ def test_full_rank_with_the_identity_as_basis_is_plain_adamw(side):
     run = Run(NEVER, rank=6, model=linear, side=side, **options)
     for layer in run.steps.layers.values():
         layer.basis.data.copy_(torch.eye(6))
-    run.steps.step = 2  # past the rounds that would move the basis
+    run.steps.step = stepping._START_ROUNDS  # past the rounds that would move the basis
     run.steps._prepare()
     optimizer = AdamW(plain.parameters(), **options)
     for seed in range(10):

@@ -23,7 +23,7 @@ from lit_ft.subspace.schedule import Refresh, Turns
 log = logging.getLogger(__name__)
 
 # Rounds of power iteration that take the random start to the data, one a step.
-_START_ROUNDS = 2
+_START_ROUNDS = 3
 
 
 class SubspaceStep:
@@ -256,8 +256,12 @@ class SubspaceStep:
         if self.turns.refresh.adaptive:
             return True
         remaining = self.observation.steps_to_reading
+        if remaining is None:
+            return False
         # Of a layer's moves before a reading the last one counts.
-        return remaining is not None and self.turns.after(name, self.step) >= self.step + remaining
+        starting_still = self._is_starting and self.step + 1 < _START_ROUNDS
+        next_move = self.step + 1 if starting_still else self.turns.after(name, self.step)
+        return next_move >= self.step + remaining
 
     def _pass_turns_on(self) -> None:
         seen: dict[str, float] = {}
