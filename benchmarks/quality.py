@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,9 +71,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "galore_subspace_paper", 64, "galore.projector.lr=0.0125", rates=(2e-4, 4e-4, 8e-4)
     ),
     # What the defaults were chosen on.
-    "galore_subspace_r64_every2": _galore("galore_subspace", 64, "galore.projector.every=2"),
-    "galore_subspace_r64_every4": _galore("galore_subspace", 64, "galore.projector.every=4"),
+    "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.projector.every=1"),
     "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.projector.every=8"),
+    "galore_subspace_r64_blocks": _galore("galore_subspace", 64, "galore.targets=[attention,mlp]"),
     "galore_r64_every20": _galore("galore", 64, "galore.projector.every=20"),
     "galore_r64_random_every20": _galore(
         "galore", 64, "optim/projector=random", "galore.projector.every=20"
@@ -145,6 +146,9 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
             k: v for k, v in vars(options).items() if k not in ("only", "report", "seeds")
         },
         "overrides": overrides,
+        "commit": subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=HERE, text=True
+        ).strip(),
         "hardware": hardware(),
         "versions": versions(),
     }
