@@ -84,10 +84,12 @@ class _CrossEntropy(torch.autograd.Function):
             logits = F.linear(x, cast_weight, bias if bias is None else bias.to(dtype))
             logits = logits.to(accumulated)
             chosen = torch.arange(len(goal), device=goal.device), goal
-            normaliser = logits.logsumexp(1)
-            loss += (normaliser - logits[chosen]).sum()
-            slope = logits.sub_(normaliser[:, None]).exp_()  # softmax, and minus one at the target
-            slope[chosen] -= 1
+            loss, slope = loss - logits[chosen].sum(), logits
+            # In place: a second [tokens, vocabulary] would be the largest tensor of a step.
+            top = slope.amax(1, keepdim=True)
+            total = slope.sub_(top).exp_().sum(1, keepdim=True)
+            loss = loss + (total.log() + top).sum()
+            slope.div_(total)[chosen] -= 1  # softmax, and minus one at the target
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(dtype)
