@@ -16,7 +16,7 @@ from lit_ft.rounding import keyed_generator
 from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
 from lit_ft.subspace.observation import Observation, Stretch, overlap
-from lit_ft.subspace.projectors import SVD, Evidence, Online, Projector, SubspaceIteration
+from lit_ft.subspace.projectors import SVD, Evidence, Projector, SubspaceIteration
 from lit_ft.subspace.refusals import refuse_non_finite, refuse_sharding, refuse_unfit
 from lit_ft.subspace.schedule import Refresh, Turns
 
@@ -105,7 +105,7 @@ class SubspaceStep:
     @property
     def forms_gradients(self) -> bool:
         """Whether a basis is ever taken from a whole gradient."""
-        return self.projector.evidence is Evidence.GRADIENT or self._starts_from_svd
+        return self.projector.evidence is Evidence.GRADIENT or self.projector.starts_from_svd
 
     def begin_window(self) -> None:
         """Forget the evidence of a step that was skipped; call it where gradients are zeroed."""
@@ -164,7 +164,7 @@ class SubspaceStep:
             )
             evidence = self._evidence(name)
             if evidence is Evidence.SKETCH and layer.basis.grad is not None:
-                starting = self.step < _START_ROUNDS and not self._starts_from_svd
+                starting = self.step < _START_ROUNDS and not self.projector.starts_from_svd
                 rule: Projector = SubspaceIteration() if starting else self.projector
                 self._move(optimizer, group, name, layer, rule, layer.basis.grad)
             elif evidence is Evidence.NOTHING and self.turns.is_due(name, self.step):
@@ -281,7 +281,7 @@ class SubspaceStep:
             layer.weight.requires_grad_(evidence is Evidence.GRADIENT)
 
     def _evidence(self, name: str) -> Evidence:
-        if self.step == 0 and self._starts_from_svd:
+        if self.step == 0 and self.projector.starts_from_svd:
             return Evidence.GRADIENT
         due = self._is_starting or self.turns.is_due(name, self.step)
         return self.projector.evidence if due else Evidence.NOTHING
@@ -298,10 +298,6 @@ class SubspaceStep:
         at_once = self.projector.evidence is Evidence.GRADIENT
         every = self.projector.every
         return Turns(list(self.layers), refresh, every=every, at_once=at_once, step=self.step)
-
-    @property
-    def _starts_from_svd(self) -> bool:
-        return isinstance(self.projector, Online) and self.projector.starts_from_svd
 
     def _say_once(self, optimizer: Optimizer) -> None:
         if type(optimizer) not in self._said:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,23 +18,22 @@ class Evidence(Enum):
     GRADIENT = "gradient"  # G [rows, cols] itself: formed for that step
 
 
-class Projector(Protocol):
-    """A rule that moves a basis.
+class Projector(ABC):
+    """A rule that moves a basis; a frozen dataclass, whose repr says with what a run was made.
 
     Attributes:
         evidence: What `move` is given.
+        starts_from_svd: Whether the first basis comes from an SVD of the first gradient.
+        every: Optimizer steps between two moves of the same layer's basis.
+        rotates_moments: Whether the optimizer's moments follow the basis.
     """
 
     evidence: ClassVar[Evidence]
+    starts_from_svd: bool = False
+    every: int
+    rotates_moments: bool
 
-    @property
-    def every(self) -> int:
-        """Optimizer steps between two moves of the same layer's basis."""
-
-    @property
-    def rotates_moments(self) -> bool:
-        """Whether the optimizer's moments follow the basis."""
-
+    @abstractmethod
     def move(
         self,
         basis: Tensor,

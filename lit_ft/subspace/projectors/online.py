@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lit_ft.subspace.projectors.base import Evidence, captured_energy, where_informative
+from lit_ft.subspace.projectors.base import Evidence, Projector, captured_energy, where_informative
 
 
 def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) -> Tensor:
@@ -33,15 +33,12 @@ def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) 
 
 
 @dataclass(frozen=True)
-class Online:
+class Online(Projector):
     """Online subspace descent as its paper has it: AdamW on P, at its own rate.
 
     Attributes:
         lr: AdamW's rate for P (the paper: 1 / T), decayed with the weights' schedule.
         penalty: λ of the orthonormality term (0 in the authors' code).
-        starts_from_svd: Take the first basis from an SVD of the first gradient.
-        every: Optimizer steps between two moves of a layer's basis.
-        rotates_moments: Whether the optimizer's moments follow the basis.
     """
 
     evidence: ClassVar[Evidence] = Evidence.SKETCH
@@ -58,7 +55,7 @@ class Online:
         *,
         state: dict[str, Tensor],
         decay: float,
-        generator: torch.Generator,
+        **_: Any,
     ) -> Tensor:
         """Return the basis after one AdamW step on the objective."""
         assert evidence is not None

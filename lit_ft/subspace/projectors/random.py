@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence, orthonormal_rows
+from lit_ft.subspace.projectors.base import Evidence, Projector, orthonormal_rows
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Projector):
     """P ← orth(Gaussian), as Flora (arXiv:2402.03293) resamples its projection.
 
     Attributes:
         every: Optimizer steps between two draws.
-        rotates_moments: Whether the optimizer's moments follow the basis.
     """
 
     evidence: ClassVar[Evidence] = Evidence.NOTHING
@@ -25,13 +24,7 @@ class Random:
     rotates_moments: bool = True
 
     def move(
-        self,
-        basis: Tensor,
-        evidence: Tensor | None,
-        *,
-        state: dict[str, Tensor],
-        decay: float,
-        generator: torch.Generator,
+        self, basis: Tensor, evidence: Tensor | None, *, generator: torch.Generator, **_: Any
     ) -> Tensor:
         """Return a new random orthonormal basis."""
         drawn = torch.randn(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence, orthonormal_rows, where_informative
+from lit_ft.subspace.projectors.base import Evidence, Projector, orthonormal_rows, where_informative
 
 
 @dataclass(frozen=True)
-class SubspaceIteration:
+class SubspaceIteration(Projector):
     """P ← orth(H + ε P): a round of block power iteration on Σ_s G_sᵀ G_s, from the basis at hand.
 
     The shift ε leaves the iteration's limit where it is. Where the samples span less than P it
@@ -21,25 +21,13 @@ class SubspaceIteration:
 
     A round costs thin products and a QR of [cols, r]; repeated over a run it follows the top right
     singular vectors that GaLore (arXiv:2403.03507) takes from an SVD of G.
-
-    Attributes:
-        every: Optimizer steps between two moves of a layer's basis.
-        rotates_moments: Whether the optimizer's moments follow the basis.
     """
 
     evidence: ClassVar[Evidence] = Evidence.SKETCH
     every: int = 200
     rotates_moments: bool = True
 
-    def move(
-        self,
-        basis: Tensor,
-        evidence: Tensor | None,
-        *,
-        state: dict[str, Tensor],
-        decay: float,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def move(self, basis: Tensor, evidence: Tensor | None, **_: Any) -> Tensor:
         """Return the orthonormalised sketch."""
         assert evidence is not None
         limits = torch.finfo(evidence.dtype)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence
+from lit_ft.subspace.projectors.base import Evidence, Projector
 
 
 @dataclass(frozen=True)
-class SVD:
+class SVD(Projector):
     """P ← the top-r right singular vectors of G, every `every` steps (arXiv:2403.03507, alg. 2).
 
     The reference rule: it forms G of the layers whose turn it is, and its time dominates the step.
@@ -20,22 +20,13 @@ class SVD:
 
     Attributes:
         every: Optimizer steps between two moves (the paper: 200).
-        rotates_moments: Whether the optimizer's moments follow the basis.
     """
 
     evidence: ClassVar[Evidence] = Evidence.GRADIENT
     every: int = 200
     rotates_moments: bool = False
 
-    def move(
-        self,
-        basis: Tensor,
-        evidence: Tensor | None,
-        *,
-        state: dict[str, Tensor],
-        decay: float,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def move(self, basis: Tensor, evidence: Tensor | None, **_: Any) -> Tensor:
         """Return the top right singular vectors of `evidence` [rows, cols]."""
         assert evidence is not None
         right: Tensor = torch.linalg.svd(evidence.to(basis.dtype), full_matrices=False)[2]
