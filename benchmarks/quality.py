@@ -33,7 +33,7 @@ from rich.table import Table
 
 from lit_ft.callbacks import ThroughputMonitor
 from lit_ft.console import quieten_libraries
-from lit_ft.losses import IGNORED
+from lit_ft.labels import IGNORED
 from lit_ft.summary import hardware, versions
 
 HERE = Path(__file__).parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,13 +24,12 @@ from lit_ft.callbacks import (
     ThroughputMonitor,
     final_panel,
 )
+from lit_ft.callbacks.lookup import callbacks_of, find_callback
 from lit_ft.datamodule import InstructionDataModule
 from lit_ft.memory import optimizer_state_bytes, peak_bytes
 from lit_ft.models.size import model_size
 from lit_ft.module import CausalLMModule
 from lit_ft.summary import RunSummary, status_of
-
-AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
 def fine_tune(
@@ -235,16 +234,6 @@ class _Recorder(Callback):
         if checkpoint is not None:
             fields["checkpoint_path"] = checkpoint.last_model_path or None
         self.summary.update(**fields)
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Return the trainer's own list of callbacks."""
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
-def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | None:
-    """Return the trainer's first callback of that kind, None if it has none."""
-    return next((c for c in callbacks_of(trainer) if isinstance(c, kind)), None)
 
 
 @rank_zero_only

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear_cross_entropy
 
-IGNORED = -100
+from lit_ft.labels import IGNORED
+
 _CHUNK_TOKENS = 256
 
 

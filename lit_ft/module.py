@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_ft.global_batch import GlobalBatch
 from lit_ft.isolation import keeps_packed_examples_apart
+from lit_ft.labels import IGNORED
 from lit_ft.losses import (
-    IGNORED,
     ChunkedCrossEntropy,
     ModelLoss,
     TokenLoss,

@@ -9,7 +9,8 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
-from lit_ft.losses import IGNORED, ModelLoss
+from lit_ft.labels import IGNORED
+from lit_ft.losses import ModelLoss
 from lit_ft.models import FromConfig
 from lit_ft.optim import WarmupSchedule
 
@@ -33,10 +34,9 @@ def module_of(model_type="llama", **options):
 
 
 def trainer_of(folder, **options):
-    defaults = {"max_steps": 2, "logger": False, "enable_checkpointing": False}
+    defaults = {"devices": 1, "max_steps": 2, "logger": False, "enable_checkpointing": False}
     return Trainer(
         accelerator="cpu",
-        devices=1,
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,

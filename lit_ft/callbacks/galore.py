@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lit_ft.callbacks.lookup import loss_scaler, only_optimizer
 from lit_ft.subspace import (
     MATCH_ADAMW,
     Refresh,
@@ -150,18 +151,15 @@ class GaLore(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"GaLore follows one optimizer; this module builds {len(trainer.optimizers)}."
-            )
+        optimizer = only_optimizer(trainer, self)
         assert self.steps is not None
-        if _scaler(trainer) is not None and self.steps.forms_gradients:
+        if loss_scaler(trainer) is not None and self.steps.forms_gradients:
             raise MisconfigurationException(
                 f"{self.projector} takes bases from whole gradients, which the grad scaler of "
                 f"precision={trainer.precision} does not unscale: use SubspaceIteration or Oja, or "
                 "precision=bf16-mixed."
             )
-        self._handle = self.steps.attach(trainer.optimizers[0])
+        self._handle = self.steps.attach(optimizer)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -175,7 +173,7 @@ class GaLore(Callback):
     ) -> None:
         """Check the gradients of this step and take the bases that come from them."""
         assert self.steps is not None
-        self.steps.before_step(optimizer, skips_overflow=_scaler(trainer) is not None)
+        self.steps.before_step(optimizer, skips_overflow=loss_scaler(trainer) is not None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizer."""
@@ -232,11 +230,6 @@ def _is_compiled(module: LightningModule) -> bool:
         part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
         for part in module.modules()
     )
-
-
-def _scaler(trainer: Trainer) -> Any:
-    """The strategy's grad scaler, which skips steps; None if there is none."""
-    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _average(tensors: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ft.callbacks.galore import GaLore
+from lit_ft.callbacks.lookup import find_callback, loss_scaler, only_optimizer
 from lit_ft.losses import ChunkedCrossEntropy
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters, refuse_not_by_parameter
 from lit_ft.subspace import subspace_layers
@@ -70,7 +71,7 @@ class LayerwiseUpdate(Callback):
                 f"{name} clips in its own way, and layerwise updates leave it no gradients to "
                 "clip: use update=whole, that is no LayerwiseUpdate."
             )
-        if _max_norm(trainer) and is_overridden("backward", pl_module, LightningModule):
+        if _clipping(trainer)[0] and is_overridden("backward", pl_module, LightningModule):
             raise MisconfigurationException(
                 f"{name} back-propagates in its own way, and clipping by norm has to do so twice: "
                 "use update=whole, that is no LayerwiseUpdate, or trainer.gradient_clip_val=null."
@@ -86,30 +87,24 @@ class LayerwiseUpdate(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"LayerwiseUpdate follows one optimizer; this module has {len(trainer.optimizers)}."
-            )
-        [optimizer] = trainer.optimizers
+        optimizer = only_optimizer(trainer, self)
         layers = subspace_layers(pl_module).values()
         in_subspaces = {p for layer in layers for p in (layer.delta, layer.weight)}
         large = large_parameters(optimizer, self.min_grad_bytes)
         large = [p for p in large if p not in in_subspaces]
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if loss_scaler(trainer) is not None:
             rank_zero_info(
                 "float16's loss scaler judges all gradients before a step: updates are not "
                 "layerwise. trainer.precision=bf16-mixed needs no scaler."
             )
             return
-        max_norm = _max_norm(trainer) if large else None
+        max_norm, max_value = _clipping(trainer) if large else (None, None)
         if max_norm is not None:
             self._prepare_second_backward(trainer, pl_module)
-        self._step = LayerwiseStep(
-            optimizer, large, max_norm=max_norm, max_value=_max_value(trainer)
-        )
+        self._step = LayerwiseStep(optimizer, large, max_norm=max_norm, max_value=max_value)
         if max_norm is not None:
             pl_module.backward = self._step.backward  # type: ignore[method-assign]
-        pl_module.configure_gradient_clipping = self._clipping(pl_module)  # type: ignore[method-assign]
+        pl_module.configure_gradient_clipping = self._own_clipping(pl_module)  # type: ignore[method-assign]
         _tell(trainer, large, max_norm)
 
     def on_before_backward(
@@ -133,21 +128,20 @@ class LayerwiseUpdate(Callback):
         self._detach(pl_module)
 
     def _prepare_second_backward(self, trainer: Trainer, module: LightningModule) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, GaLore) and callback.steps and callback.steps.forms_gradients:
-                raise MisconfigurationException(
-                    f"{callback.projector} rewrites gradients after backward, where layerwise "
-                    "updates have clipped them: use update=whole, that is no LayerwiseUpdate, or "
-                    "trainer.gradient_clip_val=null."
-                )
+        galore = find_callback(trainer, GaLore)
+        if galore and galore.steps and galore.steps.forms_gradients:
+            raise MisconfigurationException(
+                f"{galore.projector} rewrites gradients after backward, where layerwise "
+                "updates have clipped them: use update=whole, that is no LayerwiseUpdate, or "
+                "trainer.gradient_clip_val=null."
+            )
         # What torch.compile saves for backward it would give away in the first pass.
         torch._functorch.config.donated_buffer = False
         loss = getattr(module, "loss", None)
         if isinstance(loss, ChunkedCrossEntropy):
             self._repeatable, loss.repeatable = loss.repeatable, True
 
-    def _clipping(self, module: LightningModule) -> Any:
+    def _own_clipping(self, module: LightningModule) -> Any:
         usual, step = module.configure_gradient_clipping, self._step
         assert step is not None
         logs_norm = hasattr(usual, "clips_as_lightning_does")
@@ -173,14 +167,11 @@ class LayerwiseUpdate(Callback):
         vars(module).pop("configure_gradient_clipping", None)
 
 
-def _max_norm(trainer: Trainer) -> float | None:
+def _clipping(trainer: Trainer) -> tuple[float | None, float | None]:
+    """Return the largest norm and the largest value of a gradient that the trainer asks for."""
+    threshold = trainer.gradient_clip_val or None
     by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
-    return None if by_value else trainer.gradient_clip_val or None
-
-
-def _max_value(trainer: Trainer) -> float | None:
-    by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
-    return (trainer.gradient_clip_val or None) if by_value else None
+    return (None, threshold) if by_value else (threshold, None)
 
 
 def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_ft.callbacks.cadence import Cadence
 from lit_ft.callbacks.galore import GaLore
+from lit_ft.callbacks.lookup import find_callback
 from lit_ft.subspace import Refresh, SubspaceLayer, SubspaceStep, layer_group
 from lit_ft.subspace.observation import Reading
 
@@ -63,8 +64,7 @@ class SubspaceRefresh(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the GaLore callback when its subspaces move."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._galore = next((one for one in callbacks if isinstance(one, GaLore)), None)
+        self._galore = find_callback(trainer, GaLore)
         if self._galore is None:
             raise MisconfigurationException(
                 "SubspaceRefresh says when the subspaces of GaLore move, and there is no GaLore: "

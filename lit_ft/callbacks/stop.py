@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.callbacks.checkpoint import LastCheckpoint
+from lit_ft.callbacks.lookup import callbacks_of
 
 
 class StopOnSignal(Callback):
@@ -83,7 +84,7 @@ class StopOnSignal(Callback):
             return
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, LastCheckpoint):
                 callback.on_train_end(trainer, pl_module)
                 rank_zero_info(

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format
 from lit_ft.data.sources import Source
+from lit_ft.user_cache import user_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,10 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return `$LIT_FT_CACHE/data`, or `lit_ft/data` in the user's cache folder."""
-    if "LIT_FT_CACHE" in os.environ:
-        return Path(os.environ["LIT_FT_CACHE"]) / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_ft" / "data"
+    """Return the folder of the tables in the user's cache."""
+    return user_cache() / "data"
 
 
 def cache_key(source: Source, format: Format | None, encoder: Encoder) -> str:

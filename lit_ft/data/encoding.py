@@ -21,8 +21,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lit_ft.data.formats import Conversation, Message
 from lit_ft.data.rows import ParsedRow
+from lit_ft.labels import IGNORED
 
-IGNORE_INDEX = -100
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REMEDY = (
     "give a template that marks the assistant's turns with {% generation %} and "
@@ -158,13 +158,13 @@ class Encoder:
         too_long = len(ids) > self.max_length
         keep = 0 if too_long and self.drop_overlong else self.max_length
         ids, labels = ids[:keep], labels[:keep]
-        labels[:1] = [IGNORE_INDEX][: len(labels)]
+        labels[:1] = [IGNORED][: len(labels)]
         return EncodedRow(
             origin=row.origin,
             input_ids=ids,
             labels=labels,
             num_tokens=len(ids),
-            num_targets=len(labels) - labels.count(IGNORE_INDEX),
+            num_targets=len(labels) - labels.count(IGNORED),
             truncated=too_long and not self.drop_overlong,
             overlong=too_long and self.drop_overlong,
             prompt=prompt_of(row.conversation),
@@ -185,7 +185,7 @@ class Encoder:
         mark = _mark_by_template if GENERATION_MARK.search(template) else _mark_by_prefix
         ids, is_target = mark(self.tokenizer, messages)
         pairs = zip(ids, is_target, strict=True)
-        return ids, [token if target else IGNORE_INDEX for token, target in pairs]
+        return ids, [token if target else IGNORED for token, target in pairs]
 
 
 def prompt_of(conversation: Conversation) -> list[Message]:

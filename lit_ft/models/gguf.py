@@ -17,6 +17,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.hub import cached_file
 
+from lit_ft.user_cache import user_cache
+
 
 def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = None) -> Path:
     """Return a folder with the dequantised float32 model and tokenizer, made where it is missing.
@@ -28,7 +30,8 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
     assert file is not None  # only with options that we do not use
     source = Path(file).resolve()
     folder = (
-        _cache_root()
+        user_cache()
+        / "models"
         / f"{source.stem}-{_digest(source)[:16]}-transformers{transformers.__version__}"
     )
     if (folder / "config.json").is_file():
@@ -63,11 +66,6 @@ def _dequantise(source: Path, folder: Path) -> None:
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
-
-
-def _cache_root() -> Path:
-    own, shared = os.environ.get("LIT_FT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return (Path(own) if own else Path(shared or Path.home() / ".cache") / "lit_ft") / "models"
 
 
 def _digest(file: Path) -> str:

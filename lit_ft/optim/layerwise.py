@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -179,8 +179,8 @@ class LayerwiseStep:
                         "(update=whole)."
                     )
 
-    def _refuse_part(self, parameter: Tensor, seen: Iterable[Tensor]) -> None:
-        if parameter in set(seen):
+    def _refuse_part(self, parameter: Tensor, seen: Container[Tensor]) -> None:
+        if parameter in seen:
             raise RuntimeError(
                 f"The gradient of a parameter {tuple(parameter.shape)} comes in parts, and the "
                 "first has been used: run one backward pass a step, checkpoint with "

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lit_ft.labels import IGNORED
 from lit_ft.subspace.energy import captured_and_total_energy
 from lit_ft.subspace.linear import SubspaceLinear
 from lit_ft.subspace.products import projected_gradient, projected_gradient_and_sketch
-
-IGNORED = -100
 
 
 class SubspaceHead(SubspaceLinear):

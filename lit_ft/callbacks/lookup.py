@@ -1,0 +1,36 @@
+"""What callbacks look up in their trainer."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from torch.optim import Optimizer
+
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's own list of callbacks."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set outside __init__
+
+
+def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | None:
+    """Return the trainer's first callback of that kind, None if it has none."""
+    return next((c for c in callbacks_of(trainer) if isinstance(c, kind)), None)
+
+
+def only_optimizer(trainer: Trainer, follower: Callback) -> Optimizer:
+    """Return the trainer's optimizer; raise MisconfigurationException if it has several."""
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"{type(follower).__name__} follows one optimizer; this module builds "
+            f"{len(trainer.optimizers)}."
+        )
+    return trainer.optimizers[0]
+
+
+def loss_scaler(trainer: Trainer) -> Any:
+    """Return the gradient scaler of float16, which may skip steps; None if there is none."""
+    return getattr(trainer.precision_plugin, "scaler", None)
