@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import AdamW
@@ -21,7 +21,7 @@ from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import Oja, Random, SubspaceIteration
 from tests.running import CONF
 from tests.test_callbacks_galore import StopAt
-from tests.test_module import batch_of, loader, module_of
+from tests.test_module import batch_of, loader, module_of, trainer_of
 
 
 def fit(folder, callbacks, *, module=None, data=None, ckpt=None, **options):
@@ -30,14 +30,9 @@ def fit(folder, callbacks, *, module=None, data=None, ckpt=None, **options):
     module = module or Regression()
     x = torch.randn(96, 32)
     rows = TensorDataset(x, x[:, :8].sin())
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
+    trainer = trainer_of(
+        folder,
         callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
         **{"max_steps": 6, "log_every_n_steps": 2, "logger": CSVLogger(folder), **options},
     )
     trainer.fit(module, data or DataLoader(rows, batch_size=8), ckpt_path=ckpt)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lit_ft.callbacks import GaLore
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
-from tests.test_module import batch_of, module_of
+from tests.test_module import batch_of, module_of, trainer_of
 
 GOOD, INF = torch.ones(()), torch.tensor(torch.inf)
 
@@ -94,18 +94,13 @@ def train(
     plugins = []
     if scale is not None:
         plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))]
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
+    trainer = trainer_of(
+        folder,
         plugins=plugins,
+        max_steps=-1,
         max_epochs=1,
         accumulate_grad_batches=accumulate_grad_batches,
         callbacks=[galore, states],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(data, batch_size=None))
     return module, states.seen

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_ft.losses import IGNORED, ChunkedCrossEntropy, ModelLoss
-from lit_ft.subspace import inject, subspace_layers
+from lit_ft.labels import IGNORED
+from lit_ft.losses import ChunkedCrossEntropy, ModelLoss
+from lit_ft.subspace import inject, layer_group, subspace_layers
 from tests.test_losses import tiny_model
 
 IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -196,3 +197,18 @@ def test_checkpointing_autocast_and_compilation_leave_the_gradients_alone():
     twin.model.compile()
     for ours, theirs in zip(gradients(), reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("model.embed_tokens", "embeddings"),
+        ("lm_head", "head"),
+        ("model.layers.1.self_attn.o_proj", "attention"),
+        ("model.layers.1.mlp.up_proj", "mlp"),
+    ],
+)
+def test_a_layer_is_counted_with_its_part_of_the_model(name, group):
+    layers = inject(tiny_model("llama"), rank=4)
+    assert layer_group(name, layers[name]) == group
+    assert layer_group("net.0", layers["model.layers.0.mlp.up_proj"]) == "other"

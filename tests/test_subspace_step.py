@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from lit_ft.losses import IGNORED, ChunkedCrossEntropy
+from lit_ft.labels import IGNORED
+from lit_ft.losses import ChunkedCrossEntropy
 from lit_ft.subspace import Refresh, SubspaceStep, inject, stepping
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch import distributed as dist
 from torch import nn
 from torch.optim import AdamW
@@ -17,7 +17,7 @@ from examples.other_project import Regression
 from lit_ft.callbacks import GaLore
 from lit_ft.subspace.projectors import SVD, Oja, SubspaceIteration
 from tests.ranks import WORLD
-from tests.test_module import batch_of, module_of, rows
+from tests.test_module import batch_of, module_of, rows, trainer_of
 
 pytestmark = pytest.mark.slow
 
@@ -103,19 +103,14 @@ def fit(module_name, projector, folder, strategy="auto"):
     torch.manual_seed(rank)  # DDP takes the weights of rank 0; the bases are the callback's affair
     build, batches = MODULES[module_name]
     module, broadcasts = build(), Broadcasts()
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = trainer_of(
+        folder,
         strategy=strategy,
         devices=world,
         precision="64-true",
         max_steps=STEPS,
         gradient_clip_val=0.5,
         callbacks=[GaLore(rank=4, projector=PROJECTORS[projector]), broadcasts],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     data = [part(batch, rank, world) for batch in batches()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft.callbacks import GaLore
-from lit_ft.losses import IGNORED, ModelLoss
+from lit_ft.labels import IGNORED
+from lit_ft.losses import ModelLoss
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
 from lit_ft.subspace.sharding import whole
 from tests.ranks import WORLD
+from tests.test_module import trainer_of
 
 pytestmark = pytest.mark.slow
 
@@ -240,18 +242,13 @@ def fit(way, folder, *, rank=4, steps=STEPS, load=None, save=None, **strategy_op
     strategy = ModelParallelStrategy(
         **{"data_parallel_size": size, "tensor_parallel_size": 1, **strategy_options}
     )
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = trainer_of(
+        folder,
         strategy=strategy if size > 1 else "auto",
         devices=size,
         max_steps=steps,
         accumulate_grad_batches=2,
         callbacks=[GaLore(rank=rank)],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     module = Sharding(way)
