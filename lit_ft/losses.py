@@ -139,8 +139,9 @@ class ChunkedCrossEntropy:
         hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal_lm.get_output_embeddings()
         if torch.is_grad_enabled() and hasattr(head, "summed_cross_entropy"):
-            # A head in a subspace takes its own gradients: no [V, d] is formed.
-            chunk_tokens = self.chunk_tokens or _CHUNK_TOKENS
+            # A head in a subspace takes its own gradients: no [V, d] is formed. A chunk's logits
+            # are the largest tensor of a step; a GPU reads the whole head for each chunk.
+            chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 512)
             return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)  # type: ignore[no-any-return]
         return chunked_cross_entropy(
             hidden,

@@ -29,7 +29,13 @@ from lit_ft.losses import (
 )
 from lit_ft.models import ModelSource, add_adapter
 from lit_ft.models.adapters import rewrites_base_weights
-from lit_ft.optim import DECAY_MATRICES, GroupRule, build_optimizer, stochastically_rounded
+from lit_ft.optim import (
+    DECAY_MATRICES,
+    GroupRule,
+    build_optimizer,
+    stepped_in_pieces,
+    stochastically_rounded,
+)
 from lit_ft.rounding import keyed_generator
 
 Batch = Mapping[str, Any]
@@ -113,7 +119,7 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer on the groups, and its schedule for the trainer's number of steps."""
         optimizer = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
-        optimizer = stochastically_rounded(optimizer, seed=self.seed)
+        optimizer = stepped_in_pieces(stochastically_rounded(optimizer, seed=self.seed))
         if self.schedule is None or getattr(optimizer, "sets_own_learning_rate", False):
             return optimizer
         scheduler = self.schedule(optimizer, self.trainer.estimated_stepping_batches)

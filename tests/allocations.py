@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_ft.memory.storage import storage_bytes
 
 
 class NewTensors(TorchDispatchMode):
@@ -35,15 +38,34 @@ class NewTensors(TorchDispatchMode):
         return out
 
 
-def peak_allocated(function: Callable[[], object]) -> int:
-    """Run `function` and return the most bytes that torch had allocated on the CPU at once.
+class PeakAllocated:
+    """The most bytes at once that torch allocates on the CPU inside the block.
 
     Counted from what was allocated before, by torch's own allocator: temporaries of operations
     are in it, what was there before is not.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+
+    def __enter__(self) -> PeakAllocated:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._profile.__exit__(*args)
+        assert self._profile.profiler is not None
+        events = self._profile.profiler.kineto_results.events()
+        memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        self.bytes = max(accumulate(event.nbytes() for event in memory), default=0)
+
+
+def peak_allocated(function: Callable[[], object]) -> int:
+    """Run `function` and return the most bytes that it had allocated at once."""
+    with PeakAllocated() as peak:
         function()
-    assert recorded.profiler is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(accumulate(changes), default=0)
+    return peak.bytes
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that Python holds now."""
+    gc.collect()
+    return storage_bytes(t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))

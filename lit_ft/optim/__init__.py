@@ -1,8 +1,9 @@
-"""Optimizers: groups by rule, schedules, narrowed steps, bfloat16 rounding, Muon, Adafactor."""
+"""Optimizers: groups by rule, schedules, narrowed and piecewise steps, rounding, Muon, factors."""
 
 from lit_ft.optim.groups import DECAY_MATRICES, GroupRule, build_optimizer, parameter_groups
 from lit_ft.optim.muon import MuonAdamW
 from lit_ft.optim.narrow import narrowed
+from lit_ft.optim.pieces import stepped_in_pieces
 from lit_ft.optim.rounding import stochastically_rounded
 from lit_ft.optim.schedules import WarmupSchedule
 
@@ -14,5 +15,6 @@ __all__ = [
     "build_optimizer",
     "narrowed",
     "parameter_groups",
+    "stepped_in_pieces",
     "stochastically_rounded",
 ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_ft.optim.narrow import narrowed
-from lit_ft.optim.rounding import without_hooks
+from lit_ft.optim.pieces import without_hooks
 
 # Optimizers whose step is not the sum of its parameters' steps.
 _NOT_BY_PARAMETER = {

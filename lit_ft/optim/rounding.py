@@ -8,19 +8,16 @@ models Zamirai et al., arXiv:2010.06192), and needs no float32 copy of the weigh
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_ft.optim.narrow import narrowed
+from lit_ft.optim.pieces import AnyOptimizer, InPieces, at, take_class
 from lit_ft.rounding import keyed_generator, round_stochastically
-
-AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
 def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
@@ -28,8 +25,9 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
 
     The optimizer stays the same object, with its groups, state and hooks; its class becomes a
     subclass of what it was. Each bfloat16 parameter is stepped by itself on a float32 copy, so its
-    state is float32 (8 bytes a weight for AdamW) and the transient copies are those of the largest
-    parameter. Other parameters take the ordinary step.
+    state is float32 (8 bytes a weight for AdamW). The copies are those of a few rows at a time, or
+    of one whole parameter where an optimizer needs to see it (Muon, Adafactor). Other parameters
+    take the ordinary step.
 
     The random bits depend on the seed, the parameter's position in the optimizer and the number of
     times that it was rounded. The latter is saved with its state, so a resumed run repeats the
@@ -48,71 +46,41 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     _refuse_float16(parameters)
-    if not any(p.dtype is torch.bfloat16 for p in parameters):
-        return optimizer
-    if "step" in vars(optimizer):
-        raise ValueError(
-            f"A scheduler already holds this {type(optimizer).__name__}'s step: "
-            "call stochastically_rounded before building the scheduler."
-        )
-    optimizer_class = type(optimizer)
-    rounding_class: Any = type(
-        optimizer_class.__name__,  # the name that monitors and profilers show
-        (_StochasticallyRounded, optimizer_class),
-        {"_unrounded_step": without_hooks(optimizer_class.step)},
-    )
-    optimizer.__class__ = rounding_class
-    vars(optimizer).update(
-        _rounding_seed=seed, _rounding_index={p: index for index, p in enumerate(parameters)}
-    )
+    if any(p.dtype is torch.bfloat16 for p in parameters):
+        index = {p: index for index, p in enumerate(parameters)}
+        take_class(optimizer, _StochasticallyRounded, _rounding_seed=seed, _rounding_index=index)
     return optimizer
 
 
-class _StochasticallyRounded(Optimizer):
-    """What `stochastically_rounded` puts in front of an optimizer's own class."""
+class _StochasticallyRounded(InPieces):
+    """Steps bfloat16 parameters apart, each on a float32 copy of a few of its rows at a time."""
 
-    _unrounded_step: Callable[[], Any]
     _rounding_seed: int
     _rounding_index: dict[Tensor, int]
 
-    @Optimizer.profile_hook_step
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        rounded: list[Tensor] = []
-        others: list[Tensor] = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    half = parameter.dtype is torch.bfloat16
-                    (rounded if half else others).append(parameter)
-        if others:
-            with narrowed(self, *others):
-                self._unrounded_step()
-        for parameter in rounded:
-            self._step_rounded(parameter)
-        return loss
+    def _is_apart(self, parameter: Tensor) -> bool:
+        return parameter.dtype is torch.bfloat16
 
-    step.hooked = True  # type: ignore[attr-defined]  # torch's mark: it must not hook the step twice
-
-    def _step_rounded(self, parameter: Tensor) -> None:
+    def _stand_in(self, parameter: Tensor, rows: slice | None) -> Tensor:
         # The parameter itself keeps its dtype throughout: changing it through .data would drop its
         # gradient accumulator, and with it the hooks through which DDP reduces gradients.
-        master = torch.nn.Parameter(parameter.detach().float())
         assert parameter.grad is not None
-        master.grad = parameter.grad.float()
-        with narrowed(self, parameter), _standing_in(self, {parameter: master}):
-            self._unrounded_step()
+        stand_in = torch.nn.Parameter(at(parameter.detach(), rows).float())
+        stand_in.grad = at(parameter.grad, rows).float()
+        return stand_in
+
+    def _take_back(self, parameter: Tensor, rows: slice | None, stand_in: Tensor) -> None:
+        first = rows.start if rows else 0
+        times = self.state[parameter].get("times_rounded", 0)
+        index = self._rounding_index[parameter]
+        generator = keyed_generator(parameter.device, self._rounding_seed, index, times, first)
+        rounded = round_stochastically(stand_in.detach(), generator=generator)
+        at(parameter, rows).copy_(rounded)
+
+    def _step_apart(self, parameter: Tensor) -> None:
+        super()._step_apart(parameter)
         state = self.state[parameter]
-        times = state.get("times_rounded", 0)
-        generator = keyed_generator(
-            parameter.device, self._rounding_seed, self._rounding_index[parameter], times
-        )
-        parameter.copy_(round_stochastically(master, generator=generator))
-        state["times_rounded"] = times + 1
+        state["times_rounded"] = state.get("times_rounded", 0) + 1
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         # Optimizer.load_state_dict casts float state to its parameter's dtype and device. An empty
@@ -145,14 +113,6 @@ def _refuse_float16(parameters: list[Tensor]) -> None:
             "below 6e-8 they vanish, gradients too, and a loss scaler needs float32 weights. "
             "Use precision=bf16-true or 16-mixed."
         )
-
-
-def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the optimizer step under torch's hook wrapper: hooks run once a step, around ours."""
-    plain: Callable[..., Any] = inspect.unwrap(
-        step, stop=lambda function: not hasattr(function, "hooked")
-    )
-    return plain
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_ft.row_pieces import row_pieces, rows_of
 from lit_ft.subspace.sharding import local
 
 
@@ -37,8 +38,8 @@ def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
         rotation: C [r, r].
     """
     turned = mean @ rotation
-    variance = square - mean.square()
-    return turned, torch.addmm(turned.square(), variance, rotation.square()).abs_()
+    variance = torch.addcmul(square, mean, mean, value=-1)
+    return turned, turned.square().addmm_(variance, rotation.square()).abs_()
 
 
 def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tensor) -> bool:
@@ -73,12 +74,24 @@ def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tenso
 def _turn_pair(
     state: dict[str, Any], first: str, second: str, betas: tuple[float, ...], rotation: Tensor
 ) -> None:
-    mean, square = _read(state, first), _read(state, second)
+    # A few rows at a time: the moments of an embedding are the largest tensors that turn.
+    held = {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    shape = tuple(held[first].shape)
+    for rows in row_pieces(held[first]):
+        _turn_rows(rows_of(held, shape, rows), first, second, betas, rotation)
+
+
+def _turn_rows(
+    state: dict[str, Any], first: str, second: str, betas: tuple[float, ...], rotation: Tensor
+) -> None:
+    mean = _read(state, first)
     # In raw moments √v̂ would come out too large while t is small: the two corrections differ.
     # A fused optimizer counts on the device: not a Python number, which the host would wait for.
     steps = torch.as_tensor(state["step"], dtype=mean.dtype)
     correct_mean, correct_square = 1 - betas[0] ** steps, 1 - betas[1] ** steps
-    mean, square = rotated(mean / correct_mean, square / correct_square, rotation)
+    mean = mean / correct_mean
+    square = _read(state, second) / correct_square
+    mean, square = rotated(mean, square, rotation)
     _write(state, first, mean * correct_mean)
     _write(state, second, square * correct_square)
 
