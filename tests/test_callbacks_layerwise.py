@@ -70,14 +70,26 @@ def test_clipping_and_accumulation_compose(
     same(whole, run(tmp_path / "layerwise", optimizer, *options, *LAYERWISE))
 
 
-@pytest.mark.parametrize("first", [[], LAYERWISE])
-@pytest.mark.parametrize("then", [[], LAYERWISE])
-def test_a_stopped_run_goes_on_as_either(first: list[str], then: list[str], tmp_path: Path) -> None:
-    constant = "schedule=constant"  # a cosine's length is that of the run
-    whole = run(tmp_path / "uninterrupted", "adamw_8bit", constant, "trainer.max_steps=6")
-    run(tmp_path / "parts", "adamw_8bit", constant, "trainer.max_steps=3", *first)
-    resumed = [constant, "trainer.max_steps=6", "resume=auto", *then]
-    same(whole, run(tmp_path / "parts", "adamw_8bit", *resumed))
+@pytest.mark.parametrize(
+    ("optimizer", "stop", "first", "then"),
+    [
+        *(("adamw_8bit", stop, LAYERWISE, LAYERWISE) for stop in range(1, 6)),
+        ("adamw", 2, LAYERWISE, []),
+        ("muon", 3, [], LAYERWISE),
+        ("adafactor", 4, LAYERWISE, []),
+        ("galore_subspace", 3, [], LAYERWISE),
+        ("galore_svd", 5, LAYERWISE, []),
+    ],
+)
+def test_a_stopped_run_goes_on_as_either(
+    optimizer: str, stop: int, first: list[str], then: list[str], tmp_path: Path
+) -> None:
+    # A cosine would be as long as the run, and so would a warm-up in parts of it.
+    options = ["schedule=constant", "schedule.warmup=0", "trainer.gradient_clip_val=null"]
+    whole = run(tmp_path / "uninterrupted", optimizer, *options, "trainer.max_steps=6")
+    run(tmp_path / "parts", optimizer, *options, f"trainer.max_steps={stop}", *first)
+    resumed = [*options, "trainer.max_steps=6", "resume=auto", *then]
+    same(whole, run(tmp_path / "parts", optimizer, *resumed))
 
 
 class Other(Regression):
