@@ -36,6 +36,12 @@ from lit_ft.optim import (
     stepped_in_pieces,
     stochastically_rounded,
 )
+from lit_ft.parallel import (
+    FSDP2Strategy,
+    refuse_sharded_state,
+    whole_tensor,
+    with_root_gathered,
+)
 from lit_ft.rounding import keyed_generator
 
 Batch = Mapping[str, Any]
@@ -102,17 +108,35 @@ class CausalLMModule(LightningModule):
             )
         self.source.check()
         self._check_optimizer()
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self._check_sharding()
 
     def configure_model(self) -> None:
         """Load the model, once, in the precision and on the device that the strategy asks for."""
         if self.model is not None:
             return
-        model: Any = self.source.load_model(torch.get_default_dtype())
+        dtype = torch.get_default_dtype()
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self.source.load_model(dtype, shard=self._shard)
+        else:
+            self._take(self.source.load_model(dtype))
+        self.model.train()  # type: ignore[attr-defined]
+
+    def shard_model(self) -> None:
+        """Spread `model` over the ranks; what changes a model's layers does so before (GaLore)."""
+        assert isinstance(self.trainer.strategy, FSDP2Strategy)
+        self.trainer.strategy.shard(self.model)
+
+    def _shard(self, model: Any) -> None:
+        self._take(model)
+        self.shard_model()
+
+    def _take(self, model: Any) -> None:
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.adapter is not None:
             model = add_adapter(model, self.adapter)
-        self.model = model.train()
+        self.model = model
         if self.compile_model:
             without_adapter_wrapper(model).base_model.compile()
 
@@ -173,7 +197,8 @@ class CausalLMModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.log("grad_norm", torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        self.log("grad_norm", whole_tensor(norm))
 
     # LayerwiseUpdate, which clips in backward, may take its place.
     configure_gradient_clipping.clips_as_lightning_does = True  # type: ignore[attr-defined]
@@ -204,7 +229,8 @@ class CausalLMModule(LightningModule):
         num_targets = batch.get("num_targets")
         if num_targets is None:
             num_targets = int((labels[:, 1:] != IGNORED).sum())
-        return self.loss(self.model, inputs, labels), num_targets
+        loss = with_root_gathered(self.model, self.loss, self.model, inputs, labels)
+        return loss, num_targets
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights under an adapter out: they are loaded with the model."""
@@ -252,12 +278,31 @@ class CausalLMModule(LightningModule):
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"optim, groups or schedule: {error}") from error
 
+    def _check_sharding(self) -> None:
+        """Refuse what does not work on a part of the weights."""
+        kind = getattr(self.optimizer, "func", self.optimizer)
+        try:
+            if isinstance(kind, type):
+                refuse_sharded_state(kind)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        if self.adapter is not None:
+            raise MisconfigurationException(
+                "An adapter does not go with strategy=fsdp: use strategy=ddp, where its few "
+                "gradients cost little, or adapter=none with optim=galore_subspace."
+            )
+        if self.compile_model:
+            raise MisconfigurationException(
+                "module.compile=true does not go with strategy=fsdp: leave one of them out."
+            )
+
     def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:
         """Check what the loss and packing take for granted, on the first batch that shows it."""
         if "loss" in self._unchecked:
             self._unchecked.discard("loss")
-            if isinstance(self.loss, ChunkedCrossEntropy) and not self.loss.agrees_with(
-                self.model, inputs["input_ids"][:1, :64]
+            row = inputs["input_ids"][:1, :64]
+            if isinstance(self.loss, ChunkedCrossEntropy) and not with_root_gathered(
+                self.model, self.loss.agrees_with, self.model, row
             ):
                 rank_zero_info(
                     f"{self.source.name} transforms its logits or adds losses: training on its own "

@@ -113,7 +113,13 @@ class GaLore(Callback):
         target = getattr(module, "model", None)
         model = target if isinstance(target, torch.nn.Module) else module
         layers = self._found(model) or inject(
-            model, rank=self.rank, targets=self.targets, side=self.side, seed=self.seed
+            model,
+            rank=self.rank,
+            targets=self.targets,
+            side=self.side,
+            seed=self.seed,
+            # CausalLMModule's weights come one by one, after the model is sharded.
+            allow_meta=hasattr(module, "source"),
         )
         keep_out_of_broadcasts(module)
         self.steps = SubspaceStep(

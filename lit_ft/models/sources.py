@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +19,9 @@ from transformers import (
 )
 
 from lit_ft.models.gguf import as_safetensors
+from lit_ft.models.sharded import from_pretrained_in_shards
+
+Shard = Callable[[PreTrainedModel], None]
 
 
 class ModelSource(Protocol):
@@ -32,8 +37,12 @@ class ModelSource(Protocol):
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer, None if the model has none."""
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Return the model with weights of type `dtype`, on the default device."""
+    def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
+        """Return the model with weights of type `dtype`, on the default device.
+
+        With `shard`, which spreads a model over ranks in place, it comes sharded; where the source
+        can, it is sharded before it has values, so that no rank ever holds all of them.
+        """
 
 
 @dataclass
@@ -89,7 +98,7 @@ class Pretrained:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+    def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
         """Return the pretrained model; `self.dtype` wins over `dtype`."""
         folder = self._folder()
         options = self._hub_options(folder)
@@ -98,7 +107,12 @@ class Pretrained:
         if self.quantization_config is not None:
             options["quantization_config"] = self.quantization_config
         dtype = dtype_named(self.dtype) if self.dtype else dtype
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        if shard is not None and dist.get_world_size() > 1:
+            return from_pretrained_in_shards(folder, shard, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        if shard is not None:
+            shard(model)
+        return model
 
     def _folder(self) -> str:
         if self.gguf_file is None:
@@ -148,9 +162,9 @@ class Packaged:
         """Return the tokenizer that the GGUF file describes."""
         return self._pretrained().load_tokenizer()
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+    def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
         """Return the dequantised model."""
-        return self._pretrained().load_model(dtype)
+        return self._pretrained().load_model(dtype, shard=shard)
 
     def _pretrained(self) -> Pretrained:
         spec = importlib.util.find_spec(self.package)
@@ -204,15 +218,20 @@ class FromConfig:
         source = self._tokenizer_source()
         return None if source is None else source.load_tokenizer()
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Return a new model."""
+    def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
+        """Return a new model; with `shard`, each rank has all of it for a moment."""
         config = AutoConfig.for_model(self.model_type, **self.config)
         options = {}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, **options
+            )  # type: ignore
+        if shard is not None:
+            shard(model)
+        return model
 
     def _tokenizer_source(self) -> ModelSource | None:
         return Pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer

@@ -34,6 +34,7 @@ def inject(
     targets: str | Sequence[str] = "all",
     side: Side = "right",
     seed: int = 0,
+    allow_meta: bool = False,
 ) -> dict[str, SubspaceLayer]:
     """Freeze the weights of the targeted layers and let them move in subspaces of `rank`.
 
@@ -48,6 +49,8 @@ def inject(
         side: What the basis spans: a layer's inputs ("right") or outputs ("left"); embeddings and
             the head are always right.
         seed: Of the bases that training starts from.
+        allow_meta: Take weights on the meta device: whoever fills them in does so one by one, and
+            leaves the small tensors alone (`to_empty` would not).
 
     Returns:
         The layers by name; of those that share a weight the first.
@@ -67,7 +70,7 @@ def inject(
     chosen = _chosen(model, [targets] if isinstance(targets, str) else list(targets))
     _refuse_half_tied(model, chosen)
     for name, module in chosen.items():
-        _refuse_untrainable(name, module)
+        _refuse_untrainable(name, module, allow_meta=allow_meta)
     injected: dict[str, SubspaceLayer] = {}
     by_weight: dict[nn.Parameter, SubspaceLayer] = {}
     for index, (name, module) in enumerate(chosen.items()):
@@ -177,7 +180,7 @@ def _refuse_half_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
             )
 
 
-def _refuse_untrainable(name: str, module: nn.Module) -> None:
+def _refuse_untrainable(name: str, module: nn.Module, *, allow_meta: bool) -> None:
     weight = _weight(module)
     if isinstance(module, SubspaceLayer):
         raise ValueError(f"{name} is in a subspace already: inject once.")
@@ -188,7 +191,7 @@ def _refuse_untrainable(name: str, module: nn.Module) -> None:
             f"{name} is sharded already: inject first, then let fully_shard spread the weights and "
             "the small parameters over the ranks."
         )
-    if weight.is_meta:
+    if weight.is_meta and not allow_meta:
         raise ValueError(f"{name} has no values yet (it is on the meta device): load it first.")
     if weight.dtype is torch.float16:
         raise ValueError(

@@ -45,7 +45,8 @@ class SubspaceLayer(nn.Module):
         rows, cols = self.moving_weight.shape
         # float32 even beside 16-bit weights: small, and the optimizer's steps on it are too.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        device = self.weight.device
+        # Values that are still to come do not take these along.
+        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         self.weight.requires_grad_(False)
         self.delta = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
         start = torch.randn(cols, rank, dtype=dtype, generator=generator)

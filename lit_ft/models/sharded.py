@@ -1,0 +1,56 @@
+"""Load a pretrained model that is spread over ranks, each reading what it will hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+
+
+def from_pretrained_in_shards(
+    name_or_path: str, shard: Callable[[PreTrainedModel], None], **options: Any
+) -> PreTrainedModel:
+    """Build the model on the meta device, shard it, then read each rank's part of the weights.
+
+    transformers does all of it, given a `DistributedConfig`; it shards where `shard` is called
+    here, so that the model can be changed before (and sharded as Lightning's strategy says).
+
+    Args:
+        name_or_path: A hub id or folder with safetensors.
+        shard: Is given the model on the meta device, and spreads it over all ranks with
+            `fully_shard`. Tensors that it adds with values of their own keep these.
+        **options: Of `from_pretrained`.
+    """
+    loading = ("dtype", "attn_implementation", "quantization_config")
+    config = AutoConfig.from_pretrained(
+        name_or_path, **{k: v for k, v in options.items() if k not in loading}
+    )
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+
+    class InShards(kind):  # type: ignore[misc]
+        @classmethod
+        def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
+            model.tie_weights()  # transformers does so when they are loaded: too late for sharding
+            shard(model)
+            model._device_mesh = mesh.get_mesh(("pp", "fsdp", "tp"))
+            model._is_distributed_loading_by_transformers = True
+            return model
+
+        def _move_missing_keys_from_meta_to_device(
+            self, missing_keys: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            to_come = {k for k in missing_keys if self.get_parameter_or_buffer(k).is_meta}
+            super()._move_missing_keys_from_meta_to_device(to_come, *args, **kwargs)
+
+    InShards.__name__ = kind.__name__
+    everywhere = DistributedConfig(fsdp_size=dist.get_world_size())
+    with torch.random.fork_rng():
+        model: PreTrainedModel = InShards.from_pretrained(
+            name_or_path, config=config, distributed_config=everywhere, **options
+        )
+    model.config.distributed_config = None  # of this run, not of the model
+    return model

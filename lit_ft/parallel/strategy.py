@@ -1,0 +1,56 @@
+"""FSDP2 as a Lightning strategy: every rank is data-parallel and holds a part of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from lit_ft.parallel.fully_shard import fully_shard_model
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's `ModelParallelStrategy` with all ranks data-parallel, and how to shard.
+
+    Weights, gradients and optimizer state take 1 / ranks of their bytes on each.
+
+    Args:
+        reshard_after_forward: Let go of a block's gathered weights between forward and backward:
+            less memory, one more gathering.
+        cpu_offload: Keep the parts in host memory; a block's weights are on the device while it
+            computes, and the optimizer steps on the host.
+        save_distributed_checkpoint: A checkpoint of a file a rank; else one file, which rank 0
+            writes.
+        **options: Of `ModelParallelStrategy`: `process_group_backend`, `timeout`.
+    """
+
+    def __init__(
+        self,
+        *,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=1,  # of all ranks: known in setup_environment
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **options,
+        )
+        self.reshard_after_forward = reshard_after_forward
+        self.cpu_offload = cpu_offload
+
+    def setup_environment(self) -> None:
+        """Join the process group, as many ranks as there are."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard(self, model: nn.Module) -> None:
+        """Spread `model` over the ranks; call it in `configure_model`."""
+        options: dict[str, Any] = {"reshard_after_forward": self.reshard_after_forward}
+        if self.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy()
+        fully_shard_model(model, self.device_mesh["data_parallel"], **options)
