@@ -106,10 +106,10 @@ class CausalLMModule(LightningModule):
                 "float16 weights lose small updates and overflow: use trainer.precision=bf16-true, "
                 "or trainer.precision=16-mixed, which keeps the weights in float32."
             )
-        self.source.check()
-        self._check_optimizer()
         if isinstance(self.trainer.strategy, FSDP2Strategy):
             self._check_sharding()
+        self.source.check()
+        self._check_optimizer()
 
     def configure_model(self) -> None:
         """Load the model, once, in the precision and on the device that the strategy asks for."""

@@ -9,11 +9,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.fsdp import FSDPModule
 
 
 class ExportHF(Callback):
-    """Write `pl_module.model` and `pl_module.tokenizer` at the end of `fit`, from rank 0.
+    """Write `pl_module.model` and `pl_module.tokenizer` at the end of `fit`.
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads the result without lit_ft. A run that
     fails exports nothing.
@@ -60,9 +61,10 @@ class ExportHF(Callback):
         if self.push_to_hub is not None:
             _check_hub(self.push_to_hub)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
+        if not trainer.is_global_zero and not isinstance(pl_module.model, FSDPModule):
+            return  # ranks that hold a part each write that
         # Not above: it brings transformers and peft along.
         from lit_ft.models.export import export_model
 
@@ -74,7 +76,7 @@ class ExportHF(Callback):
             merge=self.merge,
             dtype=self.dtype,
         )
-        if self.push_to_hub is not None:
+        if self.push_to_hub is not None and trainer.is_global_zero:
             _upload(self.export_path, self.push_to_hub, private=self.private)
 
 

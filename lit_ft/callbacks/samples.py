@@ -12,9 +12,10 @@ import torch
 from jinja2 import TemplateError
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_ft.callbacks.cadence import Cadence
@@ -28,8 +29,8 @@ class SampleGenerations(Callback):
 
     Training is not affected by a bit: modes and random state are put back. Samples go to every
     logger that takes text (TensorBoard), as Markdown, and to `generations`. They come from rank 0;
-    a sharded model, whose ranks would all have to take part, gets a warning instead. So does a
-    generation that fails: it does not end the run.
+    under FSDP2 all ranks take part. Where that cannot be (FSDP1, DeepSpeed), and where generating
+    fails, there is a warning, and the run goes on.
 
     Args:
         prompts: texts, or chats as lists of `{"role": ..., "content": ...}`; None asks the
@@ -63,7 +64,8 @@ class SampleGenerations(Callback):
         self.generations = []
         if self._cadence is not None:
             self._cadence.start(trainer)
-        self._fixed_prompts = [] if _obstacle(trainer, pl_module) else self._find_prompts(trainer)
+        prompts = [] if _obstacle(trainer, pl_module) else self._find_prompts(trainer)
+        self._fixed_prompts = trainer.strategy.broadcast(prompts)
         self._sample(trainer, pl_module)
 
     def on_train_batch_end(
@@ -84,9 +86,9 @@ class SampleGenerations(Callback):
         ask = getattr(trainer.datamodule, "sample_prompts", None)  # type: ignore[attr-defined]
         return [] if ask is None else list(ask(self.num_prompts))
 
-    @rank_zero_only
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._fixed_prompts:
+        shared = isinstance(pl_module.model, FSDPModule)  # then it takes all ranks to generate
+        if not self._fixed_prompts or not (trainer.is_global_zero or shared):
             return
         try:
             with trainer.precision_plugin.forward_context():
@@ -100,7 +102,8 @@ class SampleGenerations(Callback):
             rank_zero_warn(f"No more samples: generating failed with {error!r}.")
             self._fixed_prompts = []
             return
-        self._keep(trainer, texts)
+        if trainer.is_global_zero:
+            self._keep(trainer, texts)
 
     def _keep(self, trainer: Trainer, texts: list[str]) -> None:
         step = trainer.global_step
@@ -152,6 +155,8 @@ def generate(
             eos_token_id=ends or None,
             pad_token_id=padding,
         )
+    if isinstance(model, FSDPModule):
+        model.reshard()  # which otherwise a backward pass does
     new = answers[:, ids.shape[1] :]
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
 
@@ -166,7 +171,8 @@ def as_markdown(prompt: str, text: str) -> str:
 def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why this run cannot generate, said once; None if it can."""
     reason = None
-    if isinstance(trainer.strategy, _SHARDED):
+    shared = isinstance(getattr(pl_module, "model", None), FSDPModule)
+    if isinstance(trainer.strategy, _SHARDED) and not shared:
         reason = f"the model is sharded by {type(trainer.strategy).__name__}"
     elif not hasattr(getattr(pl_module, "model", None), "generate"):
         reason = f"{type(pl_module).__name__}.model has no generate()"

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ft.models.export_sharded import export_sharded
 from lit_ft.models.sources import dtype_named
 
 
@@ -27,7 +30,8 @@ def export_model(
     """Write `model` and its tokenizer to `folder` and return it.
 
     A model with an adapter is written merged, with the adapter apart in `folder/adapter`; with
-    `merge=False` the adapter alone is written, to `folder` itself. `model` is not changed.
+    `merge=False` the adapter alone is written, to `folder` itself. A model that is spread over
+    ranks is written by all of them: call it on every rank. `model` is not changed.
 
     Args:
         model: The trained model, on any device.
@@ -42,9 +46,12 @@ def export_model(
     target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PeftModel):
+    if isinstance(model, FSDPModule):
+        export_sharded(model, folder, dtype=target_dtype)
+        tokenizer = tokenizer if dist.get_rank() == 0 else None
+    elif isinstance(model, PeftModel):
         _save_adapter(model, folder / "adapter" if merge else folder)
-    if merge or not isinstance(model, PeftModel):
+    if not isinstance(model, FSDPModule) and (merge or not isinstance(model, PeftModel)):
         whole: Any = merged(model) if isinstance(model, PeftModel) else model
         if target_dtype is not None:
             whole = copy.deepcopy(whole) if whole is model else whole

@@ -6,6 +6,8 @@ _CANNOT = {
     "bitsandbytes.": "bitsandbytes' optimizers do not know sharded parameters",
     "transformers.optimization.Adafactor": "Adafactor takes means over whole rows and columns",
     "galore_torch.": "galore-torch projects whole matrices",
+    "lit_ft.optim.galore_torch.": "galore-torch projects whole matrices",
+    "lit_ft.optim.muon.": "Muon orthogonalises whole matrices",
     "torch.optim.lbfgs.": "LBFGS flattens all parameters",
     "torch.optim._muon.": "Muon orthogonalises whole matrices",
 }

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from functools import partial
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig
+from safetensors import safe_open
 from torch import distributed as dist
 from torch.optim import SGD, AdamW
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft import CausalLMModule
-from lit_ft.callbacks import GaLore, LastCheckpoint
+from lit_ft.callbacks import ExportHF, GaLore, LastCheckpoint
 from lit_ft.models import Pretrained
+from lit_ft.optim import MuonAdamW
+from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.parallel import FSDP2Strategy, whole_tensor
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
 from tests.ranks import WORLD
@@ -33,6 +41,12 @@ LLAMA = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+LARGER = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "vocab_size": 8000,
+    "num_hidden_layers": 8,
 }
 OPTIMIZERS = {
     "adamw": partial(AdamW, lr=1e-3),
@@ -72,6 +86,7 @@ def train(
     clip=None,
     steps=STEPS,
     resume=None,
+    export=None,
     **options,
 ):
     """Train on one process or on all ranks; return the whole weights and what the ranks held."""
@@ -79,9 +94,12 @@ def train(
     callbacks = [LastCheckpoint(Path(run_dir) / "checkpoints", every_n_steps=100)]
     if projector is not None:
         callbacks.append(GaLore(rank=4, projector=PROJECTORS[projector]))
+    if export is not None:
+        callbacks.append(ExportHF(run_dir / "export", dtype=export))
     module = CausalLMModule(
         Pretrained(str(model_folder), dtype="float64"), optimizer=OPTIMIZERS[optimizer], **options
     )
+    vars(module)["tokenizer"] = None  # the folder has none
     strategy = {"strategy": FSDP2Strategy(), "devices": WORLD} if sharded else {}
     trainer = trainer_of(
         run_dir,
@@ -147,3 +165,81 @@ def test_what_two_ranks_save_goes_on_on_one_and_on_two(
         for name, weight in weights.items():
             torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-10, msg=name)
         assert their_loss["train_loss"] == pytest.approx(loss["train_loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_the_export_is_the_trained_model(tied, dtype, folder, tmp_path, on_both):
+    model, options = folder / f"tied_{tied}", {"projector": "oja", "steps": 3, "export": dtype}
+    (weights, _, _), _ = on_both(train, model, tmp_path, sharded=True, **options)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
+    assert exported.dtype is getattr(torch, dtype)
+    assert exported.config.architectures == ["LlamaForCausalLM"]
+    found = exported.state_dict()
+    assert found.keys() == {n for n in weights if not n.endswith((".basis", ".delta"))}
+    for name, weight in found.items():
+        assert weight.equal(weights[name].to(weight.dtype)), name
+    with safe_open(next((tmp_path / "export").glob("*.safetensors")), "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118
+
+
+def own_bytes():
+    """What this process has in memory and shares with nobody: no files that are mapped."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+def load(model_folder, sharded=True):
+    """Build and load the model, move its weights, and return the most bytes that this took."""
+    module = CausalLMModule(Pretrained(str(model_folder)), optimizer=OPTIMIZERS["adamw"])
+    strategy = {"strategy": FSDP2Strategy(), "devices": WORLD} if sharded else {}
+    trainer = trainer_of(model_folder, **strategy)
+    module.trainer = trainer
+    trainer.strategy._lightning_module = module
+    trainer.strategy.setup_environment()
+    before, peak, done = own_bytes(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, own_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.parameters():  # what is mapped becomes the process's own
+            parameter.add_(1)
+    done.set()
+    watcher.join()
+    return max(peak, own_bytes() - before)
+
+
+def test_no_rank_ever_holds_the_whole_model(tmp_path, on_both):
+    config = AutoConfig.for_model("llama", **{**LLAMA, **LARGER})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    whole = sum(p.nbytes for p in model.parameters())
+    del model
+    for peak in on_both(load, tmp_path):
+        assert 0.45 * whole <= peak <= 0.6 * whole
+    assert load(tmp_path, sharded=False) > 0.95 * whole  # so that it would be seen
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"optimizer": partial(bnb.optim.AdamW8bit)}, "bitsandbytes.*optim=adamw"),
+        ({"optimizer": partial(RelativeStepAdafactor)}, "Adafactor.*strategy=ddp"),
+        ({"optimizer": partial(MuonAdamW)}, "Muon orthogonalises"),
+        ({"adapter": LoraConfig(task_type="CAUSAL_LM")}, "adapter.*strategy=ddp"),
+        ({"compile": True}, "module.compile"),
+    ],
+)
+def test_what_needs_weights_whole_is_refused_before_the_model_loads(options, named, tmp_path):
+    module = CausalLMModule(
+        Pretrained(str(tmp_path)), **{"optimizer": OPTIMIZERS["adamw"], **options}
+    )
+    module.trainer = trainer_of(tmp_path, strategy=FSDP2Strategy(), devices=WORLD)
+    with pytest.raises(MisconfigurationException, match=named):
+        module.setup("fit")
