@@ -1,0 +1,99 @@
+"""`python train.py` on two ranks in real processes: it trains, stops on a signal, fails whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.commands import TINY, start
+
+pytestmark = pytest.mark.slow
+
+JOB = [
+    *TINY,
+    "trainer.devices=2",
+    "optim=galore_subspace",
+    "galore.rank=8",
+    "data.batch_size=2",
+]
+
+
+class Fails(Callback):
+    """Raises on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == 3:
+            raise RuntimeError("a fault of this rank alone")
+
+
+def whole(checkpoint: Path) -> bool:
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return all(value.isfinite().all() for value in state.values())
+
+
+def test_it_trains_and_leaves_what_one_process_leaves(tmp_path):
+    process = start(*JOB, f"run_dir={tmp_path}", "strategy=fsdp", "trainer.max_steps=3")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("completed", 3)
+    assert summary["val_loss"] < summary["initial_val_loss"]
+    assert whole(tmp_path / "checkpoints" / "last.ckpt")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").num_parameters()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_and_saves(rank, strategy, tmp_path):
+    process = start(*JOB, f"run_dir={tmp_path}", f"strategy={strategy}", "trainer.max_steps=4000")
+    for line in process.stdout:
+        if "step 5/" in line:
+            break
+    [other] = psutil.Process(process.pid).children()
+    os.kill((process.pid, other.pid)[rank], signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert process.returncode == 143, output
+    assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
+    assert whole(tmp_path / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_of_one_rank_ends_both_and_is_shown(rank, strategy, tmp_path):
+    fails = ["+callbacks.fails._target_=tests.distributed.test_fsdp_job.Fails"]
+    fails += [
+        "trusted_packages=[tests]",
+        f"+callbacks.fails.rank={rank}",
+        "checkpoint.every_n_steps=2",
+    ]
+    process = start(*JOB, f"run_dir={tmp_path}", f"strategy={strategy}", *fails)
+    began = None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if began is None and "step 0" in line:
+            began = time.monotonic()
+    process.wait(timeout=60)
+    assert began is not None, output
+    assert time.monotonic() - began < 60  # training included
+    assert process.returncode not in (0, None)
+    logs = output + "".join(path.read_text() for path in tmp_path.glob("train*.log"))
+    assert "a fault of this rank alone" in logs
+    assert whole(tmp_path / "checkpoints" / "last.ckpt")
