@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from examples.other_project import Regression
 from lit_ft.callbacks import GaLore, LayerwiseUpdate
+from lit_ft.parallel import FSDP2Strategy
 from lit_ft.subspace.projectors import SVD
 from tests.running import CONF, run_job
 from tests.test_job import same
@@ -215,7 +216,12 @@ class BackpropagatesItself(Regression):
     ("module", "options", "named"),
     [
         (Manual, {}, "automatic optimization"),
-        (Regression, {"strategy": "ddp"}, "DDP's buckets.*update=whole"),
+        (Regression, {"strategy": "ddp"}, "whose buckets keep.*strategy=fsdp.*update=whole"),
+        (
+            Regression,
+            {"strategy": FSDP2Strategy(), "gradient_clip_val": 1.0},
+            "trainer.gradient_clip_val=null",
+        ),
         (ClipsItself, {}, "ClipsItself clips in its own way"),
         (BackpropagatesItself, {"gradient_clip_val": 1.0}, "BackpropagatesItself back-propagates"),
         (partial(module_of, optimizer=partial(torch.optim.LBFGS)), {}, "LBFGS.*update=whole"),

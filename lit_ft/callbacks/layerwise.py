@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -37,8 +41,9 @@ class LayerwiseUpdate(Callback):
 
     Raises:
         MisconfigurationException: What would not be right: DDP and other strategies for many
-            devices, manual optimization, an optimizer that needs all gradients at once, or a module
-            that clips or, with clipping, back-propagates in its own way.
+            devices than FSDP2, clipping by norm under FSDP2, manual optimization, an optimizer that
+            needs all gradients at once, or a module that clips or, with clipping, back-propagates
+            in its own way.
     """
 
     def __init__(self, min_grad_bytes: int = 2**20) -> None:
@@ -56,14 +61,7 @@ class LayerwiseUpdate(Callback):
                 f"LayerwiseUpdate follows automatic optimization, and {name} optimizes by hand: "
                 "use lit_ft.optim.layerwise.LayerwiseStep there."
             )
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
-            why = ""
-            if isinstance(trainer.strategy, DDPStrategy):
-                why = " (DDP's buckets keep every gradient anyway, and ranks would drift apart)"
-            raise MisconfigurationException(
-                f"Layerwise updates are for one device, not {type(trainer.strategy).__name__}{why}"
-                ": use update=whole, that is no LayerwiseUpdate."
-            )
+        _refuse_strategy(trainer)
         clipping = type(pl_module).configure_gradient_clipping
         own_clipping = is_overridden("configure_gradient_clipping", pl_module, LightningModule)
         if own_clipping and not hasattr(clipping, "clips_as_lightning_does"):
@@ -165,6 +163,26 @@ class LayerwiseUpdate(Callback):
             loss.repeatable = self._repeatable
         vars(module).pop("backward", None)
         vars(module).pop("configure_gradient_clipping", None)
+
+
+def _refuse_strategy(trainer: Trainer) -> None:
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    if isinstance(strategy, DDPStrategy):
+        raise MisconfigurationException(
+            f"Layerwise updates save nothing under {name}, whose buckets keep every gradient, and "
+            "ranks would drift apart: use strategy=fsdp, where each rank holds a part of the "
+            "gradients, or update=whole, that is no LayerwiseUpdate."
+        )
+    if not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"Layerwise updates are for one device or FSDP2, not {name}: use update=whole, that is "
+            "no LayerwiseUpdate."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and _clipping(trainer)[0]:
+        raise MisconfigurationException(
+            "Layerwise updates clip by norm in a second backward pass, which FSDP2 does not allow: "
+            "use trainer.gradient_clip_val=null, or update=whole, that is no LayerwiseUpdate."
+        )
 
 
 def _clipping(trainer: Trainer) -> tuple[float | None, float | None]:

@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import distributed as dist
@@ -19,7 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft import CausalLMModule
-from lit_ft.callbacks import ExportHF, GaLore, LastCheckpoint
+from lit_ft.callbacks import ExportHF, GaLore, LastCheckpoint, LayerwiseUpdate
 from lit_ft.models import Pretrained
 from lit_ft.optim import MuonAdamW
 from lit_ft.optim.adafactor import RelativeStepAdafactor
@@ -67,6 +68,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parent
 
 
+class Freed(Callback):
+    """Sees to it that backward leaves no gradient, but those of subspaces."""
+
+    def on_after_backward(self, trainer, pl_module):
+        kept = [n for n, p in pl_module.named_parameters() if p.grad is not None]
+        assert all(name.endswith(".delta") for name in kept), kept
+
+
 def batches(accumulate, rank, size):
     """Each rank's rows of the same global batches: 8 rows, of several lengths."""
     made = [batch_of([12, 3, 9, 4, 12, 2, 5, 7], seed=seed) for seed in range(STEPS)]
@@ -87,6 +96,7 @@ def train(
     steps=STEPS,
     resume=None,
     export=None,
+    layerwise=False,
     **options,
 ):
     """Train on one process or on all ranks; return the whole weights and what the ranks held."""
@@ -94,6 +104,8 @@ def train(
     callbacks = [LastCheckpoint(Path(run_dir) / "checkpoints", every_n_steps=100)]
     if projector is not None:
         callbacks.append(GaLore(rank=4, projector=PROJECTORS[projector]))
+    if layerwise:
+        callbacks += [LayerwiseUpdate(min_grad_bytes=0), *[Freed()] * (accumulate == 1)]
     if export is not None:
         callbacks.append(ExportHF(run_dir / "export", dtype=export))
     module = CausalLMModule(
@@ -127,7 +139,9 @@ def train(
         {"optimizer": "adamw"},
         {"optimizer": "adamw_fused", "accumulate": 2, "clip": 0.5},
         {"optimizer": "sgd", "activation_checkpointing": True},
-        {"projector": "oja"},
+        {"optimizer": "sgd", "layerwise": True},
+        {"optimizer": "adamw_fused", "layerwise": True, "accumulate": 2},
+        {"projector": "oja", "layerwise": True},
         {"projector": "oja", "accumulate": 2, "clip": 0.01},
         {"projector": "iteration", "optimizer": "adamw_fused", "activation_checkpointing": True},
     ],
