@@ -33,7 +33,8 @@ def main(cfg: DictConfig) -> float:
     cfg.run_dir = HydraConfig.get().runtime.output_dir  # of this job, also inside a sweep
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
     if cfg.trainer.precision is None:
-        cfg.trainer.precision = sensible_precision(cfg.trainer.accelerator)
+        sharded = "FSDP" in str(cfg.trainer.get("strategy"))
+        cfg.trainer.precision = sensible_precision(cfg.trainer.accelerator, sharded=sharded)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
         refuse_untrusted(config, also=config["trusted_packages"])

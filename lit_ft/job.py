@@ -99,15 +99,16 @@ def available_accelerator(accelerator: str) -> str:
     return "auto"
 
 
-def sensible_precision(accelerator: str) -> str:
+def sensible_precision(accelerator: str, *, sharded: bool = False) -> str:
     """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
 
-    bfloat16 weights learn here, because they are rounded stochastically.
+    bfloat16 weights learn here, because they are rounded stochastically. Where each rank holds a
+    part of the weights they are float32, and gathered in bfloat16.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return (
-            "bf16-true" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-        )
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "32-true" if sharded else "16-mixed"
+        return "bf16-mixed" if sharded else "bf16-true"
     return "32-true"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import Tensor
@@ -39,10 +40,10 @@ from lit_ft.optim import (
 from lit_ft.parallel import (
     FSDP2Strategy,
     refuse_sharded_state,
-    whole_tensor,
     with_root_gathered,
 )
 from lit_ft.rounding import keyed_generator
+from lit_ft.sharding import whole
 
 Batch = Mapping[str, Any]
 
@@ -106,7 +107,7 @@ class CausalLMModule(LightningModule):
                 "float16 weights lose small updates and overflow: use trainer.precision=bf16-true, "
                 "or trainer.precision=16-mixed, which keeps the weights in float32."
             )
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self._check_sharding()
         self.source.check()
         self._check_optimizer()
@@ -116,7 +117,7 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         dtype = torch.get_default_dtype()
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
+        if self.device_mesh is not None:
             self.source.load_model(dtype, shard=self._shard)
         else:
             self._take(self.source.load_model(dtype))
@@ -198,13 +199,15 @@ class CausalLMModule(LightningModule):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        self.log("grad_norm", whole_tensor(norm))
+        self.log("grad_norm", whole(norm))
 
     # LayerwiseUpdate, which clips in backward, may take its place.
     configure_gradient_clipping.clips_as_lightning_does = True  # type: ignore[attr-defined]
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new token mean."""
+        # bf16-true makes the metric's sums bfloat16, which stand still from 256 targets on.
+        self.val_mean.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
         # Here, not at the end: `validate` runs in inference mode and `fit` does not, and what was
         # made in the one cannot be updated in the other.
         self.val_mean.reset()
@@ -280,6 +283,11 @@ class CausalLMModule(LightningModule):
 
     def _check_sharding(self) -> None:
         """Refuse what does not work on a part of the weights."""
+        if not isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise MisconfigurationException(
+                "Use lit_ft.parallel.FSDP2Strategy() (strategy=fsdp) in place of "
+                "ModelParallelStrategy: it says how the model is sharded."
+            )
         kind = getattr(self.optimizer, "func", self.optimizer)
         try:
             if isinstance(kind, type):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
 from lit_ft.labels import IGNORED
-from lit_ft.losses import ModelLoss
+from lit_ft.losses import ChunkedCrossEntropy, ModelLoss
 from lit_ft.models import FromConfig
 from lit_ft.optim import WarmupSchedule
 
@@ -109,6 +109,19 @@ def test_validation_weighs_tokens_not_batches(tmp_path):
     expected = (sum(sums) / targets).item()
     assert metrics["val_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["val_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_bfloat16_weights_do_not_round_the_validation_loss(tmp_path):
+    """bfloat16 sums stand still at 256, and a single bfloat16 number has three digits."""
+    batches = [batch_of([12] * 8, seed=seed) for seed in range(40)]
+    module = module_of()
+    trainer = trainer_of(tmp_path, precision="bf16-true")
+    [metrics] = trainer.validate(module, loader(*batches), verbose=False)
+    with torch.no_grad():
+        sums = [ChunkedCrossEntropy()(module.model, inputs_of(b), b["labels"]) for b in batches]
+    targets = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in batches)
+    expected = float(sum(s.double() for s in sums)) / targets
+    assert metrics["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_with_a_loss_of_its_own_is_trained_on_it(tmp_path):

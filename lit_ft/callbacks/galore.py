@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_ft.callbacks.lookup import loss_scaler, only_optimizer
+from lit_ft.sharding import is_sharded
 from lit_ft.subspace import (
     MATCH_ADAMW,
     Refresh,
@@ -27,7 +28,6 @@ from lit_ft.subspace import (
 )
 from lit_ft.subspace.layer import Side
 from lit_ft.subspace.projectors import Oja, Projector
-from lit_ft.subspace.sharding import is_sharded
 
 
 class GaLore(Callback):
@@ -86,6 +86,11 @@ class GaLore(Callback):
         if self.steps is not None:
             return
         mesh = pl_module.device_mesh
+        if mesh is not None and trainer.precision == "bf16-true":
+            raise MisconfigurationException(
+                "FSDP2 wants one type of numbers in a block, and beside bfloat16 weights GaLore's "
+                "small parameters are float32: use trainer.precision=bf16-mixed."
+            )
         if mesh is not None and mesh["tensor_parallel"].size() > 1:
             raise MisconfigurationException(
                 "GaLore works with sharded data parallelism, not with tensor parallelism: give "

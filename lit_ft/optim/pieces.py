@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
 
 from lit_ft.optim.narrow import narrowed
 from lit_ft.row_pieces import put_rows, row_pieces, rows_of
+from lit_ft.sharding import is_sharded
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
@@ -72,7 +72,7 @@ class InPieces(Optimizer):
         """Bring a stepped stand-in's values into the parameter's rows."""
 
     def _step_apart(self, parameter: Tensor) -> None:
-        by_row = is_elementwise(self) and not isinstance(parameter, DTensor)
+        by_row = is_elementwise(self) and not is_sharded(parameter)
         pieces = row_pieces(parameter) if by_row else [slice(None)]
         if len(pieces) == 1:
             stand_in = self._stand_in(parameter, None)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lit_ft.optim.pieces import AnyOptimizer, InPieces, at, take_class
 from lit_ft.rounding import keyed_generator, round_stochastically
+from lit_ft.sharding import first_row, local
 
 
 def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
@@ -70,12 +71,13 @@ class _StochasticallyRounded(InPieces):
         return stand_in
 
     def _take_back(self, parameter: Tensor, rows: slice | None, stand_in: Tensor) -> None:
-        first = rows.start if rows else 0
+        # Of a sharded parameter, which comes in one piece, each rank rounds the rows that it holds.
+        first = rows.start if rows else first_row(parameter)
         times = self.state[parameter].get("times_rounded", 0)
         index = self._rounding_index[parameter]
         generator = keyed_generator(parameter.device, self._rounding_seed, index, times, first)
-        rounded = round_stochastically(stand_in.detach(), generator=generator)
-        at(parameter, rows).copy_(rounded)
+        rounded = round_stochastically(local(stand_in), generator=generator)
+        local(at(parameter, rows)).copy_(rounded)
 
     def _step_apart(self, parameter: Tensor) -> None:
         super()._step_apart(parameter)

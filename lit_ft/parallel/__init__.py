@@ -1,6 +1,6 @@
 """Models whose weights are spread over ranks: FSDP2 through Lightning's own strategy."""
 
-from lit_ft.parallel.fully_shard import fully_shard_model, whole_tensor, with_root_gathered
+from lit_ft.parallel.fully_shard import fully_shard_model, with_root_gathered
 from lit_ft.parallel.refusals import refuse_sharded_state
 from lit_ft.parallel.strategy import FSDP2Strategy
 
@@ -8,6 +8,5 @@ __all__ = [
     "FSDP2Strategy",
     "fully_shard_model",
     "refuse_sharded_state",
-    "whole_tensor",
     "with_root_gathered",
 ]

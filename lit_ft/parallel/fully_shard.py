@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 _GATHERED = "with_root_gathered"
@@ -58,11 +57,6 @@ def with_root_gathered(model: nn.Module, function: Callable[..., T], *args: Any)
     if not torch.is_grad_enabled():
         model.reshard()  # which otherwise the backward pass does
     return result
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that may be spread over ranks; on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _call(model: nn.Module, function: Callable[..., T], *args: Any) -> T:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from lit_ft.parallel.fully_shard import fully_shard_model
 
@@ -14,7 +15,8 @@ from lit_ft.parallel.fully_shard import fully_shard_model
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all ranks data-parallel, and how to shard.
 
-    Weights, gradients and optimizer state take 1 / ranks of their bytes on each.
+    Weights, gradients and optimizer state take 1 / ranks of their bytes on each. With
+    `precision="bf16-mixed"` the parts are float32, and blocks are gathered in bfloat16.
 
     Args:
         reshard_after_forward: Let go of a block's gathered weights between forward and backward:
@@ -51,6 +53,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def shard(self, model: nn.Module) -> None:
         """Spread `model` over the ranks; call it in `configure_model`."""
         options: dict[str, Any] = {"reshard_after_forward": self.reshard_after_forward}
+        if self.precision_plugin.precision == "bf16-mixed":
+            options["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy()
         fully_shard_model(model, self.device_mesh["data_parallel"], **options)

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_ft.rounding import keyed_generator
+from lit_ft.sharding import is_sharded
 from lit_ft.subspace.conv1d import SubspaceConv1D
 from lit_ft.subspace.embedding import SubspaceEmbedding
 from lit_ft.subspace.head import SubspaceHead
 from lit_ft.subspace.layer import Side, SubspaceLayer
 from lit_ft.subspace.linear import SubspaceLinear
-from lit_ft.subspace.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_ft.rounding import keyed_generator, round_stochastically
-from lit_ft.subspace.sharding import first_row, is_sharded, local, whole
+from lit_ft.sharding import first_row, is_sharded, local, whole
 
 Side = Literal["right", "left"]
 MATCH_ADAMW = "match_adamw"

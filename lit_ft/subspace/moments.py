@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_ft.row_pieces import row_pieces, rows_of
-from lit_ft.subspace.sharding import local
+from lit_ft.sharding import local
 
 
 def change_of_basis(old: Tensor, new: Tensor) -> Tensor:

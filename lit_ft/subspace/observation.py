@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_ft.sharding import whole
 from lit_ft.subspace.layer import SubspaceLayer
-from lit_ft.subspace.sharding import whole
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:

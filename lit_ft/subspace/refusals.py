@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_ft.sharding import holds_whole_rows, is_sharded, whole
 from lit_ft.subspace.layer import SubspaceLayer
-from lit_ft.subspace.sharding import holds_whole_rows, is_sharded, whole
 
 # What the optimizer's own step must not depend on: S is zero before it.
 _NEEDS_THE_WEIGHT = {

@@ -24,7 +24,8 @@ from lit_ft.callbacks import ExportHF, GaLore, LastCheckpoint, LayerwiseUpdate
 from lit_ft.models import Pretrained
 from lit_ft.optim import MuonAdamW
 from lit_ft.optim.adafactor import RelativeStepAdafactor
-from lit_ft.parallel import FSDP2Strategy, whole_tensor
+from lit_ft.parallel import FSDP2Strategy
+from lit_ft.sharding import whole
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
 from tests.ranks import WORLD
 from tests.test_module import batch_of, rows, trainer_of
@@ -97,6 +98,7 @@ def train(
     resume=None,
     export=None,
     layerwise=False,
+    precision="32-true",
     **options,
 ):
     """Train on one process or on all ranks; return the whole weights and what the ranks held."""
@@ -109,7 +111,9 @@ def train(
     if export is not None:
         callbacks.append(ExportHF(run_dir / "export", dtype=export))
     module = CausalLMModule(
-        Pretrained(str(model_folder), dtype="float64"), optimizer=OPTIMIZERS[optimizer], **options
+        Pretrained(str(model_folder), dtype="float64" if precision == "32-true" else None),
+        optimizer=OPTIMIZERS[optimizer],
+        **options,
     )
     vars(module)["tokenizer"] = None  # the folder has none
     strategy = {"strategy": FSDP2Strategy(), "devices": WORLD} if sharded else {}
@@ -120,6 +124,7 @@ def train(
         gradient_clip_val=clip,
         callbacks=callbacks,
         enable_checkpointing=True,
+        precision=precision,
         use_distributed_sampler=False,
         **strategy,
     )
@@ -127,7 +132,7 @@ def train(
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, data, ckpt_path=resume)
     held = {n: type(p).__name__ for n, p in module.named_parameters()}
-    weights = {n: whole_tensor(p.detach()).clone() for n, p in module.model.state_dict().items()}
+    weights = {n: whole(p.detach()).clone() for n, p in module.model.state_dict().items()}
     loss = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return weights, held, loss
 
@@ -179,6 +184,37 @@ def test_what_two_ranks_save_goes_on_on_one_and_on_two(
         for name, weight in weights.items():
             torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-10, msg=name)
         assert their_loss["train_loss"] == pytest.approx(loss["train_loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("precision", "projector", "dtype"),
+    [
+        ("bf16-true", None, torch.bfloat16),
+        ("bf16-mixed", None, torch.float32),
+        ("bf16-mixed", "oja", torch.float32),
+    ],
+)
+def test_half_precision_trains_as_on_one_and_resumes(
+    precision, projector, dtype, folder, tmp_path, on_both
+):
+    model, options = folder / "tied_True", {"precision": precision, "projector": projector}
+    _, _, loss = train(model, tmp_path / "one", sharded=False, **options)
+    (weights, _, its_loss), _ = on_both(train, model, tmp_path / "two", sharded=True, **options)
+    assert weights["model.embed_tokens.weight"].dtype is dtype
+    assert its_loss["train_loss"] == pytest.approx(loss["train_loss"], rel=3e-3)
+    on_both(train, model, tmp_path / "part", sharded=True, steps=6, **options)
+    options["resume"] = str(tmp_path / "part" / "checkpoints" / "last.ckpt")
+    (resumed, _, _), _ = on_both(train, model, tmp_path / "rest", sharded=True, **options)
+    for name, weight in weights.items():
+        assert resumed[name].equal(weight), name  # the random bits of rounding too
+
+
+def test_galore_in_bfloat16_is_refused(tmp_path):
+    module = CausalLMModule(Pretrained(str(tmp_path)), optimizer=OPTIMIZERS["adamw"])
+    module._device_mesh = object()
+    trainer = trainer_of(tmp_path, strategy=FSDP2Strategy(), devices=WORLD, precision="bf16-true")
+    with pytest.raises(MisconfigurationException, match="precision=bf16-mixed"):
+        GaLore(rank=4).setup(trainer, module, "fit")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_ft.callbacks import GaLore
 from lit_ft.labels import IGNORED
 from lit_ft.losses import ModelLoss
+from lit_ft.sharding import whole
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
-from lit_ft.subspace.sharding import whole
 from tests.ranks import WORLD
 from tests.test_module import trainer_of
 
