@@ -36,6 +36,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         **options: Any,
     ) -> None:
+        if cpu_offload and torch.cuda.is_available():  # gradients are reduced there, normed here
+            options.setdefault("process_group_backend", "cuda:nccl,cpu:gloo")
         super().__init__(
             data_parallel_size=1,  # of all ranks: known in setup_environment
             tensor_parallel_size=1,
@@ -58,5 +60,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
         if self.cpu_offload:
-            options["offload_policy"] = CPUOffloadPolicy()
+            pinned = torch.cuda.is_available()
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
         fully_shard_model(model, self.device_mesh["data_parallel"], **options)

@@ -99,6 +99,7 @@ def train(
     export=None,
     layerwise=False,
     precision="32-true",
+    cpu_offload=False,
     **options,
 ):
     """Train on one process or on all ranks; return the whole weights and what the ranks held."""
@@ -116,7 +117,7 @@ def train(
         **options,
     )
     vars(module)["tokenizer"] = None  # the folder has none
-    strategy = {"strategy": FSDP2Strategy(), "devices": WORLD} if sharded else {}
+    fsdp = {"strategy": FSDP2Strategy(cpu_offload=cpu_offload), "devices": WORLD}
     trainer = trainer_of(
         run_dir,
         max_steps=steps,
@@ -126,7 +127,7 @@ def train(
         enable_checkpointing=True,
         precision=precision,
         use_distributed_sampler=False,
-        **strategy,
+        **(fsdp if sharded else {}),
     )
     data = StatefulDataLoader(batches(accumulate, rank, size), batch_size=None)
     trainer.validate(module, data, verbose=False)
@@ -147,6 +148,7 @@ def train(
         {"optimizer": "sgd", "layerwise": True},
         {"optimizer": "adamw_fused", "layerwise": True, "accumulate": 2},
         {"projector": "oja", "layerwise": True},
+        {"projector": "oja", "cpu_offload": True, "clip": 0.01},
         {"projector": "oja", "accumulate": 2, "clip": 0.01},
         {"projector": "iteration", "optimizer": "adamw_fused", "activation_checkpointing": True},
     ],

@@ -57,6 +57,18 @@ def test_it_trains_and_leaves_what_one_process_leaves(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").num_parameters()
 
 
+def test_layers_streamed_from_the_host_train_the_same_weights(tmp_path):
+    ends = []
+    for strategy in ("cpu", "single_gpu_offload"):
+        folder = tmp_path / strategy
+        options = [*JOB, "trainer.devices=1", "trainer.max_steps=4", "~callbacks.export"]
+        process = start(*options, f"strategy={strategy}", f"run_dir={folder}")
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+        ends.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True))
+    torch.testing.assert_close(ends[1]["state_dict"], ends[0]["state_dict"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_and_saves(rank, strategy, tmp_path):
