@@ -1,0 +1,169 @@
+"""Bytes that a rank gives to each collective in a training step, SmolLM2-135M's shapes, two ranks.
+
+    python benchmarks/communication.py
+
+DDP all-reduces gradients; FSDP2 gathers weights and reduce-scatters gradients. GaLore's gradients
+are small, and what moves its subspaces is averaged beside them. Counted at torch's dispatcher, on
+two gloo processes of this machine; the same operations run on NCCL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from lit_ft import CausalLMModule
+from lit_ft.callbacks import GaLore
+from lit_ft.models import FromConfig
+from lit_ft.parallel import FSDP2Strategy
+from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
+from lit_ft.summary import hardware, versions
+
+RESULTS = Path(__file__).parent / "results" / "communication.json"
+WORLD, TOKENS = 2, 64
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+METHODS: dict[str, Projector | None] = {
+    "adamw": None,
+    "galore": SubspaceIteration(every=200),
+    "galore_subspace": Oja(),
+}
+
+
+class Ledger(TorchDispatchMode):
+    """Adds up the bytes of the tensors that this rank puts into collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name() if hasattr(func, "name") else str(func)
+        if name.startswith("c10d::"):
+            operation = name.removeprefix("c10d::").split(".")[0].strip("_")
+            # A gathering puts in its part; its result is the other argument.
+            given = args[1] if "allgather" in operation or "scatter" in operation else args[0]
+            tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
+            self.bytes[operation] += sum(t.nbytes for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+class Count(Callback):
+    """A ledger for each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, int]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Open a ledger."""
+        self.ledger = Ledger()
+        self.ledger.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Close it."""
+        self.ledger.__exit__(None, None, None)
+        self.steps.append(dict(self.ledger.bytes))
+
+
+def count(rank: int, port: int, strategy: str, method: str, steps: int, results: str) -> None:
+    """Train on one rank, and write what rank 0 has counted."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "ledger",
+    }
+    module = CausalLMModule(FromConfig("llama", SMOLLM2), optimizer=partial(AdamW, lr=1e-5))
+    counted = Count()
+    projector = METHODS[method]
+    galore = [GaLore(rank=64, projector=projector)] if projector else []
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=WORLD,
+        strategy=FSDP2Strategy() if strategy == "fsdp" else strategy,
+        max_steps=steps,
+        callbacks=[*galore, counted],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    ids = torch.randint(3, 4000, (steps, 1, TOKENS), generator=torch.Generator().manual_seed(rank))
+    batches = [{"input_ids": row, "labels": row} for row in ids]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    if rank == 0:
+        Path(results).write_text(json.dumps(counted.steps))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Count, print, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=9, help="of each; the last 5 are reported")
+    steps = parser.parse_args().steps
+    record: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "megabytes": {}}
+    shown = Table("strategy", "optim", "collectives, MB a step", "most in a step, MB", "of adamw's")
+    for strategy in ("ddp", "fsdp"):
+        adamw = 0.0
+        for method in METHODS:
+            with tempfile.NamedTemporaryFile() as file, socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+                free.close()
+                mp.spawn(count, (port, strategy, method, steps, file.name), nprocs=WORLD)
+                counted = json.loads(Path(file.name).read_text())
+            totals = [sum(step.values()) / 1e6 for step in counted]
+            usual, most = sorted(totals[-5:])[2], max(totals[1:])
+            adamw = adamw or usual
+            last = {name: round(size / 1e6, 1) for name, size in counted[-1].items() if size > 1e3}
+            record["megabytes"][f"{strategy}, {method}"] = {
+                "last_step": last,
+                "median": usual,
+                "most": most,
+                "of_adamw": usual / adamw,
+                "most_of_adamw": most / adamw,
+            }
+            shares = f"{usual / adamw:.3f}, at most {most / adamw:.3f}"
+            listed = "\n".join(f"{name} {size}" for name, size in last.items())
+            shown.add_row(strategy, method, listed, f"{most:.1f}", shares)
+    Console().print(shown)
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
