@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> float:
     # Imported here so that --help and mistyped names answer at once.
     import lightning as L
 
-    from lit_ft.config import refuse_untrusted
+    from lit_ft.config import refuse_untrusted, refuse_without_class
     from lit_ft.console import command_line_exits, quieten_libraries
     from lit_ft.job import (
         available_accelerator,
@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> float:
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
         refuse_untrusted(config, also=config["trusted_packages"])
+        refuse_without_class(config)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
         module = instantiate(config["module"], _convert_="all")

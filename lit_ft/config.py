@@ -33,6 +33,24 @@ def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> 
             )
 
 
+def refuse_without_class(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if settings of a callback or a logger have no `_target_` to be settings of.
+
+    `+callbacks.samples.x=1` makes such an entry where no choice brings `samples`.
+    """
+    for group in ("callbacks", "logger"):
+        entries = config.get(group) or {}
+        there = [n for n, entry in entries.items() if _names_class(entry)]
+        for name in entries:
+            if name not in there:
+                raise ValueError(
+                    f"{group}.{name} has no class (`_target_`): nothing that was chosen brings it. "
+                    f"Choose what does (such as {group}=default), name a class with "
+                    f"+{group}.{name}._target_=package.Class, or leave {group}.{name} out. "
+                    f"There are: {', '.join(there) or 'none'}."
+                )
+
+
 def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
     """Return, for each override of a value that does not exist, the names that do, closest first.
 
@@ -77,6 +95,10 @@ def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
     where = f" in {parent}" if parent else ""
     listed = ", ".join(sorted(names))
     return f"\n{key}: there is no '{name}'{where}.{hint}\n  Names: {listed}\n"
+
+
+def _names_class(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "_target_" in entry
 
 
 def _targets(node: Any, path: str = "config") -> Iterator[tuple[str, str]]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
 from lit_ft.config import refuse_untrusted
 from lit_ft.console import quieten_libraries
@@ -76,9 +77,18 @@ def export_run(
     module = instantiate(config["module"], _convert_="all")
     module.configure_model()
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    module.load_state_dict(weights)
+    module.load_state_dict(_without_subspaces(weights))
     target = Path(folder) if folder is not None else run_dir / "export"
     return export_model(module.model, module.tokenizer, target, merge=merge, dtype=dtype)
+
+
+def _without_subspaces(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what GaLore keeps beside each weight, into which its steps are folded already."""
+    names = ("weight", "delta", "basis")
+    layers = {name.rpartition(".")[0] for name in weights if name.endswith(".basis")}
+    layers = {layer for layer in layers if all(f"{layer}.{name}" in weights for name in names)}
+    beside = {f"{layer}.{name}" for layer in layers for name in names[1:]}
+    return {name: weight for name, weight in weights.items() if name not in beside}
 
 
 def _parser() -> argparse.ArgumentParser:

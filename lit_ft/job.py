@@ -18,6 +18,7 @@ from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
     ExportHF,
+    GaLore,
     LastCheckpoint,
     SampleGenerations,
     StopOnSignal,
@@ -55,10 +56,13 @@ def fine_tune(
         auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
-    callbacks_of(trainer).extend([_Recorder(summary), StopOnSignal()])
+    callbacks_of(trainer).extend([_Recorder(summary, _optimizer_name(module)), StopOnSignal()])
     if auto_batch_size:
         callbacks_of(trainer).insert(0, AutoBatchSize())
-    with _remedies_for_out_of_memory(module, datamodule):
+    with (
+        _remedies_for_out_of_memory(module, datamodule, trainer),
+        _remedies_for_another_run(resume),
+    ):
         if resume is None or validate_only:
             [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
             summary.update(initial_val_loss=metrics["val_loss"])
@@ -142,20 +146,23 @@ def _keep_if_best(trainer: Trainer, val_loss: float) -> None:
 
 @contextmanager
 def _remedies_for_out_of_memory(
-    module: CausalLMModule, datamodule: InstructionDataModule
+    module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
 ) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if status_of(error) != "out_of_memory":
             raise
+        galore = find_callback(trainer, GaLore)
+        in_8_bits = "8bit" in _optimizer_name(module)
         quantised = getattr(module.source, "quantization_config", None) is not None
         remedies = {
             f"data.batch_size={datamodule.batch_size // 2} with twice the "
             "trainer.accumulate_grad_batches": datamodule.batch_size > 1,
             "module.activation_checkpointing=true": not module.activation_checkpointing,
             f"data.max_length below {datamodule.max_length}": True,
-            "optim=adamw_8bit": module.adapter is None,
+            "optim=galore_subspace_8bit": module.adapter is None and not (galore and in_8_bits),
+            f"galore.rank below {galore.rank if galore else 0}": galore is not None,
             "adapter=lora": module.adapter is None,
             "adapter=qlora": module.adapter is not None and not quantised,
         }
@@ -165,22 +172,58 @@ def _remedies_for_out_of_memory(
         ) from error
 
 
+@contextmanager
+def _remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        told = ("in loading state_dict for", "is of another model or adapter")
+        if resume is None or not any(part in str(error) for part in told):
+            raise
+        subspaces = ".basis" in str(error)
+        missing = "Missing key" in str(error)
+        made_with = "without GaLore" if missing else "with optim=galore*"
+        what = f"was made {made_with}" if subspaces else "is of another model or adapter"
+        raise _not_this_run(f"resume={resume} {what}") from error
+
+
+def _not_this_run(what: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{what}: repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them), "
+        "or start afresh from the weights that it exported: model=pretrained "
+        "model.name_or_path=RUN_DIR/export"
+    )
+
+
+def _optimizer_name(module: CausalLMModule) -> str:
+    """Return the class's name, which stands for the layout of an optimizer's state."""
+    name = getattr(getattr(module.optimizer, "func", module.optimizer), "__name__", "")
+    return str(name).removeprefix("Paged")  # the same state, elsewhere
+
+
 class _Recorder(Callback):
     """Fills the summary while the trainer has the objects at hand, failed runs included.
 
-    Its part of a checkpoint is the validation loss that the run began with: a resumed run has no
-    other way to know it.
+    Its part of a checkpoint is the validation loss that the run began with, as a resumed run has no
+    other way to know it, and the optimizer, whose state fits no other.
     """
 
-    def __init__(self, summary: RunSummary) -> None:
+    def __init__(self, summary: RunSummary, optimizer: str) -> None:
         self.summary = summary
+        self.optimizer = optimizer
         self.ready = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"initial_val_loss": self.summary.fields["initial_val_loss"]}
+        return {
+            "initial_val_loss": self.summary.fields["initial_val_loss"],
+            "optimizer": self.optimizer,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.summary.update(**state_dict)
+        made_with = state_dict.get("optimizer", self.optimizer)
+        if made_with != self.optimizer:
+            raise _not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
+        self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded(pl_module)

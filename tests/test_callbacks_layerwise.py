@@ -130,6 +130,16 @@ def test_the_logged_norm_is_the_true_one(tmp_path: Path) -> None:
     assert norms[0] == norms[1] > 0.1
 
 
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_price_of_clipping_is_named_with_its_remedies(clip, tmp_path: Path, caplog) -> None:
+    trainer = trainer_of(tmp_path, gradient_clip_val=clip, callbacks=[LayerwiseUpdate(0)])
+    with caplog.at_level("INFO"):
+        trainer.fit(module_of(optimizer=partial(AdamW, lr=1e-2)), loader(batch_of([12, 5])))
+    [told] = [text for text in caplog.messages if text.startswith("Layerwise updates")]
+    for part in ("second backward", "update=whole", "trainer.gradient_clip_val=null"):
+        assert (part in told) == (clip is not None)
+
+
 class OneGroup(Regression):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_ft.config import names_near, refuse_untrusted
+from lit_ft.config import names_near, refuse_untrusted, refuse_without_class
 from tests.running import CONF
 
 
@@ -29,6 +29,15 @@ def test_the_refusal_says_where_it_stands_and_how_to_trust_it():
         refuse_untrusted(config)
     refuse_untrusted(config, also=["mine"])
     refuse_untrusted({"optim": {"_target_": "torch.optim.AdamW"}})
+
+
+@pytest.mark.parametrize("entry", [{"x": 1}, {}, None, 3])
+@pytest.mark.parametrize("group", ["callbacks", "logger"])
+def test_settings_of_what_nothing_brings_are_refused(group, entry):
+    there = {"memory": {"_target_": "lit_ft.callbacks.MemoryMonitor"}}
+    refuse_without_class({group: there})
+    with pytest.raises(ValueError, match=rf"{group}\.mine has no class.*There are: memory\."):
+        refuse_without_class({group: {**there, "mine": entry}})
 
 
 @pytest.mark.parametrize(

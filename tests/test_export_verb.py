@@ -63,10 +63,11 @@ def test_a_checkpoint_is_named_by_its_path_and_the_dtype_is_chosen(run_dir, tmp_
     assert_equals_checkpoint(model, path)
 
 
-def test_a_run_that_was_stopped_before_its_export_is_exported(tmp_path):
-    run_dir = tmp_path / "run"
+@pytest.mark.parametrize("optim", ["galore_subspace", "adamw"])
+def test_a_run_that_was_stopped_before_its_export_is_exported(tmp_path, optim):
+    run_dir, choice = tmp_path / "run", f"optim={optim}"
     with pytest.raises(SystemExit):
-        run_job(run_dir, *TINY, "trainer.max_steps=4", *at("on_train_batch_start", 1))
+        run_job(run_dir, *TINY, choice, "trainer.max_steps=4", *at("on_train_batch_start", 1))
     assert not (run_dir / "export").exists()
     main([str(run_dir)])
     assert_equals_checkpoint(exported(run_dir / "export"), run_dir / "checkpoints/last.ckpt")

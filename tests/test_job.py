@@ -164,6 +164,27 @@ def test_a_named_checkpoint_resumes_in_another_folder(job, tmp_path):
     assert second["steps"] == 3
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "named"),
+    [
+        ("optim=galore_subspace", "optim=adamw", r"made with optim=galore\*"),
+        ("optim=adamw", "optim=galore_subspace", "made without GaLore"),
+        ("optim=adamw", "optim=sgd", "one of AdamW, not SGD"),
+        ("optim=galore_subspace", "optim=galore_subspace_8bit", "one of AdamW, not AdamW8bit"),
+        ("optim=adamw", "adapter=lora", "of another model or adapter"),
+    ],
+)
+def test_a_checkpoint_of_other_choices_is_refused_with_the_remedy(job, first, then, named):
+    job("run", first, "trainer.max_steps=1")
+    with pytest.raises(CompactHydraException, match=rf"(?s){named}.*own arguments.*RUN_DIR/export"):
+        job("run", then, "resume=auto")
+
+
+def test_a_paged_optimizer_goes_on_from_one_that_is_not(job):
+    job("run", "optim=adamw_8bit", "trainer.max_steps=1")
+    job("run", "optim=adamw_8bit_paged", "trainer.max_steps=2", "resume=auto")
+
+
 def test_sigterm_saves_and_exits_with_143(job, tmp_path):
     stopped(job, "run", *at("on_train_batch_start", 1, fault="terminate"), status=143)
     assert read_summary(tmp_path / "run")["status"] == "interrupted"
@@ -191,7 +212,8 @@ def test_out_of_memory_names_the_settings_that_need_less(job, tmp_path):
         "data.batch_size=1 with twice the trainer.accumulate_grad_batches",
         "module.activation_checkpointing=true",
         "adapter=lora",
-        "optim=adamw_8bit",
+        "optim=galore_subspace_8bit",
+        "galore.rank below 128",
     ):
         assert setting in summary["error"]["message"]
 

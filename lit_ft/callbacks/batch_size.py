@@ -83,7 +83,8 @@ class AutoBatchSize(Callback):
         if not needed:
             raise MisconfigurationException(
                 f"Not even one row of {length} tokens fits: shorten data.max_length, set "
-                "module.activation_checkpointing=true, or choose optim=adamw_8bit or adapter=lora."
+                "module.activation_checkpointing=true, or choose optim=galore_subspace_8bit or "
+                "adapter=lora."
             )
         return max(needed), needed[max(needed)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from lit_ft.callbacks.lookup import find_callback, loss_scaler, only_optimizer
 from lit_ft.losses import ChunkedCrossEntropy
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters, refuse_not_by_parameter
 from lit_ft.subspace import subspace_layers
+
+log = logging.getLogger(__name__)
 
 
 class LayerwiseUpdate(Callback):
@@ -196,11 +199,16 @@ def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None
     freed = sum(p.numel() * p.itemsize for p in large) / 2**30
     told = f"Layerwise updates: the gradients of {len(large)} parameters, {freed:.2f} GiB, are "
     if not large:
-        told = "Layerwise updates: no gradient is large enough to be worth it"
-    elif trainer.accumulate_grad_batches > 1:
+        # No news on a terminal: GaLore and adapters, which train small parameters, come here.
+        log.info("Layerwise updates: every gradient is small, and waits for the step.")
+        return
+    if trainer.accumulate_grad_batches > 1:
         told += "kept while micro-batches accumulate: nothing is saved"
     else:
         told += "not kept"
         if max_norm is not None:
-            told += "; clipping by norm costs a second backward pass"
+            told += (
+                "; clipping by norm costs a second backward pass: update=whole keeps the gradients "
+                "instead, trainer.gradient_clip_val=null does not clip"
+            )
     rank_zero_info(told + ".")
