@@ -143,7 +143,8 @@ def table(shares: dict[str, dict[int, float]]) -> Table:
 
 
 def _module_and_batches(options: argparse.Namespace) -> tuple[Any, Any]:
-    overrides = [f"data.batch_size={options.batch_size}", "data.max_length=192"]
+    overrides = ["optim=adamw", "strategy=cpu", "data.max_length=192"]
+    overrides.append(f"data.batch_size={options.batch_size}")
     with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
     module = instantiate(config["module"], _convert_="all")

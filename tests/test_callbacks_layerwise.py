@@ -71,6 +71,25 @@ def test_clipping_and_accumulation_compose(
     same(whole, run(tmp_path / "layerwise", optimizer, *options, *LAYERWISE))
 
 
+BY_SVD = ("galore_svd", "galore_subspace_paper")  # their gradients change after backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_every_optimizer_clips_and_accumulates(
+    optimizer: str, accumulate: int, tmp_path: Path
+) -> None:
+    options = [f"trainer.accumulate_grad_batches={accumulate}", "trainer.gradient_clip_val=0.5"]
+    if optimizer in BY_SVD:
+        with pytest.raises(MisconfigurationException, match="trainer.gradient_clip_val=null"):
+            run(tmp_path / "refused", optimizer, *options, *LAYERWISE)
+        options.pop()
+        options.append("trainer.gradient_clip_val=null")
+    whole = run(tmp_path / "whole", optimizer, *options)
+    same(whole, run(tmp_path / "layerwise", optimizer, *options, *LAYERWISE))
+
+
 @pytest.mark.parametrize(
     ("optimizer", "stop", "first", "then"),
     [

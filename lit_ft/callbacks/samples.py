@@ -87,9 +87,10 @@ class SampleGenerations(Callback):
         return [] if ask is None else list(ask(self.num_prompts))
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        shared = isinstance(pl_module.model, FSDPModule)  # then it takes all ranks to generate
-        if not self._fixed_prompts or not (trainer.is_global_zero or shared):
+        if not self._fixed_prompts:
             return
+        if not trainer.is_global_zero and not isinstance(pl_module.model, FSDPModule):
+            return  # of a model in parts each rank has to generate
         try:
             with trainer.precision_plugin.forward_context():
                 texts = generate(
