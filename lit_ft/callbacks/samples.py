@@ -100,6 +100,8 @@ class SampleGenerations(Callback):
                     max_new_tokens=self.max_new_tokens,
                 )
         except (RuntimeError, ValueError, TemplateError) as error:
+            if isinstance(error, RuntimeError) and isinstance(pl_module.model, FSDPModule):
+                raise  # the other ranks wait for this one
             rank_zero_warn(f"No more samples: generating failed with {error!r}.")
             self._fixed_prompts = []
             return
@@ -141,6 +143,8 @@ def generate(
         stack.enter_context(isolate_rng())
         stack.enter_context(_evaluating(model))
         stack.enter_context(torch.no_grad())
+        if isinstance(model, FSDPModule):
+            stack.callback(model.reshard)  # which otherwise a backward pass does
         if "torch._dynamo" in sys.modules:
             # Every new length would be compiled for a single use.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -155,9 +159,8 @@ def generate(
             use_cache=True,
             eos_token_id=ends or None,
             pad_token_id=padding,
+            synced_gpus=isinstance(model, FSDPModule),
         )
-    if isinstance(model, FSDPModule):
-        model.reshard()  # which otherwise a backward pass does
     new = answers[:, ids.shape[1] :]
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
 

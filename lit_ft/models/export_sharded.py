@@ -24,6 +24,11 @@ def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> No
         folder: On a file system that all ranks see.
         dtype: Of the written weights; None keeps the model's.
     """
+    if dist.get_rank() == 0:
+        # from_pretrained would prefer a file of the other kind that an earlier export has left.
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()
+    dist.barrier()
     weights: dict[str, Any] = get_model_state_dict(model)
     left_out = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
     weights = {

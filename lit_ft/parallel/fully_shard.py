@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from lit_ft.subspace import SubspaceLayer
+
 T = TypeVar("T")
 _GATHERED = "with_root_gathered"
 
@@ -36,10 +38,13 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
             f"{type(model).__name__} does not name its blocks (_no_split_modules), which "
             "strategy=fsdp spreads one by one: use strategy=ddp or strategy=single_gpu."
         )
-    for block in blocks:
+    for block in reversed(blocks):  # one inside another comes first
         fully_shard(block, mesh=mesh, **options)
     # The root is the last to come together and the first that backward needs again.
     fully_shard(model, mesh=mesh, **{**options, "reshard_after_forward": False})
+    for module in model.modules():
+        if isinstance(module, SubspaceLayer):  # to where the buffers have gone
+            module.energy.data = module.energy.data.to(module.basis.device)
     setattr(model, _GATHERED, types.MethodType(_call, model))
     register_fsdp_forward_method(model, _GATHERED)
 
@@ -52,8 +57,7 @@ def with_root_gathered(model: nn.Module, function: Callable[..., T], *args: Any)
     """
     if not isinstance(model, FSDPModule):
         return function(*args)
-    gathered: Any = getattr(model, _GATHERED)
-    result: T = gathered(function, *args)
+    result: T = getattr(model, _GATHERED)(function, *args)
     if not torch.is_grad_enabled():
         model.reshard()  # which otherwise the backward pass does
     return result

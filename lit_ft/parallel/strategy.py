@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
 from lit_ft.parallel.fully_shard import fully_shard_model
 
@@ -51,6 +51,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Join the process group, as many ranks as there are."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Move the module; of an offloaded model only what is not in its parts."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        for child in self.model.children():
+            if not isinstance(child, FSDPModule):
+                child.to(self.root_device)
 
     def shard(self, model: nn.Module) -> None:
         """Spread `model` over the ranks; call it in `configure_model`."""

@@ -70,7 +70,8 @@ class _CrossEntropy(torch.autograd.Function):
         accumulated = torch.promote_types(dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=accumulated)
         grad_hidden = torch.zeros_like(states)
-        gradient = torch.zeros_like(delta)
+        # Of a model that is gathered in bfloat16 the delta is too: pieces would get lost in a sum.
+        gradient = torch.zeros_like(delta, dtype=torch.promote_types(delta.dtype, torch.float32))
         sketch = torch.zeros_like(basis) if basis.requires_grad else None
         energies = torch.zeros_like(energy) if energy.requires_grad else None
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
@@ -107,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_weight += slope.T @ x
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        ctx.hidden_dtype = hidden.dtype
+        ctx.hidden_dtype, ctx.delta_dtype = hidden.dtype, delta.dtype
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gradient, sketch, energies)
         return loss
 
@@ -121,7 +122,7 @@ class _CrossEntropy(torch.autograd.Function):
                 (grad_hidden, scale, ctx.hidden_dtype),
                 (grad_weight, scale, None),
                 (grad_bias, scale, None),
-                (gradient, scale, None),
+                (gradient, scale, ctx.delta_dtype),
                 (sketch, scale**2, None),
                 (energies, scale**2, None),
             )

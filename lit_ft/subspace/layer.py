@@ -118,10 +118,11 @@ class SubspaceLayer(nn.Module):
             rounding_key: Of the random bits that round 16-bit weights, such as (seed, step, layer).
         """
         weight, first = local(self.weight), first_row(self.weight)
+        basis = self.basis.to(weight.device)  # FSDP2 offloads parameters, not buffers
         if self.views_transposed:  # as it is stored, W moves by Pᵀ Sᵀ
-            left, right = self.basis.T[first : first + len(weight)], whole(self.delta).T
+            left, right = basis.T[first : first + len(weight)], whole(self.delta).T
         else:
-            left, right = local(self.delta), self.basis
+            left, right = local(self.delta), basis
         if weight.dtype is right.dtype:
             weight.addmm_(left, right, beta=1 - decay, alpha=scale)
             self.delta.zero_()

@@ -98,7 +98,8 @@ class Observation:
         energy = layer.energy.grad
         self._energies[name] = torch.zeros_like(layer.energy) if energy is None else energy
         if lr:
-            squared = squared_update(whole(layer.delta), layer.basis.detach())
+            basis = layer.basis.detach()
+            squared = squared_update(whole(layer.delta).to(basis.device), basis)
             self._squared_steps.append(squared * (scale / lr) ** 2)
             self._num_weights += layer.weight.numel()
 

@@ -244,6 +244,7 @@ class SubspaceStep:
         )
         if self.projector.rotates_moments:
             rotation = change_of_basis(layer.basis.detach(), moved)
+            rotation = rotation.to(layer.delta.device)  # where offloaded moments are
             if not rotate_moments(optimizer.state[layer.delta], group, rotation):
                 self._say_once(optimizer)
         if move is not None:

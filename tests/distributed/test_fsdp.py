@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from lightning.pytorch import Callback
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import SGD, AdamW
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,7 +27,7 @@ from lit_ft.callbacks import ExportHF, GaLore, LastCheckpoint, LayerwiseUpdate
 from lit_ft.models import Pretrained
 from lit_ft.optim import MuonAdamW
 from lit_ft.optim.adafactor import RelativeStepAdafactor
-from lit_ft.parallel import FSDP2Strategy
+from lit_ft.parallel import FSDP2Strategy, fully_shard_model
 from lit_ft.sharding import whole
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
 from tests.ranks import WORLD
@@ -223,6 +226,7 @@ def test_galore_in_bfloat16_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_the_export_is_the_trained_model(tied, dtype, folder, tmp_path, on_both):
     model, options = folder / f"tied_{tied}", {"projector": "oja", "steps": 3, "export": dtype}
+    shutil.copytree(model, tmp_path / "export")  # an earlier export, which must not come first
     (weights, _, _), _ = on_both(train, model, tmp_path, sharded=True, **options)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
     assert exported.dtype is getattr(torch, dtype)
@@ -295,3 +299,35 @@ def test_what_needs_weights_whole_is_refused_before_the_model_loads(options, nam
     module.trainer = trainer_of(tmp_path, strategy=FSDP2Strategy(), devices=WORLD)
     with pytest.raises(MisconfigurationException, match=named):
         module.setup("fit")
+
+
+class Inner(nn.Linear):
+    pass
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.inner = nn.Linear(8, 8), Inner(8, 8)
+
+    def forward(self, x):
+        return self.inner(self.before(x))
+
+
+class Nested(nn.Sequential):
+    _no_split_modules = ("Outer", "Inner")
+
+
+def train_nested():
+    torch.manual_seed(0)
+    model, x = Nested(Outer(), Outer(), nn.Linear(8, 8)), torch.randn(4, 8)
+    expected = model(x).detach()
+    fully_shard_model(model, init_device_mesh("cpu", (WORLD,)))
+    assert model(x).allclose(expected)
+    model(x).sum().backward()
+    return [type(p.grad).__name__ for p in model.parameters()]
+
+
+def test_blocks_inside_blocks_are_spread_too(on_both):
+    for gradients in on_both(train_nested):
+        assert set(gradients) == {"DTensor"}
