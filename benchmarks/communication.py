@@ -1,4 +1,4 @@
-"""Bytes that a rank gives to each collective in a training step, SmolLM2-135M's shapes, two ranks.
+"""Bytes that a rank gives to each collective in a training step, SmolLM2-135M, two ranks.
 
     python benchmarks/communication.py
 
@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
+from smollm2 import SMOLLM2
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,22 +30,12 @@ from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import GaLore
-from lit_ft.models import FromConfig
 from lit_ft.parallel import FSDP2Strategy
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
 from lit_ft.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "communication.json"
 WORLD, TOKENS = 2, 64
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 METHODS: dict[str, Projector | None] = {
     "adamw": None,
     "galore": SubspaceIteration(every=200),
@@ -92,20 +80,10 @@ class Count(Callback):
         self.steps.append(dict(self.ledger.bytes))
 
 
-def count(rank: int, port: int, strategy: str, method: str, steps: int, results: str) -> None:
-    """Train on one rank, and write what rank 0 has counted."""
+def count(strategy: str, method: str, steps: int) -> list[dict[str, int]]:
+    """Train on one rank, and return what it has counted in each step."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "ledger",
-    }
-    module = CausalLMModule(FromConfig("llama", SMOLLM2), optimizer=partial(AdamW, lr=1e-5))
+    module = CausalLMModule(SMOLLM2, optimizer=partial(AdamW, lr=1e-5))
     counted = Count()
     projector = METHODS[method]
     galore = [GaLore(rank=64, projector=projector)] if projector else []
@@ -121,12 +99,13 @@ def count(rank: int, port: int, strategy: str, method: str, steps: int, results:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    ids = torch.randint(3, 4000, (steps, 1, TOKENS), generator=torch.Generator().manual_seed(rank))
+    ids = torch.randint(
+        3, 4000, (steps, 1, TOKENS), generator=torch.Generator().manual_seed(trainer.global_rank)
+    )
     batches = [{"input_ids": row, "labels": row} for row in ids]
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    if rank == 0:
-        Path(results).write_text(json.dumps(counted.steps))
     dist.destroy_process_group()
+    return counted.steps
 
 
 def main() -> None:
@@ -138,15 +117,13 @@ def main() -> None:
     steps = parser.parse_args().steps
     record: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "megabytes": {}}
     shown = Table("strategy", "optim", "collectives, MB a step", "most in a step, MB", "of adamw's")
+    two_ranks = LaunchConfig(
+        1, 1, WORLD, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
     for strategy in ("ddp", "fsdp"):
         adamw = 0.0
         for method in METHODS:
-            with tempfile.NamedTemporaryFile() as file, socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-                free.close()
-                mp.spawn(count, (port, strategy, method, steps, file.name), nprocs=WORLD)
-                counted = json.loads(Path(file.name).read_text())
+            counted = elastic_launch(two_ranks, count)(strategy, method, steps)[0]
             totals = [sum(step.values()) / 1e6 for step in counted]
             usual, most = sorted(totals[-5:])[2], max(totals[1:])
             adamw = adamw or usual

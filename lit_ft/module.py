@@ -117,11 +117,10 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         dtype = torch.get_default_dtype()
-        if self.device_mesh is not None:
-            self.source.load_model(dtype, shard=self._shard)
-        else:
+        if self.device_mesh is None:
             self._take(self.source.load_model(dtype))
-        self.model.train()  # type: ignore[attr-defined]
+        else:  # taken on the way, and then loaded, which leaves it in evaluation mode
+            self.source.load_model(dtype, shard=self._shard).train()
 
     def shard_model(self) -> None:
         """Spread `model` over the ranks; what changes a model's layers does so before (GaLore)."""
@@ -137,7 +136,7 @@ class CausalLMModule(LightningModule):
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.adapter is not None:
             model = add_adapter(model, self.adapter)
-        self.model = model
+        self.model = model.train()
         if self.compile_model:
             without_adapter_wrapper(model).base_model.compile()
 

@@ -49,17 +49,26 @@ def export_model(
     if isinstance(model, FSDPModule):
         export_sharded(model, folder, dtype=target_dtype)
         tokenizer = tokenizer if dist.get_rank() == 0 else None
-    elif isinstance(model, PeftModel):
-        _save_adapter(model, folder / "adapter" if merge else folder)
-    if not isinstance(model, FSDPModule) and (merge or not isinstance(model, PeftModel)):
-        whole: Any = merged(model) if isinstance(model, PeftModel) else model
-        if target_dtype is not None:
-            whole = copy.deepcopy(whole) if whole is model else whole
-            whole.to(target_dtype)
-        whole.save_pretrained(folder)
+    else:
+        _export_here(model, folder, merge=merge, dtype=target_dtype)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def _export_here(
+    model: PreTrainedModel | PeftModel, folder: Path, *, merge: bool, dtype: torch.dtype | None
+) -> None:
+    whole: Any = model
+    if isinstance(model, PeftModel):
+        _save_adapter(model, folder / "adapter" if merge else folder)
+        if not merge:
+            return
+        whole = merged(model)
+    if dtype is not None:
+        whole = copy.deepcopy(whole) if whole is model else whole
+        whole.to(dtype)
+    whole.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
-
-_FILE_BYTES = 5 * 10**9  # as transformers cuts
 
 
 def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
@@ -36,28 +35,26 @@ def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> No
         for name, tensor in weights.items()
         if name not in left_out
     }
+    files = split_state_dict_into_shards_factory(
+        weights, get_storage_size=lambda tensor: tensor.nbytes, filename_pattern="{suffix}"
+    )
     writer = HuggingFaceStorageWriter(
         str(folder),
-        fqn_to_index_mapping=_files(weights),
+        fqn_to_index_mapping={
+            name: index
+            for index, names in enumerate(files.filename_to_tensors.values(), start=1)
+            for name in names
+        },
         save_distributed=True,
         enable_consolidation=True,
     )
     save(weights, storage_writer=writer)
     if dist.get_rank() == 0:
         shutil.rmtree(folder / "sharded")
-        config = type(model.config).from_dict(model.config.to_dict())
+        config = copy.deepcopy(model.config)
         config.dtype = dtype or model.dtype
         config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's prefix
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
     dist.barrier()
-
-
-def _files(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Return which file each tensor goes into, the first being 1."""
-    files, taken = {}, 0
-    for name, tensor in weights.items():
-        taken += tensor.numel() * tensor.itemsize
-        files[name] = 1 + taken // _FILE_BYTES
-    return {name: 1 + sorted(set(files.values())).index(file) for name, file in files.items()}

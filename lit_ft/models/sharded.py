@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +38,11 @@ def from_pretrained_in_shards(
         def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
             model.tie_weights()  # transformers does so when they are loaded: too late for sharding
             shard(model)
+            # What has values already is in no file, which is no news.
+            each = (model.named_parameters, model.named_buffers)
+            tensors = chain(*(named(remove_duplicate=False) for named in each))
+            made = {re.escape(name) for name, tensor in tensors if not tensor.is_meta}
+            model._keys_to_ignore_on_load_missing |= made
             model._device_mesh = mesh.get_mesh(("pp", "fsdp", "tp"))
             model._is_distributed_loading_by_transformers = True
             return model

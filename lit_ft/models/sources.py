@@ -226,9 +226,8 @@ class FromConfig:
             options["attn_implementation"] = self.attn_implementation
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, **options
-            )  # type: ignore
+            build: Any = AutoModelForCausalLM.from_config
+            model: PreTrainedModel = build(config, dtype=dtype, **options)
         if shard is not None:
             shard(model)
         return model

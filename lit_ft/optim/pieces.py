@@ -48,10 +48,14 @@ class InPieces(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        apart = [p for p in held if self._is_apart(p)]
-        if len(apart) < len(held):
-            with narrowed(self, *(p for p in held if not self._is_apart(p))):
+        apart: list[Tensor] = []
+        others: list[Tensor] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    (apart if self._is_apart(parameter) else others).append(parameter)
+        if others:
+            with narrowed(self, *others):
                 self._own_step()
         for parameter in apart:
             self._step_apart(parameter)
@@ -72,7 +76,8 @@ class InPieces(Optimizer):
         """Bring a stepped stand-in's values into the parameter's rows."""
 
     def _step_apart(self, parameter: Tensor) -> None:
-        by_row = is_elementwise(self) and not is_sharded(parameter)
+        elementwise = type(self)._own_step in _ELEMENTWISE or _is_elementwise_bitsandbytes(self)
+        by_row = elementwise and not is_sharded(parameter)
         pieces = row_pieces(parameter) if by_row else [slice(None)]
         if len(pieces) == 1:
             stand_in = self._stand_in(parameter, None)
@@ -136,12 +141,8 @@ def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether each element's step depends on that element's gradient and state alone."""
-    if _is_elementwise_bitsandbytes(optimizer):
-        return True
-    step = getattr(type(optimizer), "_own_step", None) or without_hooks(type(optimizer).step)
-    return step in {without_hooks(kind.step) for kind in (Adam, SGD, RMSprop, Adagrad)}
+# Each element's step depends on that element's gradient and state alone.
+_ELEMENTWISE = {without_hooks(kind.step) for kind in (Adam, SGD, RMSprop, Adagrad)}
 
 
 def _is_elementwise_bitsandbytes(optimizer: Optimizer) -> bool:

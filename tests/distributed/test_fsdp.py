@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import shutil
 import threading
@@ -331,3 +333,20 @@ def train_nested():
 def test_blocks_inside_blocks_are_spread_too(on_both):
     for gradients in on_both(train_nested):
         assert set(gradients) == {"DTensor"}
+
+
+def warnings_of_loading(model_folder, run_dir):
+    """What transformers says while a model of GaLore is loaded in parts."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("transformers").addHandler(handler)
+    train(model_folder, run_dir, sharded=True, projector="oja", steps=1)
+    logging.getLogger("transformers").removeHandler(handler)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_rank_reports_galores_tensors_as_missing(tied, folder, tmp_path, on_both):
+    for said in on_both(warnings_of_loading, folder / f"tied_{tied}", tmp_path):
+        assert "delta" not in said
+        assert "MISSING" not in said
