@@ -157,3 +157,5 @@ def test_what_needs_no_pieces_stays_what_it_is() -> None:
     small = [torch.nn.Parameter(torch.ones(64, 64))]
     assert type(stepped_in_pieces(bnb.optim.AdamW8bit(small))) is bnb.optim.AdamW8bit
     assert type(stepped_in_pieces(bnb.optim.LAMB8bit(large))) is bnb.optim.LAMB8bit
+    paged = bnb.optim.PagedAdamW8bit  # its state stays where bitsandbytes has put it
+    assert type(stepped_in_pieces(paged(large))) is paged
