@@ -2,13 +2,14 @@
 # make test       set up, then the tests (at most 15 minutes on two cores)
 # make test-slow  the long tests
 # make lint       format, rules, types, import floors
+# make matrix     the README's table of what goes together
 # Arguments for the main job: make train ARGS="optim=adamw_8bit adapter=lora"
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup train test test-slow lint clean
+.PHONY: setup train test test-slow lint matrix clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +36,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+matrix: setup
+	$(BIN)/python -m tests.support_matrix --write
 
 clean:
 	rm -rf $(VENV) build *.egg-info

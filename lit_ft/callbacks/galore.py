@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from peft import PeftConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -80,22 +82,18 @@ class GaLore(Callback):
         """Inject once the model is there: now, behind `configure_model`, or before `shard_model`.
 
         Raises:
-            MisconfigurationException: The strategy cuts layers (tensor parallelism), which have no
-                rows of their own then.
+            MisconfigurationException: The module trains an adapter, or its weights will be shared
+                among ranks in a way that this cannot follow.
         """
         if self.steps is not None:
             return
-        mesh = pl_module.device_mesh
-        if mesh is not None and trainer.precision == "bf16-true":
+        if isinstance(getattr(pl_module, "adapter", None), PeftConfig):
             raise MisconfigurationException(
-                "FSDP2 wants one type of numbers in a block, and beside bfloat16 weights GaLore's "
-                "small parameters are float32: use trainer.precision=bf16-mixed."
+                "An adapter's few weights need no subspace: use adapter=none with GaLore, or "
+                "optim=adamw with the adapter."
             )
-        if mesh is not None and mesh["tensor_parallel"].size() > 1:
-            raise MisconfigurationException(
-                "GaLore works with sharded data parallelism, not with tensor parallelism: give "
-                "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
-            )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._check_sharding(trainer, pl_module)
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             self._inject(pl_module)
             return
@@ -113,6 +111,26 @@ class GaLore(Callback):
         pl_module.configure_model = configure_model_and_inject  # type: ignore[method-assign]
         if callable(shard_model):
             pl_module.shard_model = _after(inject_once, shard_model)
+
+    def _check_sharding(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse what does not work where each rank holds a part of the weights."""
+        if trainer.precision == "bf16-true":
+            raise MisconfigurationException(
+                "FSDP2 wants one type of numbers in a block, and beside bfloat16 weights GaLore's "
+                "small parameters are float32: use trainer.precision=bf16-mixed."
+            )
+        if self.projector.forms_gradients:
+            raise MisconfigurationException(
+                f"{type(self.projector).__name__} takes bases from whole gradients, and where "
+                "weights are sharded no rank has one: use optim=galore, optim=galore_subspace, or "
+                "strategy=ddp."
+            )
+        mesh = module.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                "GaLore works with sharded data parallelism, not with tensor parallelism: give "
+                "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
+            )
 
     def _inject(self, module: LightningModule) -> None:
         target = getattr(module, "model", None)
@@ -164,7 +182,7 @@ class GaLore(Callback):
         """Follow the optimizer."""
         optimizer = only_optimizer(trainer, self)
         assert self.steps is not None
-        if loss_scaler(trainer) is not None and self.steps.forms_gradients:
+        if loss_scaler(trainer) is not None and self.projector.forms_gradients:
             raise MisconfigurationException(
                 f"{self.projector} takes bases from whole gradients, which the grad scaler of "
                 f"precision={trainer.precision} does not unscale: use SubspaceIteration or Oja, or "

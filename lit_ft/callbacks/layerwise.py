@@ -130,7 +130,7 @@ class LayerwiseUpdate(Callback):
 
     def _prepare_second_backward(self, trainer: Trainer, module: LightningModule) -> None:
         galore = find_callback(trainer, GaLore)
-        if galore and galore.steps and galore.steps.forms_gradients:
+        if galore and galore.projector.forms_gradients:
             raise MisconfigurationException(
                 f"{galore.projector} rewrites gradients after backward, where layerwise "
                 "updates have clipped them: use update=whole, that is no LayerwiseUpdate, or "

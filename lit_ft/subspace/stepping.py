@@ -88,7 +88,7 @@ class SubspaceStep:
                 whole gradients of a sharded weight.
         """
         refuse_unfit(optimizer)
-        refuse_sharding(self.layers, forms_gradients=self.forms_gradients)
+        refuse_sharding(self.layers, forms_gradients=self.projector.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             if layer.delta not in held:
@@ -101,11 +101,6 @@ class SubspaceStep:
         self._attached = True
         self._prepare()
         return optimizer.register_step_post_hook(self._after_step)
-
-    @property
-    def forms_gradients(self) -> bool:
-        """Whether a basis is ever taken from a whole gradient."""
-        return self.projector.evidence is Evidence.GRADIENT or self.projector.starts_from_svd
 
     def begin_window(self) -> None:
         """Forget the evidence of a step that was skipped; call it where gradients are zeroed."""

@@ -33,6 +33,11 @@ class Projector(ABC):
     every: int
     rotates_moments: bool
 
+    @property
+    def forms_gradients(self) -> bool:
+        """Whether a basis is ever taken from a whole gradient."""
+        return self.evidence is Evidence.GRADIENT or self.starts_from_svd
+
     @abstractmethod
     def move(
         self,

@@ -1,0 +1,184 @@
+"""What the support matrix allows trains, and what it refuses costs nothing and names a way out."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import distributed as dist
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lit_ft.sharding import whole
+from tests.distributed.test_fsdp import LLAMA, batches
+from tests.ranks import WORLD
+from tests.support_matrix import (
+    BEGIN,
+    DIMENSIONS,
+    END,
+    README,
+    Cell,
+    cells,
+    composed,
+    refusal,
+    remedies,
+    table,
+)
+
+STEPS = 4
+# Four of the adapters are one class with other options: in the cover they take turns.
+KINDS = {"lora": ("lora", "dora", "rslora", "pissa")}
+
+
+def test_the_readme_shows_what_the_validators_say():
+    _, _, rest = README.read_text().partition(BEGIN)
+    assert rest.partition(END)[0] == table(), "make matrix writes it"
+
+
+def test_every_refusal_names_a_way_out():
+    refused = [cell for cell in cells() if refusal(cell)]
+    assert len(refused) > 1000
+    for cell in refused:
+        reached = {cell}
+        for _ in range(3):  # a combination may be wrong in several ways
+            reached |= {way for c in reached if (m := refusal(c)) for way in remedies(c, m)}
+        assert any(refusal(way) is None for way in reached), (cell, refusal(cell))
+
+
+def pairs(cell: Cell) -> set:
+    """The pairs of settings that a combination has."""
+    kind = next((k for k, names in KINDS.items() if cell.adapter in names), cell.adapter)
+    settings = {**vars(cell), "adapter": kind}
+    return set(itertools.combinations(settings.items(), 2))
+
+
+def cover() -> list[Cell]:
+    """Few combinations of several ranks in which each pair that any of them has is found."""
+    turn = {kind: itertools.cycle(names) for kind, names in KINDS.items()}
+    shown = [c for c in cells() if c.adapter not in {n for k in KINDS.values() for n in k[1:]}]
+    several = [c for c in shown if not c.strategy.startswith("single") and refusal(c) is None]
+    missing = set().union(*map(pairs, several))
+    chosen = []
+    while missing:
+        best = max(several, key=lambda cell: len(pairs(cell) & missing))
+        missing -= pairs(best)
+        adapter = next(turn[best.adapter]) if best.adapter in turn else best.adapter
+        chosen.append(Cell(**{**vars(best), "adapter": adapter}))
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    config = AutoConfig.for_model("llama", **LLAMA, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def tolerance(cell: Cell) -> float:
+    """How much of a move may come from a gradient's last bits: 8-bit state, signs, 4 bits."""
+    if "8bit" in cell.optim or cell.optim == "muon" or cell.adapter == "qlora":
+        return 0.05
+    return 1e-3 if cell.adapter == "pissa" else 1e-6  # PiSSA takes float32 at most
+
+
+def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
+    """Train on all ranks, or alone with whole updates; return how far each weight has moved."""
+    rank, size = (0, 1) if alone else (dist.get_rank(), WORLD)
+    cell = Cell(**{**vars(cell), "strategy": "cpu", "update": "whole"}) if alone else cell
+    overrides = [
+        *cell.overrides,
+        "model=pretrained",
+        f"model.name_or_path={folder}",
+        f"model.dtype={'float32' if tolerance(cell) > 1e-6 else 'float64'}",
+        "schedule=constant",
+        "trainer.accelerator=cpu",
+        f"trainer.devices={size}",
+        f"trainer.max_steps={STEPS}",
+        "+trainer.enable_checkpointing=false",
+        "+trainer.enable_progress_bar=false",
+        f"trainer.default_root_dir={run_dir}",
+        "callbacks=none",
+    ]
+    if "galore_torch" in cell.optim:
+        overrides += ["optim.rank=4", "optim.update_proj_gap=2"]
+    elif "galore" in cell.optim:
+        overrides.append("galore.rank=4")
+    if cell.update == "layerwise":
+        overrides.append("callbacks.layerwise.min_grad_bytes=0")
+    config = composed(*overrides)
+    L.seed_everything(0, verbose=False)
+    module = instantiate(config["module"], _convert_="all")
+    vars(module)["tokenizer"] = None  # the folder has none
+    trainer = instantiate(config["trainer"], _convert_="all")
+    data = StatefulDataLoader(batches(cell.accumulate, rank, size), batch_size=None)
+    before: dict = {}  # the first step, adapters' random weights included
+    trainer.callbacks.append(_Start(before))
+    trainer.fit(module, data)
+    return {
+        name: whole(p.detach()).clone() - before[name]
+        for name, p in module.model.state_dict().items()
+        if p.is_floating_point() and not name.endswith(("basis", "delta"))
+    }
+
+
+class _Start(L.Callback):
+    def __init__(self, before: dict) -> None:
+        self.before = before
+
+    def on_train_start(self, trainer, pl_module):
+        for name, p in pl_module.model.state_dict().items():
+            if p.is_floating_point():
+                self.before[name] = whole(p.detach()).clone()
+
+
+@pytest.mark.slow
+def test_what_is_allowed_trains_as_one_process_does(folder, tmp_path, on_both, subtests):
+    chosen = cover()
+    assert len(chosen) <= 60
+    assert {c.optim for c in chosen} == set(DIMENSIONS["optim"])
+    assert {c.adapter for c in chosen} == set(DIMENSIONS["adapter"])
+    for cell in chosen:
+        with subtests.test(cell=cell):
+            first, second = on_both(train, cell, folder, tmp_path, alone=False)
+            alone = train(cell, folder, tmp_path, alone=True)
+            assert first.keys() == second.keys() == alone.keys()
+            assert all(first[name].equal(second[name]) for name in first)
+            moved = torch.cat([move.flatten().double() for move in alone.values()])
+            differences = torch.cat([(first[n] - alone[n]).flatten().double() for n in alone])
+            assert moved.norm() > 0
+            assert differences.norm() <= moved.norm() * tolerance(cell)
+
+
+class Loaded(Exception):
+    """The model's weights were asked for."""
+
+
+def say(cell: Cell, run_dir: Path) -> str:
+    """What a run of the job says on a rank, whose model must not load."""
+    overrides = [*cell.overrides, "model=tiny", "trainer.accelerator=cpu", "callbacks=none"]
+    config = composed(*overrides, f"trainer.devices={WORLD}", f"trainer.default_root_dir={run_dir}")
+    module = instantiate(config["module"], _convert_="all")
+    trainer = instantiate(config["trainer"], _convert_="all")
+
+    def load_model(*args, **kwargs):
+        raise Loaded
+
+    module.source.load_model = load_model
+    with pytest.raises((MisconfigurationException, Loaded)) as raised:
+        trainer.fit(module, StatefulDataLoader(batches(1, 0, 1), batch_size=None))
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_what_is_refused_does_not_load_the_model(tmp_path, on_both):
+    examples = {refusal(c): c for c in cells() if not c.strategy.startswith("single")}
+    for message, cell in examples.items():
+        said = on_both(say, cell, tmp_path)
+        assert said == [message or ""] * WORLD, cell
