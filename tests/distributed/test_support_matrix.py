@@ -11,10 +11,11 @@ import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed as dist
+from torch.utils._pytree import tree_leaves
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_ft.sharding import whole
+from lit_ft.sharding import is_sharded, whole
 from tests.distributed.test_fsdp import LLAMA, batches
 from tests.ranks import WORLD
 from tests.support_matrix import (
@@ -30,7 +31,7 @@ from tests.support_matrix import (
     table,
 )
 
-STEPS = 4
+STEPS = 10  # two moves of every basis, and a start
 # Four of the adapters are one class with other options: in the cover they take turns.
 KINDS = {"lora": ("lora", "dora", "rslora", "pissa")}
 
@@ -90,7 +91,7 @@ def tolerance(cell: Cell) -> float:
 
 def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
     """Train on all ranks, or alone with whole updates; return how far each weight has moved."""
-    rank, size = (0, 1) if alone else (dist.get_rank(), WORLD)
+    rank, size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     cell = Cell(**{**vars(cell), "strategy": "cpu", "update": "whole"}) if alone else cell
     overrides = [
         *cell.overrides,
@@ -109,7 +110,7 @@ def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
     if "galore_torch" in cell.optim:
         overrides += ["optim.rank=4", "optim.update_proj_gap=2"]
     elif "galore" in cell.optim:
-        overrides.append("galore.rank=4")
+        overrides += ["galore.rank=4", "galore.refresh.every=4"]
     if cell.update == "layerwise":
         overrides.append("callbacks.layerwise.min_grad_bytes=0")
     config = composed(*overrides)
@@ -119,7 +120,7 @@ def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
     trainer = instantiate(config["trainer"], _convert_="all")
     data = StatefulDataLoader(batches(cell.accumulate, rank, size), batch_size=None)
     before: dict = {}  # the first step, adapters' random weights included
-    trainer.callbacks.append(_Start(before))
+    trainer.callbacks += [_Start(before), _Agreement()]
     trainer.fit(module, data)
     return {
         name: whole(p.detach()).clone() - before[name]
@@ -138,6 +139,51 @@ class _Start(L.Callback):
                 self.before[name] = whole(p.detach()).clone()
 
 
+class _Agreement(L.Callback):
+    """Sees to it that ranks have the same bits in all that is not spread over them."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        [optimizer] = trainer.optimizers
+        held = [*pl_module.state_dict().values(), *_tensors(optimizer.state_dict()["state"])]
+        alike = [t for t in held if not is_sharded(t)]
+        if trainer.world_size == 1 or not alike:
+            return
+        mine = torch.cat([t.detach().contiguous().flatten().view(torch.uint8) for t in alike])
+        everyones = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        dist.all_gather(everyones, mine)
+        assert all(theirs.equal(mine) for theirs in everyones)
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def assert_alike(cell: Cell, ranks: list[dict], alone: dict) -> None:
+    """Each rank's weights have the bits of the others', and moved as those of one process did."""
+    for theirs in ranks:
+        assert theirs.keys() == alone.keys()
+        assert all(theirs[name].equal(ranks[0][name]) for name in theirs)
+    moved = torch.cat([move.flatten().double() for move in alone.values()])
+    differences = torch.cat([(ranks[0][n] - alone[n]).flatten().double() for n in alone])
+    assert moved.norm() > 0
+    assert differences.norm() <= moved.norm() * tolerance(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", DIMENSIONS["optim"])
+def test_each_optimizer_on_two_and_four_ranks(optim, folder, tmp_path, on_both, four_ranks):
+    ways = [
+        Cell(optim, strategy, update, 2, clip)
+        for strategy in ("ddp", "fsdp")
+        for update, clip in (("whole", "norm"), ("layerwise", "value"))
+    ]
+    for cell in (way for way in ways if refusal(way) is None):
+        alone = train(cell, folder, tmp_path, alone=True)
+        assert_alike(cell, on_both(train, cell, folder, tmp_path, alone=False), alone)
+        if cell.strategy == "fsdp":
+            assert_alike(cell, four_ranks(train, cell, folder, tmp_path, alone=False), alone)
+
+
 @pytest.mark.slow
 def test_what_is_allowed_trains_as_one_process_does(folder, tmp_path, on_both, subtests):
     chosen = cover()
@@ -146,14 +192,8 @@ def test_what_is_allowed_trains_as_one_process_does(folder, tmp_path, on_both, s
     assert {c.adapter for c in chosen} == set(DIMENSIONS["adapter"])
     for cell in chosen:
         with subtests.test(cell=cell):
-            first, second = on_both(train, cell, folder, tmp_path, alone=False)
             alone = train(cell, folder, tmp_path, alone=True)
-            assert first.keys() == second.keys() == alone.keys()
-            assert all(first[name].equal(second[name]) for name in first)
-            moved = torch.cat([move.flatten().double() for move in alone.values()])
-            differences = torch.cat([(first[n] - alone[n]).flatten().double() for n in alone])
-            assert moved.norm() > 0
-            assert differences.norm() <= moved.norm() * tolerance(cell)
+            assert_alike(cell, on_both(train, cell, folder, tmp_path, alone=False), alone)
 
 
 class Loaded(Exception):
