@@ -48,6 +48,23 @@ def test_power_iteration_finds_the_gradients_own_directions():
     torch.testing.assert_close(gradient @ moved.T @ moved, gradient)
 
 
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_power_iteration_takes_each_row_to_a_singular_vector(seed):
+    # AdamW weighs the coordinates one by one: in a mixture of them it learns far less.
+    basis, _ = basis_and_gradient(seed, 1)
+    own = torch.linalg.qr(torch.randn(20, 20).double()).Q.T
+    gradient = torch.diag(0.6 ** torch.arange(20.0).double()) @ own
+    for _ in range(4):  # not all directions are found by then, but the rows are in order
+        basis = move(SubspaceIteration(), basis, gradient)
+    energies = (gradient @ basis.T).square().sum(0)
+    assert (energies[:-1] > energies[1:]).all()
+    gram = basis @ gradient.T @ gradient @ basis.T
+    beside = (gram - gram.diag().diag()).abs()
+    assert (beside <= 0.02 * torch.outer(energies, energies).sqrt()).all()
+    assert (basis @ own.T).diag()[:3].abs().min() > 0.999
+
+
 @pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
 @pytest.mark.parametrize("rule", [Oja(every=1), Online(), SubspaceIteration()])
 def test_a_sketch_that_says_nothing_leaves_the_basis(rule, value):

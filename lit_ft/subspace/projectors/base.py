@@ -65,6 +65,20 @@ def orthonormal_rows(matrix: Tensor) -> Tensor:
     return columns.T.contiguous()
 
 
+def principal_rows(matrix: Tensor, *, rounds: int = 3) -> Tensor:
+    """Return an orthonormal basis [r, n] of the rows of `matrix` [r, n], principal ones first.
+
+    Each round takes the rows towards the right singular vectors, the largest value's first: two QR
+    decompositions of [r, r], a step of orthogonal iteration. An SVD would go all the way, but where
+    values are close (those of a matrix of lower rank) its vectors are round-off.
+    """
+    columns, triangle = torch.linalg.qr(matrix.T)
+    for _ in range(rounds):
+        turn, triangle = torch.linalg.qr(torch.linalg.qr(triangle.T).R.T)
+        columns = columns @ turn
+    return columns.T.contiguous()
+
+
 def where_informative(sketch: Tensor, moved: Tensor, basis: Tensor) -> Tensor:
     """Return `moved`, but `basis` where the sketch is zero or not finite (no host sync)."""
     scale = sketch.abs().amax()

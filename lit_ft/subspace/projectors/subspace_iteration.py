@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence, Projector, orthonormal_rows, where_informative
+from lit_ft.subspace.projectors.base import Evidence, Projector, principal_rows, where_informative
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class SubspaceIteration(Projector):
     rotates_moments: bool = True
 
     def move(self, basis: Tensor, evidence: Tensor | None, **_: Any) -> Tensor:
-        """Return the orthonormalised sketch."""
+        """Return the sketch's principal directions."""
         assert evidence is not None
         limits = torch.finfo(evidence.dtype)
         scaled = evidence / evidence.abs().amax().clamp_min(limits.tiny)
         shifted = torch.add(scaled, basis, alpha=math.sqrt(limits.eps))
-        return where_informative(evidence, orthonormal_rows(shifted), basis)
+        return where_informative(evidence, principal_rows(shifted), basis)
