@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchao.optim import AdamW8bit
-from torchao.optim.subclass_8bit import OptimState8bit
 
-from lit_ft.eight_bit import as_float, zeros_8bit
+from lit_ft.eight_bit import zeros_8bit
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.adamw_8bit import _update
+from lit_ft.subspace.moments import rotate_moments
 
 
 def seeded(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -84,13 +84,20 @@ def test_resume_equals_never_having_stopped(dtype: torch.dtype) -> None:
     assert stopped.equal(straight)
 
 
-def test_one_checkpoint_is_read_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_state_is_plain_tensors() -> None:
+    # Whoever reads a checkpoint, to chat or to export, need not have torchao.
     weight = nn.Parameter(seeded((64, 96), 0))
     optimizer = RowwiseAdamW8bit([weight])
     steps(optimizer, weight, range(1))
-    held = optimizer.state_dict()["state"][0].values()
-    assert {type(value) for value in held} == {Tensor}
-    assert isinstance(as_float("exp_avg", optimizer.state[weight]), OptimState8bit)
+    assert {type(value) for value in optimizer.state_dict()["state"][0].values()} == {Tensor}
+
+
+def test_a_rank_without_rows_has_moments_to_turn() -> None:
+    state = {"step": torch.tensor(1.0)}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.empty(0, 64, dtype=torch.uint8)
+        state[f"{name}_scale"] = torch.empty(0, 1)
+    assert rotate_moments(state, {"betas": (0.9, 0.999)}, torch.eye(64))
 
 
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 from lit_ft.optim import RowwiseAdamW8bit, narrowed, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 from lit_ft.sharding import whole
+from lit_ft.subspace.moments import rotate_moments
 from tests.ranks import WORLD
 
 pytestmark = pytest.mark.slow
 
 STEPS = 4
 # Odd numbers of rows; one row, of which the second rank has none; a stack of matrices; vectors.
-SHAPES = [(37, 24), (1, 4096), (5, 30, 32), (9,), (1,), (301, 576), (8, 5)]
+SHAPES = [(37, 24), (1, 4096), (5, 30, 32), (9,), (1,), (301, 64), (8, 5)]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adafactor": partial(RelativeStepAdafactor, relative_size=0.1, weight_decay=0.1),
     "adafactor_momentum": partial(
@@ -97,6 +98,32 @@ def test_bfloat16_rows_are_stepped_in_float32_and_rounded(
         torch.testing.assert_close(their_states, states, rtol=1e-5, atol=1e-7)
         # The bits that round a weight are others: it goes to the other neighbour at most.
         torch.testing.assert_close(theirs, weights, rtol=2**-7, atol=1e-30)
+
+
+def turn(name: str, sharded: bool) -> dict[str, Any]:
+    """Step a matrix, turn its moments, and return them whole."""
+    weights, random = build(name, torch.float32, sharded)
+    weight = weights[SHAPES.index((301, 64))]
+    optimizer = OPTIMIZERS[name]([weight])
+    weight.grad = random((301, 64), 1)
+    optimizer.step()
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(2))).Q
+    assert rotate_moments(optimizer.state[weight], optimizer.param_groups[0], rotation)
+    return {k: whole(v) for k, v in optimizer.state[weight].items() if isinstance(v, Tensor)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_turn_with_a_basis_as_on_one_rank(
+    name: str, on_both: Callable[..., list[Any]]
+) -> None:
+    expected = turn(name, sharded=False)
+    first, second = on_both(turn, name, sharded=True)
+    for key, value in expected.items():
+        assert first[key].equal(second[key])
+        if value.dtype is torch.uint8:  # a product of fewer rows may round another way
+            assert (first[key].int() - value.int()).abs().max() <= 1
+        else:
+            torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-7)
 
 
 def by_columns(name: str) -> str:
