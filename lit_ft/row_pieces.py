@@ -33,7 +33,7 @@ def row_pieces(matrix: Tensor) -> list[slice]:
 def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> dict[str, Any]:
     """Return the part of an optimizer's state that belongs to some rows of a parameter.
 
-    Tensors of the parameter's shape and the maxima of quantised blocks come as views; the rest,
+    Tensors of the parameter's shape and the scales of quantised blocks come as views; the rest,
     such as counters and code books, as it is.
 
     Args:
@@ -56,7 +56,8 @@ def put_rows(
     size = len(range(*rows.indices(shape[0]))), *shape[1:]
     for key, value in part.items():
         if key not in state and (blocks := _part(key, value, size, slice(None))) is not None:
-            whole = shape if blocks == slice(None) else (-(-prod(shape) // _BLOCK),)
+            by_row = (shape[0], *value.shape[1:])
+            whole = by_row if blocks == slice(None) else (-(-prod(shape) // _BLOCK),)
             state[key] = value.new_empty(whole)
         taken = _part(key, state.get(key), shape, rows)
         if taken is None:
@@ -69,7 +70,7 @@ def _part(key: str, value: Any, shape: tuple[int, ...], rows: slice) -> slice | 
     """Return which part of a state's entry belongs to `rows`; None if it is not kept by row."""
     if not isinstance(value, Tensor):
         return None
-    if value.shape == shape:
+    if value.shape == shape or key.endswith("_scale"):  # see lit_ft.eight_bit
         return rows
     if key.startswith("absmax"):
         start, stop, _ = rows.indices(shape[0])

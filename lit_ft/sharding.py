@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -37,3 +43,29 @@ def first_row(tensor: Tensor) -> int:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return offsets[0]
+
+
+def added_over_ranks(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return each of `sums` added up over the ranks that share the tensor it belongs to.
+
+    They travel in one message, if the same ranks share all tensors.
+
+    Args:
+        sums: 1-D, of the same length on every rank: what a rank has found in its rows.
+        tensors: Sharded by rows, or not at all: then the sum is complete already.
+    """
+    totals = list(sums)
+    messages: dict[Any, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if isinstance(tensor, DTensor):
+            for dim, placement in enumerate(tensor.placements):
+                if placement.is_shard():
+                    group = tensor.device_mesh.get_group(dim)
+                    messages[group, totals[index].dtype, totals[index].device].append(index)
+    for (group, *_), indices in messages.items():
+        message = torch.cat([totals[index] for index in indices])
+        dist.all_reduce(message, group=group)
+        parts = torch.split(message, [totals[index].numel() for index in indices])
+        for index, total in zip(indices, parts, strict=True):
+            totals[index] = total
+    return totals

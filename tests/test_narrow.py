@@ -9,10 +9,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch.optim import SGD, AdamW, Muon, Optimizer
-from transformers.optimization import Adafactor
 
-from lit_ft.optim import MuonAdamW, narrowed
-from lit_ft.optim.adafactor import RelativeStepAdafactor
+from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, narrowed
+from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 
 SHAPES = {"matrix": (96, 64), "tall": (130, 40), "norm": (64,), "small": (3, 5)}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -25,6 +24,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adafactor": RelativeStepAdafactor,
     "adafactor_fixed": partial(Adafactor, lr=1e-2, relative_step=False, scale_parameter=False),
     "adamw_8bit": partial(bnb.optim.AdamW8bit, lr=1e-2),
+    "adamw_8bit_torchao": partial(RowwiseAdamW8bit, lr=1e-2),
     "lion_8bit": partial(bnb.optim.Lion8bit, lr=1e-2),
 }
 

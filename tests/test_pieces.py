@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lit_ft import row_pieces
-from lit_ft.optim import MuonAdamW, stepped_in_pieces, stochastically_rounded
+from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stepped_in_pieces, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.subspace.moments import rotate_moments
 from tests.allocations import peak_allocated
@@ -24,6 +24,7 @@ EIGHT_BIT: dict[str, Callable[..., Optimizer]] = {
     "adamw": partial(bnb.optim.AdamW8bit, lr=1e-2, weight_decay=0.1),
     "lion": partial(bnb.optim.Lion8bit, lr=1e-3, weight_decay=0.1),
     "sgd": partial(bnb.optim.SGD8bit, lr=1e-2, momentum=0.9),
+    "torchao": partial(RowwiseAdamW8bit, lr=1e-2, weight_decay=0.1),
 }
 ROUNDED: dict[str, Callable[..., Optimizer]] = {
     "adam": partial(Adam, lr=1e-2),
@@ -132,7 +133,11 @@ def test_moments_turn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rotate_moments(state, {"betas": (0.9, 0.95)}, rotation)
         return state
 
-    for name, factory in {"adamw": AdamW, "adamw_8bit": bnb.optim.AdamW8bit}.items():
+    for name, factory in {
+        "exp_avg": AdamW,
+        "state1": bnb.optim.AdamW8bit,
+        "exp_avg_scale": RowwiseAdamW8bit,
+    }.items():
         matrix = torch.nn.Parameter(torch.randn(1000, 64))
         optimizer = factory([matrix])
         matrix.grad = torch.randn_like(matrix)
@@ -141,9 +146,7 @@ def test_moments_turn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = turned(optimizer.state[matrix])
         monkeypatch.setattr(row_pieces, "_ON_CPU", 8192)
         pieces = turned(optimizer.state[matrix])
-        assert not whole["exp_avg" if name == "adamw" else "state1"].equal(
-            optimizer.state[matrix]["exp_avg" if name == "adamw" else "state1"]
-        )
+        assert not whole[name].equal(optimizer.state[matrix][name])
         for key, value in whole.items():
             if isinstance(value, Tensor) and value.dtype is torch.uint8:  # codes, ±1 at a border
                 assert (pieces[key].int() - value.int()).abs().max() <= 1

@@ -20,7 +20,13 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 from transformers import get_constant_schedule_with_warmup
 
-from lit_ft.optim import MuonAdamW, WarmupSchedule, narrowed, stochastically_rounded
+from lit_ft.optim import (
+    MuonAdamW,
+    RowwiseAdamW8bit,
+    WarmupSchedule,
+    narrowed,
+    stochastically_rounded,
+)
 from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.rounding import round_stochastically
 
@@ -31,6 +37,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "muon": partial(MuonAdamW, lr=1e-2),
     "adafactor": RelativeStepAdafactor,
     "adamw_8bit": partial(bnb.optim.AdamW8bit, lr=1e-2),
+    "adamw_8bit_torchao": partial(RowwiseAdamW8bit, lr=1e-2),
     "lion_8bit": partial(bnb.optim.Lion8bit, lr=1e-2),
 }
 

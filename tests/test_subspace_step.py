@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW
 
 from lit_ft.labels import IGNORED
 from lit_ft.losses import ChunkedCrossEntropy
+from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.subspace import Refresh, SubspaceStep, inject, stepping
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration
@@ -172,7 +173,7 @@ def test_micro_batches_equal_one_batch(projector, side):
     )
 
 
-@pytest.mark.parametrize("optimizer", [AdamW, bnb.optim.AdamW8bit])
+@pytest.mark.parametrize("optimizer", [AdamW, bnb.optim.AdamW8bit, RowwiseAdamW8bit])
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_resume_equals_never_having_stopped(projector, optimizer):
     """Law 4: bit for bit, through weights_only, over a move of the basis."""
@@ -216,13 +217,20 @@ def test_other_coordinates_of_the_same_span_leave_the_momentum_alone(seed, rows,
     torch.testing.assert_close(new_square - new_mean.square(), square - mean.square())
 
 
-def test_eight_bit_moments_turn_as_their_values_do():
+@pytest.mark.parametrize(
+    ("eight_bit", "wide", "names"),
+    [
+        (bnb.optim.AdamW8bit, bnb.optim.AdamW, ("state1", "state2")),
+        (RowwiseAdamW8bit, AdamW, ("exp_avg", "exp_avg_sq")),
+    ],
+)
+def test_eight_bit_moments_turn_as_their_values_do(eight_bit, wide, names):
     from lit_ft.subspace.moments import _read, rotate_moments
 
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(512, 64))
     states = []
-    for kind in (bnb.optim.AdamW8bit, bnb.optim.AdamW):
+    for kind in (eight_bit, wide):
         optimizer = kind([weight], lr=1e-3)
         for seed in range(3):
             weight.grad = torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))
@@ -230,7 +238,7 @@ def test_eight_bit_moments_turn_as_their_values_do():
         states.append(optimizer.state[weight])
         rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(9)))
         assert rotate_moments(states[-1], optimizer.param_groups[0], rotation.Q)
-    for name in ("state1", "state2"):
+    for name in names:
         quantised, exact = _read(states[0], name), states[1][name]
         assert states[0][name].dtype == torch.uint8
         cosine = torch.cosine_similarity(quantised.flatten(), exact.flatten(), dim=0)

@@ -24,6 +24,7 @@ from lit_ft.memory import (
     tracker,
     weight_bytes,
 )
+from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.rounding import stochastically_rounded
 
 MIB = 2**20
@@ -35,6 +36,7 @@ OPTIMIZERS = {
     "adafactor": torch.optim.Adafactor,
     "adafactor_relative": transformers.Adafactor,
     "adamw_8bit": bnb.optim.AdamW8bit,
+    "adamw_8bit_torchao": RowwiseAdamW8bit,
     "lion_8bit": bnb.optim.Lion8bit,
 }
 
@@ -148,6 +150,12 @@ def test_the_estimate_of_a_sharded_8bit_state_is_local_too(two_ranks):
     weight = nn.Parameter(distribute_tensor(torch.zeros(256, 128), two_ranks, [Shard(0)]))
     local, blocks, maps = 2 * 128 * 128, 2 * 64 * 4, 2 * 256 * 4
     assert estimate_state_bytes(bnb.optim.AdamW8bit([weight])) == [local + blocks + maps]
+    blocks, count = 2 * 128 * 4, 4  # one block a row; code books are shared by all optimizers
+    optimizer = RowwiseAdamW8bit([weight])
+    assert estimate_state_bytes(optimizer) == [local + blocks + count]
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert optimizer_state_bytes(optimizer) == local + blocks + count
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,5 +1,6 @@
 """Optimizers: groups by rule, schedules, narrowed and piecewise steps, rounding, Muon, factors."""
 
+from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
 from lit_ft.optim.groups import DECAY_MATRICES, GroupRule, build_optimizer, parameter_groups
 from lit_ft.optim.muon import MuonAdamW
 from lit_ft.optim.narrow import narrowed
@@ -11,6 +12,7 @@ __all__ = [
     "DECAY_MATRICES",
     "GroupRule",
     "MuonAdamW",
+    "RowwiseAdamW8bit",
     "WarmupSchedule",
     "build_optimizer",
     "narrowed",

@@ -1,18 +1,156 @@
-"""Adafactor that sets its own learning rate, and says which."""
+"""Adafactor for sharded parameters, and with its own learning rate, which it tells."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers.optimization
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
-from transformers.optimization import Adafactor
+
+from lit_ft.sharding import added_over_ranks, holds_whole_rows, local, whole
+
+
+class Adafactor(transformers.optimization.Adafactor):
+    """transformers' Adafactor (Shazeer and Stern, arXiv:1804.04235), on sharded parameters too.
+
+    A matrix's row means are of rows that one rank holds. Its column means, the size of the update,
+    by which it is clipped, and the size of the parameter go over all rows: they come from sums that
+    the ranks exchange once a step, 2 columns + 2 numbers a matrix, all parameters in one message.
+
+    For the second of these sums the update need not be known. It is gᵢⱼ / √(rᵢ cⱼ / r̄), with row
+    means r and column means c, so that its squares sum up to r̄ Σⱼ (Σᵢ gᵢⱼ² / rᵢ) / cⱼ.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        **options: Those of transformers' Adafactor.
+
+    Raises:
+        ValueError: While stepping: ranks share a parameter by its columns.
+        RuntimeError: While stepping: a gradient is sparse.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stepped = [
+            (parameter, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        sums = [self._sums(parameter, group) for parameter, group in stepped]
+        totals = added_over_ranks(sums, [parameter for parameter, _ in stepped])
+        for (parameter, group), total in zip(stepped, totals, strict=True):
+            self._move(parameter, group, total)
+        return loss
+
+    @staticmethod
+    def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
+        # torch.distributed.checkpoint sets it for a step that must make state, and move nothing.
+        if param_group["lr"] == 0:
+            return 0.0
+        rate = cast("Callable[..., Any]", transformers.optimization.Adafactor._get_lr)
+        return rate(param_group, param_state)
+
+    def _sums(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Take the gradient into the state, and return what is to be added over the ranks.
+
+        Σ parameter² (0 if nothing asks for it), and
+        of a matrix Σ rᵢ, Σᵢ gᵢⱼ² [columns] and Σᵢ gᵢⱼ² / rᵢ [columns];
+        of anything else, of which a rank holds all that its update depends on, Σ update².
+        """
+        state = self.state[parameter]
+        gradient = _gradient(parameter)
+        if "step" not in state:
+            state.update(self._new_state(parameter, gradient, group))
+        for name, value in state.items():
+            if isinstance(value, Tensor):  # Optimizer.load_state_dict casts it
+                state[name] = value.to(gradient.dtype)
+        state["step"] += 1
+        new, eps = state["step"] ** group["decay_rate"], group["eps"][0]
+        size = gradient.new_zeros(1)
+        if group["scale_parameter"]:
+            size += torch.linalg.vector_norm(local(parameter), dtype=gradient.dtype).square()
+        squares = gradient.square()
+        if gradient.ndim < 2:
+            mean = local(state["exp_avg_sq"])
+            mean.mul_(1 - new).add_(squares + eps, alpha=new)
+            return torch.cat([size, squares.div_(mean).sum().view(1)])
+        row, col = local(state["exp_avg_sq_row"]), local(state["exp_avg_sq_col"])
+        row.mul_(1 - new).add_(squares.mean(dim=-1) + eps, alpha=new)
+        of_columns = squares.sum(dim=-2)
+        weighted = squares.div_(row.unsqueeze(-1)).sum(dim=-2)
+        if gradient.ndim == 2:
+            return torch.cat([size, row.sum().view(1), of_columns, weighted])
+        col.mul_(1 - new).add_(of_columns / gradient.shape[-2] + eps, alpha=new)
+        update = row.mean(dim=-1, keepdim=True) / col * weighted
+        return torch.cat([size, update.sum().view(1)])
+
+    def _move(self, parameter: Tensor, group: dict[str, Any], total: Tensor) -> None:
+        """Step a parameter, with its `_sums` over all ranks."""
+        state, gradient = self.state[parameter], _gradient(parameter)
+        elements = parameter.numel()
+        update_size = total[1]
+        if gradient.ndim < 2:
+            update = local(state["exp_avg_sq"]).rsqrt()
+        else:
+            row, col = local(state["exp_avg_sq_row"]), local(state["exp_avg_sq_col"])
+            row_mean = row.mean(dim=-1, keepdim=True)
+            if gradient.ndim == 2:
+                rows, columns = parameter.shape
+                row_sum, of_columns, weighted = torch.split(total[1:], [1, columns, columns])
+                row_mean = row_sum / rows
+                new = state["step"] ** group["decay_rate"]
+                col.mul_(1 - new).add_(of_columns / rows + group["eps"][0], alpha=new)
+                update_size = (row_mean / col * weighted).sum()
+            update = (row / row_mean).rsqrt_().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+        state["RMS"] = (total[0] / elements).sqrt()
+        rate = self._get_lr(group, state)
+        rms = (update_size / elements).sqrt()
+        update.mul_(gradient).mul_(rate / (rms / group["clip_threshold"]).clamp_(min=1.0))
+        if group["beta1"] is not None:
+            mean = local(state["exp_avg"])
+            update = mean.mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
+        weight = local(parameter)
+        wide = weight.to(gradient.dtype)  # itself, unless it is of 16 bits
+        if group["weight_decay"]:
+            wide.mul_(1 - group["weight_decay"] * rate)
+        wide.sub_(update)
+        if wide is not weight:
+            weight.copy_(wide)
+
+    def _new_state(
+        self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> dict[str, Any]:
+        if not holds_whole_rows(parameter):
+            raise ValueError("Adafactor needs whole rows, and ranks share a parameter by columns.")
+        weight, zeros = parameter.detach(), partial(torch.zeros_like, dtype=gradient.dtype)
+        state: dict[str, Any] = {"step": 0, "RMS": 0}
+        if group["beta1"] is not None:
+            state["exp_avg"] = zeros(weight)
+        if weight.ndim < 2:
+            state["exp_avg_sq"] = zeros(weight)
+            return state
+        state["exp_avg_sq_row"] = zeros(weight.select(-1, 0))
+        # A matrix's columns are the same on every rank.
+        matrix = weight.ndim == 2
+        state["exp_avg_sq_col"] = (
+            gradient.new_zeros(weight.shape[-1]) if matrix else zeros(weight.select(-2, 0))
+        )
+        return state
 
 
 class RelativeStepAdafactor(Adafactor):
-    """transformers' Adafactor with relative steps: no learning rate to choose.
+    """Adafactor with relative steps: no learning rate to choose.
 
     Step t changes a parameter by ρ · RMS(parameter) · min(limit, 1/√t), where the limit is 1e-2, or
     1e-6 · t with `warmup_init` (Shazeer and Stern, arXiv:1804.04235, section 8). With ρ = 1 that is
@@ -20,8 +158,8 @@ class RelativeStepAdafactor(Adafactor):
 
     `group["lr"]` is None upstream, which breaks learning-rate monitors. Here it holds the rate of
     the last step (of the first step before it): RMS(parameter) included, averaged over the group's
-    parameters. It is a report; writing it changes nothing, and `sets_own_learning_rate` tells
-    whoever builds schedulers to leave this optimizer alone.
+    parameters. It is a report; writing it changes nothing, unless it is 0, which stops the step;
+    `sets_own_learning_rate` tells whoever builds schedulers to leave this optimizer alone.
 
     Args:
         params: Parameters, named parameters or groups.
@@ -41,15 +179,15 @@ class RelativeStepAdafactor(Adafactor):
         for group in self.param_groups:
             group.setdefault("relative_size", relative_size)
             first = [
-                {"step": 1, "RMS": p.detach().norm() / p.numel() ** 0.5} for p in group["params"]
+                {"step": 1, "RMS": whole(p.detach().norm()) / p.numel() ** 0.5}
+                for p in group["params"]
             ]
             group["lr"] = self._mean_rate(group, first)
-        self.register_step_pre_hook(_enable_grad_in_closure)
         self.register_step_post_hook(_report_rate)
 
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
-        rate = cast("Callable[..., float]", Adafactor._get_lr)(param_group, param_state)
+        rate: float = Adafactor._get_lr(param_group, param_state)
         return float(param_group["relative_size"]) * rate
 
     def _mean_rate(self, group: dict[str, Any], states: list[dict[str, Any]]) -> float:
@@ -64,13 +202,10 @@ def _report_rate(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             group["lr"] = optimizer._mean_rate(group, states)
 
 
-def _enable_grad_in_closure(
-    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let the closure back-propagate: Adafactor.step runs it under no_grad, unlike torch's."""
-
-    def enabled(closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
-        return closure if closure is None else torch.enable_grad()(closure)
-
-    optimizer_and_closure = (args[0], *map(enabled, args[1:]))
-    return optimizer_and_closure, {name: enabled(value) for name, value in kwargs.items()}
+def _gradient(parameter: Tensor) -> Tensor:
+    """Return this rank's part of the gradient, of 32 bits or more."""
+    assert parameter.grad is not None
+    if parameter.grad.is_sparse:
+        raise RuntimeError("Adafactor does not support sparse gradients.")
+    gradient = local(parameter.grad)
+    return gradient.float() if gradient.itemsize < 4 else gradient

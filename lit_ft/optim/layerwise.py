@@ -12,14 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_ft.optim.narrow import narrowed
 from lit_ft.optim.pieces import without_hooks
+from lit_ft.refused_kinds import reason_against
 
 # Optimizers whose step is not the sum of its parameters' steps.
 _NOT_BY_PARAMETER = {
-    "LBFGS": "LBFGS looks at all gradients at once",
-    "Lamb": "Lamb clips by the norm of all gradients",
-    "ScheduleFree": "schedule-free optimizers count their steps in the groups",
-    "Prodigy": "Prodigy sums over all parameters",
-    "DAdapt": "D-Adaptation sums over all parameters",
+    r"\.LBFGS": "LBFGS looks at all gradients at once",
+    r"\.Lamb": "Lamb clips by the norm of all gradients",
+    r"ScheduleFree": "schedule-free optimizers count their steps in the groups",
+    r"\.Prodigy": "Prodigy sums over all parameters",
+    r"\.DAdapt": "D-Adaptation sums over all parameters",
 }
 
 
@@ -196,12 +197,10 @@ def large_parameters(optimizer: Optimizer, min_grad_bytes: int) -> list[Tensor]:
 
 def refuse_not_by_parameter(kind: type) -> None:
     """Raise ValueError for a class of optimizers that cannot step one parameter at a time."""
-    for base in kind.__mro__:
-        for name, reason in _NOT_BY_PARAMETER.items():
-            if base.__name__.startswith(name):
-                raise ValueError(
-                    f"Layerwise updates do not fit: {reason}. Step it as a whole (update=whole)."
-                )
+    if reason := reason_against(kind, _NOT_BY_PARAMETER):
+        raise ValueError(
+            f"Layerwise updates do not fit: {reason}. Step it as a whole (update=whole)."
+        )
 
 
 def _numbers(optimizer: Optimizer) -> list[dict[str, float]]:

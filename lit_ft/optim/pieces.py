@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
 
+from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
 from lit_ft.optim.narrow import narrowed
 from lit_ft.row_pieces import put_rows, row_pieces, rows_of
 from lit_ft.sharding import is_sharded
@@ -142,7 +143,9 @@ def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Each element's step depends on that element's gradient and state alone.
-_ELEMENTWISE = {without_hooks(kind.step) for kind in (Adam, SGD, RMSprop, Adagrad)}
+_ELEMENTWISE = {
+    without_hooks(kind.step) for kind in (Adam, RowwiseAdamW8bit, SGD, RMSprop, Adagrad)
+}
 
 
 def _is_elementwise_bitsandbytes(optimizer: Optimizer) -> bool:

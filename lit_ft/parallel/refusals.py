@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from lit_ft.refused_kinds import reason_against
+
+_OTHERS = "take optim=adamw or optim=galore_subspace"
 _CANNOT = {
-    "bitsandbytes.": "bitsandbytes' optimizers do not know sharded parameters",
-    "transformers.optimization.Adafactor": "Adafactor takes means over whole rows and columns",
-    "galore_torch.": "galore-torch projects whole matrices",
-    "lit_ft.optim.galore_torch.": "galore-torch projects whole matrices",
-    "lit_ft.optim.muon.": "Muon orthogonalises whole matrices",
-    "torch.optim.lbfgs.": "LBFGS flattens all parameters",
-    "torch.optim._muon.": "Muon orthogonalises whole matrices",
+    r"^lit_ft\.optim\.adafactor\.": None,
+    r"\.Adafactor$": "its means are over the rows of one rank: with strategy=fsdp take "
+    "optim=adafactor or optim=adafactor_fixed",
+    r"^bitsandbytes\.": "bitsandbytes' optimizers do not know sharded parameters: with "
+    "strategy=fsdp take optim=adamw_8bit_torchao or optim=galore_subspace_8bit_torchao",
+    r"^(lit_ft\.optim\.)?galore_torch\.": "galore-torch projects whole matrices: with "
+    "strategy=fsdp take optim=galore or optim=galore_subspace",
+    r"\.optim\._?muon\.": f"Muon orthogonalises whole matrices: with strategy=fsdp {_OTHERS}",
+    r"\.LBFGS$": f"LBFGS flattens all parameters: with strategy=fsdp {_OTHERS}",
 }
 
 
 def refuse_sharded_state(kind: type) -> None:
     """Raise ValueError for a class of optimizers that needs parameters whole."""
-    for base in kind.__mro__:
-        for prefix, reason in _CANNOT.items():
-            if f"{base.__module__}.{base.__qualname__}".startswith(prefix):
-                raise ValueError(
-                    f"{reason}: with strategy=fsdp take optim=adamw or optim=galore_subspace, or "
-                    "keep the optimizer with strategy=ddp."
-                )
+    if reason := reason_against(kind, _CANNOT):
+        raise ValueError(f"{reason}, or keep the optimizer with strategy=ddp.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_ft.eight_bit import as_float
 from lit_ft.row_pieces import row_pieces, rows_of
 from lit_ft.sharding import local
 
@@ -47,8 +48,8 @@ def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tenso
 
     Each row turns by itself, so of sharded state each rank turns what it holds.
 
-    Knows torch's AdamW, SGD and Muon momentum, transformers' Adafactor and bitsandbytes' AdamW and
-    Lion, with 8-bit state or without.
+    Knows torch's AdamW, SGD and Muon momentum, transformers' Adafactor, lit_ft's 8-bit AdamW, and
+    bitsandbytes' AdamW and Lion, with 8-bit state or without.
 
     Returns:
         Whether there is a rule for this state; an empty state needs none.
@@ -97,6 +98,8 @@ def _turn_rows(
 
 
 def _read(state: dict[str, Any], name: str) -> Tensor:
+    if f"{name}_scale" in state:
+        return as_float(name, state).dequantize()
     value = local(state[name])
     if value.dtype is not torch.uint8:
         return value
@@ -110,7 +113,7 @@ def _read(state: dict[str, Any], name: str) -> Tensor:
 
 
 def _write(state: dict[str, Any], name: str, new: Tensor) -> None:
-    value = local(state[name])
+    value = as_float(name, state)
     if value.dtype is not torch.uint8:
         value.copy_(new)
         return

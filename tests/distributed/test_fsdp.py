@@ -13,6 +13,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from peft import LoraConfig
@@ -28,8 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import ExportHF, GaLore, LastCheckpoint, LayerwiseUpdate
 from lit_ft.models import Pretrained
-from lit_ft.optim import MuonAdamW, stochastically_rounded
-from lit_ft.optim.adafactor import RelativeStepAdafactor
+from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stochastically_rounded
+from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
+from lit_ft.optim.galore_torch import GaLoreTorchAdafactor
 from lit_ft.parallel import FSDP2Strategy, fully_shard_model
 from lit_ft.sharding import whole
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
@@ -60,6 +62,11 @@ OPTIMIZERS = {
     "adamw": partial(AdamW, lr=1e-3),
     "adamw_fused": partial(AdamW, lr=1e-3, fused=True),
     "sgd": partial(SGD, lr=1e-2, momentum=0.9),
+    "adafactor": partial(RelativeStepAdafactor, relative_size=0.1),
+    "adafactor_fixed": partial(
+        Adafactor, lr=1e-3, beta1=0.9, relative_step=False, scale_parameter=False
+    ),
+    "adamw_8bit": partial(RowwiseAdamW8bit, lr=1e-3),
 }
 PROJECTORS = {"oja": Oja(every=2), "iteration": SubspaceIteration(every=4)}
 
@@ -157,6 +164,10 @@ def train(
         {"projector": "oja", "cpu_offload": True, "clip": 0.01},
         {"projector": "oja", "accumulate": 2, "clip": 0.01},
         {"projector": "iteration", "optimizer": "adamw_fused", "activation_checkpointing": True},
+        {"optimizer": "adafactor", "accumulate": 2, "clip": 0.5},
+        {"optimizer": "adafactor_fixed", "layerwise": True},
+        {"optimizer": "adafactor_fixed", "projector": "oja", "cpu_offload": True},
+        {"optimizer": "adamw_8bit", "accumulate": 2, "cpu_offload": True},
     ],
 )
 def test_two_ranks_train_what_one_does(options, tied, folder, tmp_path, on_both):
@@ -175,11 +186,20 @@ def test_two_ranks_train_what_one_does(options, tied, folder, tmp_path, on_both)
 
 
 @pytest.mark.parametrize("ranks_after", [1, 2])
-@pytest.mark.parametrize("projector", [None, "oja"])
+@pytest.mark.parametrize(
+    ("projector", "optimizer"),
+    [
+        (None, "adamw_fused"),
+        ("oja", "adamw_fused"),
+        (None, "adafactor"),
+        ("oja", "adafactor_fixed"),
+        (None, "adamw_8bit"),
+    ],
+)
 def test_what_two_ranks_save_goes_on_on_one_and_on_two(
-    projector, ranks_after, folder, tmp_path, on_both
+    projector, optimizer, ranks_after, folder, tmp_path, on_both
 ):
-    options = {"projector": projector, "optimizer": "adamw_fused"}
+    options = {"projector": projector, "optimizer": optimizer}
     weights, _, loss = train(folder / "tied_True", tmp_path / "one", sharded=False, **options)
     on_both(train, folder / "tied_True", tmp_path / "two", sharded=True, steps=6, **options)
     last = tmp_path / "two" / "checkpoints" / "last.ckpt"
@@ -289,8 +309,13 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path, on_both):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"optimizer": partial(bnb.optim.AdamW8bit)}, "bitsandbytes.*optim=adamw"),
-        ({"optimizer": partial(RelativeStepAdafactor)}, "Adafactor.*strategy=ddp"),
+        ({"optimizer": partial(bnb.optim.AdamW8bit)}, "optim=adamw_8bit_torchao or"),
+        ({"optimizer": partial(bnb.optim.PagedAdamW8bit)}, "optim=adamw_8bit_torchao or"),
+        ({"optimizer": partial(torch.optim.Adafactor)}, "optim=adafactor_fixed.*strategy=ddp"),
+        ({"optimizer": partial(transformers.Adafactor)}, "optim=adafactor_fixed"),
+        ({"optimizer": partial(GaLoreTorchAdafactor)}, "galore-torch projects"),
+        ({"optimizer": partial(torch.optim.LBFGS)}, "LBFGS flattens"),
+        ({"optimizer": partial(torch.optim.Muon)}, "Muon orthogonalises"),
         ({"optimizer": partial(MuonAdamW)}, "Muon orthogonalises"),
         ({"adapter": LoraConfig(task_type="CAUSAL_LM")}, "adapter.*strategy=ddp"),
         ({"compile": True}, "module.compile"),

@@ -1,0 +1,135 @@
+"""AdamW with 8-bit moments, for whole parameters and for those of which ranks hold rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lit_ft.eight_bit import as_float, zeros_8bit
+from lit_ft.row_pieces import row_pieces, rows_of
+from lit_ft.sharding import local
+
+
+class RowwiseAdamW8bit(Optimizer):
+    """torchao's AdamW8bit, the same bit for bit on any number of ranks.
+
+    A moment is one byte an element and a float32 scale for each block (Dettmers et al.,
+    arXiv:2110.02861). torchao's class cuts blocks of what a rank holds, 256 elements wherever rows
+    end: other ranks would see other blocks, and where a rank's part is not made of whole ones it
+    keeps float32 in place of what the others keep. Here blocks end with their rows, and the state
+    is plain tensors, which any checkpoint holds. The update itself is torchao's, in float32.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        lr: Learning rate.
+        betas: Of the two moments.
+        eps: Added to the root of the second.
+        weight_decay: Decoupled.
+        compiled: torch.compile the update, seconds for each shape: a few kernels in place of about
+            fifty. It needs Triton, or a C++ compiler for what is on the CPU. None: where there is
+            a GPU.
+
+    Raises:
+        ValueError: An option is out of range; or, while stepping, ranks share a parameter by its
+            columns.
+        ModuleNotFoundError: torchao is not installed.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        compiled: bool | None = None,
+    ) -> None:
+        for name, value, limit in (
+            ("lr", lr, float("inf")),
+            ("betas[0]", betas[0], 1.0),
+            ("betas[1]", betas[1], 1.0),
+            ("eps", eps, float("inf")),
+            ("weight_decay", weight_decay, float("inf")),
+        ):
+            if not 0 <= value < limit:
+                raise ValueError(f"{name}={value} is not in [0, {limit}).")
+        compiled = torch.cuda.is_available() if compiled is None else compiled
+        self._update = _update(compiled)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient, large ones a few rows at a time."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+        return loss
+
+    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+            state.update(zeros_8bit("exp_avg", parameter))
+            state.update(zeros_8bit("exp_avg_sq", parameter))
+        state["step"] += 1
+        weight, gradient = local(parameter), local(parameter.grad)
+        held = {key: local(v) if isinstance(v, Tensor) else v for key, v in state.items()}
+        for rows in row_pieces(weight):
+            part = rows_of(held, tuple(weight.shape), rows) if weight.ndim else held
+            self._update(
+                weight[rows] if weight.ndim else weight,
+                gradient[rows] if weight.ndim else gradient,
+                state["step"],
+                as_float("exp_avg", part),
+                as_float("exp_avg_sq", part),
+                None,  # no amsgrad
+                torch.tensor(group["lr"]),  # else each new rate is a new graph
+                *group["betas"],
+                group["weight_decay"],
+                group["eps"],
+                True,  # AdamW's decay
+                False,  # bfloat16 weights: see lit_ft.optim.rounding
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        # torch's would cast the state, codes and all, to the type of the parameter.
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        held = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, parameter in zip(saved, held, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                moves = isinstance(value, Tensor) and key != "step"
+                self.state[parameter][key] = value.to(parameter.device) if moves else value
+
+
+@cache
+def _update(compiled: bool) -> Callable[..., None]:
+    try:
+        from torchao.optim.adam import single_param_adam
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The 8-bit AdamW takes its update from torchao, which is not installed: pip install "
+            "torchao."
+        ) from error
+    update: Callable[..., None] = single_param_adam
+    if compiled:
+        # Of each shape one graph: with sizes left open it is ten times slower.
+        options: dict[str, Any] = {"dynamic": False, "recompile_limit": 2**16}
+        update = torch.compile(update, fullgraph=True, **options)
+    return update
