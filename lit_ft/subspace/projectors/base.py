@@ -72,6 +72,7 @@ def principal_rows(matrix: Tensor, *, rounds: int = 3) -> Tensor:
     decompositions of [r, r], a step of orthogonal iteration. An SVD would go all the way, but where
     values are close (those of a matrix of lower rank) its vectors are round-off.
     """
+    columns: Tensor
     columns, triangle = torch.linalg.qr(matrix.T)
     for _ in range(rounds):
         turn, triangle = torch.linalg.qr(torch.linalg.qr(triangle.T).R.T)
