@@ -126,7 +126,8 @@ class Pretrained:
         config = AutoConfig.from_pretrained(folder, **options)
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
-            model: PreTrainedModel = build(config, trust_remote_code=self.trust_remote_code)
+            model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])
+        del options["trust_remote_code"]  # GenerationConfig keeps what it does not know
         with suppress(OSError):  # a model need not have one
             model.generation_config = GenerationConfig.from_pretrained(folder, **options)
         return model

@@ -211,4 +211,4 @@ def test_an_export_holds_one_files_weights_at_a_time(tmp_path, on_both):
     size = sum(weight.nbytes for weight in exported.values())
     for peak, whole in peaks:
         assert peak < 0.25 * size  # a file's, and what is read for it
-        assert whole > 0.8 * size  # so that it would be seen
+        assert 2 * peak < whole  # so that it would be seen
