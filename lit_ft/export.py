@@ -16,8 +16,10 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
+from lit_ft.checkpoint_folder import CheckpointFolder
 from lit_ft.config import refuse_untrusted
 from lit_ft.console import quieten_libraries
+from lit_ft.replacing import whole_at
 from lit_ft.summary import read_summary
 
 
@@ -45,6 +47,7 @@ def export_run(
     folder: str | Path | None = None,
     merge: bool = True,
     dtype: str | None = None,
+    max_shard_size: str = "5GB",
 ) -> Path:
     """Export a checkpoint of the run in `run_dir`.
 
@@ -54,6 +57,8 @@ def export_run(
         folder: Where to; `run_dir/export` if None.
         merge: Fold an adapter into the weights; else write the adapter alone.
         dtype: Of the written weights; None keeps the model's.
+        max_shard_size: Of a file, where several ranks have saved the checkpoint: no more of the
+            model is in memory at a time.
 
     Raises:
         ValueError: No such run or checkpoint.
@@ -65,9 +70,8 @@ def export_run(
     summary = read_summary(run_dir)
     if summary is None:
         raise ValueError(f"{run_dir} is not the folder of a run: it has no summary.json.")
-    path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
-    path = path if path.is_file() else Path(checkpoint)
-    if not path.is_file():
+    path = whole_at(run_dir / "checkpoints" / f"{checkpoint}.ckpt") or whole_at(checkpoint)
+    if path is None:
         found = sorted(p.stem for p in (run_dir / "checkpoints").glob("*.ckpt"))
         raise ValueError(
             f"{run_dir} has no checkpoint '{checkpoint}': it has {', '.join(found) or 'none'}."
@@ -75,11 +79,44 @@ def export_run(
     config: dict[str, Any] = summary["config"]
     refuse_untrusted(config, also=config["trusted_packages"])
     module = instantiate(config["module"], _convert_="all")
+    target = Path(folder) if folder is not None else run_dir / "export"
+    if path.is_dir():
+        return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
     module.configure_model()
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     module.load_state_dict(_without_subspaces(weights))
-    target = Path(folder) if folder is not None else run_dir / "export"
     return export_model(module.model, module.tokenizer, target, merge=merge, dtype=dtype)
+
+
+def _export_parts(
+    checkpoint: CheckpointFolder, module: Any, folder: Path, dtype: str | None, max_shard_size: str
+) -> Path:
+    """Export what several ranks have saved, which may not fit this process's memory."""
+    from lit_ft.models import dtype_named, export_streamed
+
+    prefix = "state_dict.model."
+    weights = {
+        name.removeprefix(prefix): torch.empty(
+            entry.size, dtype=entry.properties.dtype, device="meta"
+        )
+        for name, entry in checkpoint.tensors(prefix).items()
+    }
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        checkpoint.load({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, alone=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    export_streamed(
+        module.source.build_empty(),
+        _without_subspaces(weights),
+        read,
+        folder,
+        dtype=None if dtype is None else dtype_named(dtype),
+        max_shard_size=max_shard_size,
+    )
+    if module.tokenizer is not None:
+        module.tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _without_subspaces(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from lit_ft.datamodule import InstructionDataModule
 from lit_ft.memory import optimizer_state_bytes, peak_bytes
 from lit_ft.models.size import model_size
 from lit_ft.module import CausalLMModule
+from lit_ft.replacing import whole_at
 from lit_ft.summary import RunSummary, status_of
 
 
@@ -84,14 +85,14 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
     if resume is None:
         return None
     if resume == "auto":
-        last = Path(run_dir) / "checkpoints" / "last.ckpt"
-        return last if last.exists() else None
-    if not Path(resume).exists():
+        return whole_at(Path(run_dir) / "checkpoints" / "last.ckpt")
+    path = whole_at(resume)
+    if path is None:
         raise ValueError(
             f"resume={resume}: there is no such checkpoint. resume=auto takes the last one of "
             "run_dir, resume=null starts afresh."
         )
-    return Path(resume)
+    return path
 
 
 def available_accelerator(accelerator: str) -> str:

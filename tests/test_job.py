@@ -11,6 +11,7 @@ import torch
 from hydra.errors import CompactHydraException
 from torch.utils._pytree import tree_flatten
 
+from lit_ft.job import checkpoint_to_resume
 from lit_ft.models import FromConfig, Packaged, export_model
 from lit_ft.summary import read_summary
 from tests.running import run_job
@@ -249,3 +250,16 @@ def test_the_best_checkpoint_counts_the_last_validation(job, tmp_path):
     assert summary["val_loss"] < summary["initial_val_loss"]
     weights, last = (state(tmp_path / "run", name)[0] for name in ("best", "last"))
     assert all(torch.equal(weights[name], last[name]) for name in last)
+
+
+def test_resuming_takes_what_a_killed_save_has_left_whole_and_never_a_half(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / ".last.ckpt.tmp").mkdir(parents=True)
+    assert checkpoint_to_resume("auto", tmp_path) is None
+    before = checkpoints / ".last.ckpt.old"
+    before.mkdir()
+    last = checkpoints / "last.ckpt"
+    assert checkpoint_to_resume("auto", tmp_path) == before
+    assert checkpoint_to_resume(str(last), tmp_path) == before
+    last.mkdir()
+    assert checkpoint_to_resume("auto", tmp_path) == last

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from lit_ft.models import FromConfig, Packaged, Pretrained, add_adapter, export_model
 from tests.test_losses import tiny_model
@@ -151,3 +151,16 @@ def test_gguf_weights_are_dequantised_once_and_are_those_of_the_file(tmp_path, m
     assert tokenizer.decode(tokenizer("def f(x):\n    return x")["input_ids"]) == (
         "def f(x):\n    return x"
     )
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "from_config"])
+def test_an_empty_model_is_the_model_but_for_its_values(kind, folder):
+    GenerationConfig(eos_token_id=7).save_pretrained(folder)  # not what config.json says
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    source = Pretrained(str(folder)) if kind == "pretrained" else FromConfig("llama", sizes)
+    empty, model = source.build_empty(), source.load_model(torch.float32)
+    assert all(weight.is_meta for weight in empty.state_dict().values())
+    shapes = [{n: w.shape for n, w in m.state_dict().items()} for m in (empty, model)]
+    assert shapes[0] == shapes[1]
+    assert empty.all_tied_weights_keys == model.all_tied_weights_keys
+    assert empty.generation_config.to_dict() == model.generation_config.to_dict()

@@ -2,6 +2,16 @@
 
 from lit_ft.models.adapters import add_adapter
 from lit_ft.models.export import export_model
-from lit_ft.models.sources import FromConfig, ModelSource, Packaged, Pretrained
+from lit_ft.models.export_streamed import export_streamed
+from lit_ft.models.sources import FromConfig, ModelSource, Packaged, Pretrained, dtype_named
 
-__all__ = ["FromConfig", "ModelSource", "Packaged", "Pretrained", "add_adapter", "export_model"]
+__all__ = [
+    "FromConfig",
+    "ModelSource",
+    "Packaged",
+    "Pretrained",
+    "add_adapter",
+    "dtype_named",
+    "export_model",
+    "export_streamed",
+]

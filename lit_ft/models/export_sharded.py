@@ -24,12 +24,10 @@ def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> No
         dtype: Of the written weights; None keeps the model's.
     """
     if dist.get_rank() == 0:
-        # from_pretrained would prefer a file of the other kind that an earlier export has left.
-        for old in folder.glob("model*.safetensors*"):
-            old.unlink()
+        remove_weights(folder)
     dist.barrier()
     weights: dict[str, Any] = get_model_state_dict(model)
-    left_out = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
+    left_out = names_left_out(model)
     weights = {
         name: tensor if dtype is None else tensor.to(dtype)
         for name, tensor in weights.items()
@@ -51,10 +49,26 @@ def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> No
     save(weights, storage_writer=writer)
     if dist.get_rank() == 0:
         shutil.rmtree(folder / "sharded")
-        config = copy.deepcopy(model.config)
-        config.dtype = dtype or model.dtype
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's prefix
-        config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+        save_config(model, folder, dtype=dtype or model.dtype)
     dist.barrier()
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove an earlier export, which from_pretrained may prefer to another kind of files."""
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+
+
+def names_left_out(model: Any) -> set[str]:
+    """Return the names of the weights that are no file's business, tied ones among them."""
+    return {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
+
+
+def save_config(model: Any, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write what `from_pretrained` asks before it reads weights, which are of type `dtype`."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's prefix
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,6 +45,9 @@ class ModelSource(Protocol):
         With `shard`, which spreads a model over ranks in place, it comes sharded; where the source
         can, it is sharded before it has values, so that no rank ever holds all of them.
         """
+
+    def build_empty(self) -> PreTrainedModel:
+        """Return the model without values, on the meta device, in no time and memory."""
 
 
 @dataclass
@@ -114,6 +119,19 @@ class Pretrained:
             shard(model)
         return model
 
+    def build_empty(self) -> PreTrainedModel:
+        """Return the model as its configuration describes it."""
+        folder = self._folder()
+        options = self._hub_options(folder)
+        config = AutoConfig.from_pretrained(folder, **options)
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config
+            model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])
+        del options["trust_remote_code"]  # GenerationConfig keeps what it does not know
+        with suppress(OSError):  # a model need not have one
+            model.generation_config = GenerationConfig.from_pretrained(folder, **options)
+        return model
+
     def _folder(self) -> str:
         if self.gguf_file is None:
             return (
@@ -165,6 +183,10 @@ class Packaged:
     def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
         """Return the dequantised model."""
         return self._pretrained().load_model(dtype, shard=shard)
+
+    def build_empty(self) -> PreTrainedModel:
+        """Return the model as the GGUF file describes it."""
+        return self._pretrained().build_empty()
 
     def _pretrained(self) -> Pretrained:
         spec = importlib.util.find_spec(self.package)
@@ -231,6 +253,11 @@ class FromConfig:
         if shard is not None:
             shard(model)
         return model
+
+    def build_empty(self) -> PreTrainedModel:
+        """Return the model without random weights."""
+        with torch.device("meta"):
+            return self.load_model(torch.get_default_dtype())
 
     def _tokenizer_source(self) -> ModelSource | None:
         return Pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer

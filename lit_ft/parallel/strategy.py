@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.optim import Optimizer
 
+from lit_ft.parallel.checkpoint import load_parts, save_parts
 from lit_ft.parallel.fully_shard import fully_shard_model
 
 
@@ -23,8 +28,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             less memory, one more gathering.
         cpu_offload: Keep the parts in host memory; a block's weights are on the device while it
             computes, and the optimizer steps on the host.
-        save_distributed_checkpoint: A checkpoint of a file a rank; else one file, which rank 0
-            writes.
+        save_distributed_checkpoint: A checkpoint is a folder, of which each rank writes a part; on
+            a file system that all ranks see. Else one file: rank 0 gathers the whole model and
+            optimizer state in host memory. Any number of ranks load either.
         **options: Of `ModelParallelStrategy`: `process_group_backend`, `timeout`.
     """
 
@@ -33,7 +39,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         *,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
-        save_distributed_checkpoint: bool = False,
+        save_distributed_checkpoint: bool = True,
         **options: Any,
     ) -> None:
         if cpu_offload and torch.cuda.is_available():  # gradients are reduced there, normed here
@@ -73,3 +79,48 @@ class FSDP2Strategy(ModelParallelStrategy):
             pinned = torch.cuda.is_available()
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
         fully_shard_model(model, self.device_mesh["data_parallel"], **options)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights to save: this rank's parts where they are, or all of them on rank 0.
+
+        Lightning copies all parts to the host before the first is written.
+        """
+        if not self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state to save, like the weights."""
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer))
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save on all ranks; what was at `filepath` is there until the new one is whole.
+
+        Raises:
+            OSError: A rank could not write, with the reason; on all ranks.
+        """
+        if self._save_distributed_checkpoint:
+            save_parts(checkpoint, Path(self.broadcast(filepath)))
+        else:  # not by ModelParallelStrategy, which removes a folder there first
+            ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a file or folder, saved on any number of ranks, on all ranks.
+
+        Raises:
+            RuntimeError: It is of another model or optimizer.
+            ValueError: It is broken, or holds objects that are more than plain values.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        assert self.lightning_module is not None
+        return load_parts(path, self.lightning_module, self.optimizers, weights_only=weights_only)

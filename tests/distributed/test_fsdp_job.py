@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lit_ft.callbacks import AtomicCheckpointIO
+from lit_ft.chat import main as chat
+from lit_ft.export import main as export
+from lit_ft.replacing import whole_at
 from tests.commands import TINY, start
 
 pytestmark = pytest.mark.slow
@@ -42,11 +47,11 @@ class Fails(Callback):
 
 
 def whole(checkpoint: Path) -> bool:
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
     return all(value.isfinite().all() for value in state.values())
 
 
-def test_it_trains_and_leaves_what_one_process_leaves(tmp_path):
+def test_it_trains_and_leaves_what_one_process_leaves(tmp_path, capsys):
     process = start(*JOB, f"run_dir={tmp_path}", "strategy=fsdp", "trainer.max_steps=3")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
@@ -54,7 +59,22 @@ def test_it_trains_and_leaves_what_one_process_leaves(tmp_path):
     assert (summary["status"], summary["steps"]) == ("completed", 3)
     assert summary["val_loss"] < summary["initial_val_loss"]
     assert whole(tmp_path / "checkpoints" / "last.ckpt")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").num_parameters()
+    exported = weights_of(tmp_path / "export")
+    export([str(tmp_path), "--output", str(tmp_path / "last")])
+    assert_equal(weights_of(tmp_path / "last"), exported)
+    export([str(tmp_path), "--checkpoint", "best", "--output", str(tmp_path / "best")])
+    assert_equal(weights_of(tmp_path / "best"), exported)  # the last validation was the best
+    capsys.readouterr()
+    chat([str(tmp_path / "last"), "--prompt", "What is it?", "--max-new-tokens", "2"])
+    assert capsys.readouterr().out
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_layers_streamed_from_the_host_train_the_same_weights(tmp_path):
@@ -65,7 +85,7 @@ def test_layers_streamed_from_the_host_train_the_same_weights(tmp_path):
         process = start(*options, f"strategy={strategy}", f"run_dir={folder}")
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
-        ends.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True))
+        ends.append(AtomicCheckpointIO().load_checkpoint(folder / "checkpoints" / "last.ckpt"))
     torch.testing.assert_close(ends[1]["state_dict"], ends[0]["state_dict"], rtol=0, atol=0)
 
 
@@ -84,6 +104,29 @@ def test_a_signal_to_one_rank_stops_and_saves(rank, strategy, tmp_path):
     assert process.returncode == 143, output
     assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
     assert whole(tmp_path / "checkpoints" / "last.ckpt")
+
+
+def test_two_ranks_that_are_killed_again_and_again_go_on_and_so_does_one_process(tmp_path):
+    """The kill comes anywhere, in saves too, which come after each step."""
+    job = [*JOB, f"run_dir={tmp_path}", "checkpoint.every_n_steps=1", "resume=auto"]
+    last, steps = tmp_path / "checkpoints" / "last.ckpt", [0]
+    for _ in range(2):
+        process = start(*job, "strategy=fsdp", "trainer.max_steps=4000")
+        for line in process.stdout:
+            if (step := re.match(r"step (\d+)/", line)) and int(step[1]) > steps[-1] + 1:
+                break
+        for rank in [*psutil.Process(process.pid).children(), process]:
+            rank.kill()
+        process.communicate(timeout=60)
+        path = whole_at(last)
+        assert whole(path)
+        steps.append(AtomicCheckpointIO().load_checkpoint(path)["global_step"])
+    end = steps[-1] + 2
+    alone = ["strategy=cpu", "trainer.devices=1", "data.batch_size=4"]
+    process = start(*job, *alone, f"trainer.max_steps={end}")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert 0 < steps[1] < steps[2] < torch.load(last, weights_only=True)["global_step"] == end
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])

@@ -1,0 +1,213 @@
+"""Checkpoints of several ranks: a folder of torch.distributed.checkpoint's files and Lightning's.
+
+`state_dict` and `optimizer_0` are in the ranks' files; everything else of a Lightning checkpoint is
+in `meta.pt`. Reading runs no code from the folder, whoever made it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+META = "meta.pt"  # Lightning's name
+
+_CLASSES: tuple[Any, ...] = (
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    torch.Size,
+    torch.serialization._get_layout,
+)
+_ADMITTED: dict[tuple[str, str], Any] = {
+    **{(each.__module__, each.__qualname__): each for each in _CLASSES},
+    **{("torch", name): value for name, value in vars(torch).items() if type(value) is torch.dtype},
+    # Where it was saved, which nobody asks.
+    **{(module, "PosixPath"): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")},
+}
+
+
+def write_parts(state: dict[str, Any], folder: Path) -> None:
+    """Write `state`, of whose sharded tensors each rank writes its part; all ranks call.
+
+    Tensors on a GPU come to the host one by one.
+
+    Raises:
+        OSError: A rank could not write; on all ranks.
+    """
+    try:
+        save(state, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
+        raise OSError(_first_reason(error)) from error
+
+
+def write_rest(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Write what is in no rank's part; one rank calls."""
+    with (folder / META).open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class CheckpointFolder:
+    """A checkpoint of several ranks, opened for reading by any number of processes.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        ValueError: `path` is not such a folder, or its list of contents is broken or names what has
+            no business there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / ".metadata"
+        if not file.is_file() or not (self.path / META).is_file():
+            raise ValueError(f"{path} is not a whole checkpoint, which has .metadata and {META}.")
+        with file.open("rb") as stream:
+            try:
+                self.metadata: Metadata = _MetadataUnpickler(stream).load()
+                self._saved = dict(self.metadata.state_dict_metadata)
+            except Exception as error:  # broken pickles raise errors of many kinds
+                raise ValueError(f"Refusing to read {file}: {error}") from error
+
+    @property
+    def has_optimizers(self) -> bool:
+        """Whether training can go on from it."""
+        return any(name.startswith("optimizer_0.") for name in self._saved)
+
+    def tensors(self, prefix: str) -> dict[str, TensorStorageMetadata]:
+        """Return size and type of each tensor whose name begins so."""
+        return {
+            name: entry
+            for name, entry in self._saved.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def load(self, state: dict[str, Any], *, alone: bool = False) -> None:
+        """Fill the tensors in `state` in place, and put the saved values in its other places.
+
+        Args:
+            state: Any part of what was saved: nested, or flat with names joined by dots. Of a
+                sharded tensor each rank reads its part.
+            alone: This process reads by itself; else all ranks call.
+
+        Raises:
+            RuntimeError: `state` is of another model or optimizer.
+            ValueError: A file is broken, or holds objects that are more than plain values.
+        """
+        self._refuse_other(state)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                load(state, storage_reader=_Reader(self), planner=_PlainValues(), no_dist=alone)
+        except CheckpointException as error:
+            raise ValueError(f"Refusing to read {self.path}: {_first_reason(error)}") from error
+
+    def load_whole(self) -> dict[str, Any]:
+        """Return all of it in this process's memory, as if it had been one file."""
+        flat = {name: _room_for(entry) for name, entry in self._saved.items()}
+        self.load(flat, alone=True)
+        nested = unflatten_state_dict(flat, self.metadata.planner_data)
+        checkpoint = {**self.load_rest(), "state_dict": nested.pop("state_dict")}
+        if nested:
+            checkpoint["optimizer_states"] = [nested[f"optimizer_{i}"] for i in range(len(nested))]
+        return checkpoint
+
+    def load_rest(self, *, weights_only: bool = True) -> dict[str, Any]:
+        """Return what is in no rank's part: of callbacks, loops, schedules.
+
+        Raises:
+            ValueError: It is broken, or holds objects that are more than plain values.
+        """
+        file = self.path / META
+        try:
+            rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"Refusing to read {file}: {error}") from error
+        return rest
+
+    def _refuse_other(self, state: dict[str, Any]) -> None:
+        wanted, _ = flatten_state_dict(state)
+        weights = self.tensors("state_dict.") if "state_dict" in state else {}
+        differences = {
+            "Missing key(s)": wanted.keys() - self._saved.keys(),
+            "Unexpected key(s)": weights.keys() - wanted.keys(),
+            "Other sizes": {
+                name
+                for name, entry in self.tensors("").items()
+                if isinstance(wanted.get(name), Tensor) and wanted[name].shape != entry.size
+            },
+        }
+        told = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
+        if told:
+            raise RuntimeError(f"Error in loading state_dict for {self.path}: {'; '.join(told)}")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes of which a list of contents is made, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return _ADMITTED[module, name]
+
+
+class _Reader(FileSystemReader):
+    """Has read the list of contents already; torch's own reader unpickles whatever is there."""
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        super().__init__(folder.path)
+        self._metadata = folder.metadata
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+
+class _PlainValues(DefaultLoadPlanner):
+    """Takes what is not a tensor only if it is plain; torch's own planner unpickles anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        place = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, place, torch.load(value, weights_only=True))
+
+
+def _room_for(entry: Any) -> Tensor | None:
+    if isinstance(entry, TensorStorageMetadata):
+        return torch.empty(entry.size, dtype=entry.properties.dtype)
+    return None
+
+
+def _first_reason(error: CheckpointException) -> str:
+    cause, _ = next(iter(error.failures.values()))
+    return str(cause).partition("\n")[0]
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
