@@ -125,6 +125,16 @@ def test_an_8_bit_step_takes_the_room_of_a_piece() -> None:
     assert peak(stepped_in_pieces) < size
 
 
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchaos_step_takes_the_room_of_a_piece(dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(torch.ones(1024, 256, dtype=dtype))
+    optimizer = stochastically_rounded(RowwiseAdamW8bit([weight]), seed=0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert peak_allocated(optimizer.step) < 4 * weight.numel()
+
+
 def test_moments_turn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rotation = torch.linalg.qr(torch.randn(64, 64)).Q
 

@@ -13,7 +13,7 @@ _CANNOT = {
     "strategy=fsdp take optim=adamw_8bit_torchao or optim=galore_subspace_8bit_torchao",
     r"^(lit_ft\.optim\.)?galore_torch\.": "galore-torch projects whole matrices: with "
     "strategy=fsdp take optim=galore or optim=galore_subspace",
-    r"\.optim\._?muon\.": f"Muon orthogonalises whole matrices: with strategy=fsdp {_OTHERS}",
+    r"\.Muon": f"Muon orthogonalises whole matrices: with strategy=fsdp {_OTHERS}",
     r"\.LBFGS$": f"LBFGS flattens all parameters: with strategy=fsdp {_OTHERS}",
 }
 
