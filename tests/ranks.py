@@ -1,4 +1,4 @@
-"""Two ranks on this machine: real processes that torch.distributed's gloo connects."""
+"""Ranks on this machine: real processes that torch.distributed's gloo connects."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WORLD = 2
+WORLD = 2  # ranks of most tests
 
 
 @contextmanager
-def ranks() -> Iterator[Callable[..., list[Any]]]:
+def ranks(world: int = WORLD) -> Iterator[Callable[..., list[Any]]]:
     """Give a function that runs (function, *args) on all ranks and returns what each returned."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,8 +26,8 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     # Spawned, since a fork of a process that has used threads may hang.
     context = multiprocessing.get_context("spawn")
     pools = [
-        ProcessPoolExecutor(1, context, initializer=_join, initargs=(rank, port))
-        for rank in range(WORLD)
+        ProcessPoolExecutor(1, context, initializer=_join, initargs=(rank, world, port))
+        for rank in range(world)
     ]
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -41,15 +41,15 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _join(rank: int, port: int) -> None:
+def _join(rank: int, world: int, port: int) -> None:
     """Become one of the ranks, with the environment that torchrun gives."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_WORLD_SIZE": str(WORLD),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",

@@ -12,3 +12,10 @@ def on_both() -> Iterator[Callable[..., list]]:
     """Runs a function on two ranks, which are the same two processes for all tests."""
     with ranks() as run:
         yield run
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Callable[..., list]]:
+    """Runs a function on four ranks, which are the same four processes for all tests."""
+    with ranks(world=4) as run:
+        yield run
