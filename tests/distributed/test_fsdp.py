@@ -106,10 +106,11 @@ def train(
     layerwise=False,
     precision="32-true",
     cpu_offload=False,
+    replicas=1,
     **options,
 ):
     """Train on one process or on all ranks; return the whole weights and what the ranks held."""
-    rank, size = (dist.get_rank(), WORLD) if sharded else (0, 1)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     callbacks = [LastCheckpoint(Path(run_dir) / "checkpoints", every_n_steps=100)]
     if projector is not None:
         callbacks.append(GaLore(rank=4, projector=PROJECTORS[projector]))
@@ -123,7 +124,8 @@ def train(
         **options,
     )
     vars(module)["tokenizer"] = None  # the folder has none
-    fsdp = {"strategy": FSDP2Strategy(cpu_offload=cpu_offload), "devices": WORLD}
+    strategy = FSDP2Strategy(data_parallel_replicate_size=replicas, cpu_offload=cpu_offload)
+    fsdp = {"strategy": strategy, "devices": size}
     trainer = trainer_of(
         run_dir,
         max_steps=steps,
