@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -86,15 +87,16 @@ class GaLore(Callback):
         if self.steps is not None:
             return
         mesh = pl_module.device_mesh
+        if isinstance(mesh, DeviceMesh) and mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                "GaLore works with sharded data parallelism, not with tensor parallelism: use "
+                "strategy=fsdp, that is ModelParallelStrategy(data_parallel_size=..., "
+                "tensor_parallel_size=1), or optim=adamw, that is no GaLore."
+            )
         if mesh is not None and trainer.precision == "bf16-true":
             raise MisconfigurationException(
                 "FSDP2 wants one type of numbers in a block, and beside bfloat16 weights GaLore's "
                 "small parameters are float32: use trainer.precision=bf16-mixed."
-            )
-        if mesh is not None and mesh["tensor_parallel"].size() > 1:
-            raise MisconfigurationException(
-                "GaLore works with sharded data parallelism, not with tensor parallelism: give "
-                "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
             )
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             self._inject(pl_module)
