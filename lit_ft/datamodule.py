@@ -22,6 +22,7 @@ from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
+from lit_ft.global_batch import share_of_data
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -276,11 +277,12 @@ class InstructionDataModule(LightningDataModule):
 
     def _cut(self, batch_size: int, micro_batches: int) -> dict[str, int]:
         """How a global batch is cut into micro-batches and ranks."""
+        rank, num_replicas = share_of_data(self.trainer) if self.trainer else (0, 1)
         return {
             "batch_size": batch_size,
             "micro_batches": micro_batches,
-            "num_replicas": self.trainer.world_size if self.trainer else 1,
-            "rank": self.trainer.global_rank if self.trainer else 0,
+            "num_replicas": num_replicas,
+            "rank": rank,
         }
 
     def _loader(self, rows: Any, **options: Any) -> StatefulDataLoader[Any]:

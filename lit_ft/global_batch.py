@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
+
+
+def share_of_data(trainer: Trainer) -> tuple[int, int]:
+    """Return which share of the data this rank gets, and of how many.
+
+    There is one for each rank, but where ranks compute parts of the same layers (tensor
+    parallelism): those get the same.
+    """
+    dealt = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+    return dealt["rank"], dealt["num_replicas"]
 
 
 @dataclass
@@ -19,7 +30,7 @@ class GlobalBatch:
     first micro-batch over all ranks: without accumulation the scale is 1 and nothing is touched.
 
     Attributes:
-        all_reduce: Sums a tensor over the ranks.
+        all_reduce: Sums a tensor over the ranks, of each share of the data once.
     """
 
     all_reduce: Callable[[Tensor], Tensor]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear_cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from lit_ft.labels import IGNORED
+from lit_ft.sharding import is_sharded
 
 _CHUNK_TOKENS = 256
 
@@ -53,12 +55,7 @@ def chunked_cross_entropy(
         there is no target. From bfloat16 inputs it is rounded to 3 digits while gradients are
         recorded, exact otherwise.
     """
-    targets = labels[:, 1:].reshape(-1)
-    keep = (targets != IGNORED).nonzero().squeeze(1)
-    # With no target at all one ignored position keeps the graph whole: under DDP every parameter
-    # must receive a gradient on every rank.
-    keep = keep if keep.numel() else keep.new_zeros(1)
-    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep]
+    states, targets = _at_targets(hidden, labels)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         states, weight = states.to(dtype), weight.to(dtype)
@@ -68,7 +65,7 @@ def chunked_cross_entropy(
     policy: Literal["compact", "auto"] = "compact" if states.dtype == torch.float32 else "auto"
     summed = partial(
         linear_cross_entropy,
-        target=targets[keep],
+        target=targets,
         # A sum comes back in the input's dtype: in bfloat16 to 3 digits. Its gradient is not
         # rounded that way, but where there is none to compute, exact terms cost nothing.
         reduction="sum" if torch.is_grad_enabled() else "none",
@@ -81,6 +78,37 @@ def chunked_cross_entropy(
     else:
         loss = summed(states, weight, linear_bias=bias)
     return loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
+
+
+def cross_entropy_through(
+    head: nn.Module, hidden: Tensor, labels: Tensor, *, chunk_tokens: int | None = None
+) -> Tensor:
+    """Sum the same cross-entropy from what `head` makes of a chunk of tokens, once a pass.
+
+    For a head of which ranks hold parts (tensor parallelism): its own forward pass brings the
+    chunk's logits together, which takes no knowledge of how it is cut.
+    """
+
+    def summed(states: Tensor, targets: Tensor) -> Tensor:
+        logits = head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+
+    size = chunk_tokens or _CHUNK_TOKENS
+    states, targets = _at_targets(hidden, labels)
+    chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
+    # Backward makes the logits again rather than keep those of all chunks.
+    losses: list[Tensor] = [checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(losses).sum()
+
+
+def _at_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    targets = labels[:, 1:].reshape(-1)
+    keep = (targets != IGNORED).nonzero().squeeze(1)
+    # With no target at all one ignored position keeps the graph whole: under DDP every parameter
+    # must receive a gradient on every rank.
+    keep = keep if keep.numel() else keep.new_zeros(1)
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep], targets[keep]
 
 
 class _Repeatable(torch.autograd.Function):
@@ -143,6 +171,8 @@ class ChunkedCrossEntropy:
             # are the largest tensor of a step; a GPU reads the whole head for each chunk.
             chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 512)
             return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)  # type: ignore[no-any-return]
+        if is_sharded(head.weight):
+            return cross_entropy_through(head, hidden, labels, chunk_tokens=self.chunk_tokens)
         return chunked_cross_entropy(
             hidden,
             head.weight,

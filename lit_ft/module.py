@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from lit_ft.global_batch import GlobalBatch
+from lit_ft.global_batch import GlobalBatch, share_of_data
 from lit_ft.isolation import keeps_packed_examples_apart
 from lit_ft.labels import IGNORED
 from lit_ft.losses import (
@@ -39,6 +39,8 @@ from lit_ft.optim import (
 )
 from lit_ft.parallel import (
     FSDP2Strategy,
+    TensorParallelStrategy,
+    refuse_not_elementwise,
     refuse_sharded_state,
     with_root_gathered,
 )
@@ -124,7 +126,7 @@ class CausalLMModule(LightningModule):
 
     def shard_model(self) -> None:
         """Spread `model` over the ranks; what changes a model's layers does so before (GaLore)."""
-        assert isinstance(self.trainer.strategy, FSDP2Strategy)
+        assert isinstance(self.trainer.strategy, FSDP2Strategy | TensorParallelStrategy)
         self.trainer.strategy.shard(self.model)
 
     def _shard(self, model: Any) -> None:
@@ -163,7 +165,8 @@ class CausalLMModule(LightningModule):
         loss_sum, num_targets = self.loss_sum(batch)
         loss = self._global_batch.add(loss_sum, num_targets)
         # Lightning divides by the number of micro-batches, data parallelism by that of ranks.
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        _, shares = share_of_data(self.trainer)
+        return loss * (self.trainer.accumulate_grad_batches * shares)
 
     def optimizer_step(
         self,
@@ -282,7 +285,9 @@ class CausalLMModule(LightningModule):
 
     def _check_sharding(self) -> None:
         """Refuse what does not work on a part of the weights."""
-        if not isinstance(self.trainer.strategy, FSDP2Strategy):
+        strategy = self.trainer.strategy
+        by_columns = isinstance(strategy, TensorParallelStrategy)
+        if not isinstance(strategy, FSDP2Strategy | TensorParallelStrategy):
             raise MisconfigurationException(
                 "Use lit_ft.parallel.FSDP2Strategy() (strategy=fsdp) in place of "
                 "ModelParallelStrategy: it says how the model is sharded."
@@ -290,17 +295,18 @@ class CausalLMModule(LightningModule):
         kind = getattr(self.optimizer, "func", self.optimizer)
         try:
             if isinstance(kind, type):
-                refuse_sharded_state(kind)
+                (refuse_not_elementwise if by_columns else refuse_sharded_state)(kind)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        name = "tensor_parallel" if by_columns else "fsdp"
         if self.adapter is not None:
             raise MisconfigurationException(
-                "An adapter does not go with strategy=fsdp: use strategy=ddp, where its few "
+                f"An adapter does not go with strategy={name}: use strategy=ddp, where its few "
                 "gradients cost little, or adapter=none with optim=galore_subspace."
             )
         if self.compile_model:
             raise MisconfigurationException(
-                "module.compile=true does not go with strategy=fsdp: leave one of them out."
+                f"module.compile=true does not go with strategy={name}: leave one of them out."
             )
 
     def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:
@@ -327,6 +333,7 @@ class CausalLMModule(LightningModule):
                 )
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
+        _, shares = share_of_data(self.trainer)
+        if shares == 1:
             return tensor
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")

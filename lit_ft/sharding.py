@@ -1,4 +1,4 @@
-"""What one rank holds of a tensor whose rows FSDP2 spreads over the ranks."""
+"""What one rank holds of a tensor that is spread over the ranks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -16,6 +17,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ranks hold parts of `tensor`."""
     return isinstance(tensor, DTensor)
+
+
+def is_spread(model: object) -> bool:
+    """Whether ranks hold parts of `model`: what it does, all of them have to do together."""
+    return isinstance(model, nn.Module) and (
+        isinstance(model, FSDPModule) or any(is_sharded(p) for p in model.parameters())
+    )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,12 +45,17 @@ def holds_whole_rows(tensor: Tensor) -> bool:
 
 def first_row(tensor: Tensor) -> int:
     """Return which row of the whole is the first of `local(tensor)`."""
+    return first_element(tensor)[0]
+
+
+def first_element(tensor: Tensor) -> tuple[int, ...]:
+    """Return where in the whole the first element of `local(tensor)` is: row, column, ..."""
     if not isinstance(tensor, DTensor):
-        return 0
+        return (0,) * max(tensor.ndim, 1)
     _, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    return offsets[0]
+    return tuple(offsets) or (0,)
 
 
 def added_over_ranks(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -39,5 +39,8 @@ class Fault(Callback):
     def terminate(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def warn(self) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+
     def out_of_memory(self) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

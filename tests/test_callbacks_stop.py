@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -39,6 +41,21 @@ def test_the_step_under_way_is_finished_and_saved(tmp_path, fault, raised):
     with pytest.raises(raised):
         fit(tmp_path, Fault("on_train_batch_start", 2, fault))
     assert saved_step(tmp_path) == 3
+
+
+@pytest.fixture
+def steps_at_warning(tmp_path):
+    """What is saved whenever SIGUSR2 is handled as a scheduler's job does."""
+    steps = []
+    earlier = signal.signal(signal.SIGUSR2, lambda *_: steps.append(saved_step(tmp_path)))
+    yield steps
+    signal.signal(signal.SIGUSR2, earlier)
+
+
+def test_a_schedulers_warning_is_handled_once_the_step_is_saved(tmp_path, steps_at_warning):
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, Fault("on_train_batch_start", 2, "warn"))
+    assert steps_at_warning == [3]
 
 
 def test_a_second_signal_stops_at_once(tmp_path):

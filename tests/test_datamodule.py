@@ -139,7 +139,9 @@ def test_ranks_share_the_rows_and_validate_none_twice(
     train, val, steps = [], [], set()
     for rank in range(ranks):
         data.trainer = SimpleNamespace(
-            world_size=ranks, global_rank=rank, accumulate_grad_batches=2, lightning_module=None
+            distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank},
+            accumulate_grad_batches=2,
+            lightning_module=None,
         )
         train += answers(tokenizer, data.train_dataloader())
         val += answers(tokenizer, data.val_dataloader())

@@ -10,7 +10,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.distributed.fsdp import FSDPModule
+
+from lit_ft.sharding import is_spread
 
 
 class ExportHF(Callback):
@@ -63,7 +64,7 @@ class ExportHF(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
-        if not trainer.is_global_zero and not isinstance(pl_module.model, FSDPModule):
+        if not trainer.is_global_zero and not is_spread(pl_module.model):
             return  # ranks that hold a part each write that
         # Not above: it brings transformers and peft along.
         from lit_ft.models.export import export_model

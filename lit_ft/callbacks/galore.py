@@ -14,10 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from peft import PeftConfig
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_ft.callbacks.lookup import loss_scaler, only_optimizer
+from lit_ft.parallel import TensorParallelStrategy
 from lit_ft.sharding import is_sharded
 from lit_ft.subspace import (
     MATCH_ADAMW,
@@ -114,6 +116,13 @@ class GaLore(Callback):
 
     def _check_sharding(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse what does not work where each rank holds a part of the weights."""
+        mesh = module.device_mesh
+        cuts_layers = isinstance(mesh, DeviceMesh) and mesh["tensor_parallel"].size() > 1
+        if cuts_layers or isinstance(trainer.strategy, TensorParallelStrategy):
+            raise MisconfigurationException(
+                "GaLore works with sharded data parallelism, not with tensor parallelism: use "
+                "strategy=fsdp, that is FSDP2Strategy(), or optim=adamw, that is no GaLore."
+            )
         if trainer.precision == "bf16-true":
             raise MisconfigurationException(
                 "FSDP2 wants one type of numbers in a block, and beside bfloat16 weights GaLore's "
@@ -124,12 +133,6 @@ class GaLore(Callback):
                 f"{type(self.projector).__name__} takes bases from whole gradients, and where "
                 "weights are sharded no rank has one: use optim=galore, optim=galore_subspace, or "
                 "strategy=ddp."
-            )
-        mesh = module.device_mesh
-        if mesh is not None and mesh["tensor_parallel"].size() > 1:
-            raise MisconfigurationException(
-                "GaLore works with sharded data parallelism, not with tensor parallelism: give "
-                "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
             )
 
     def _inject(self, module: LightningModule) -> None:

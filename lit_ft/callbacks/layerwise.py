@@ -183,8 +183,8 @@ def _refuse_strategy(trainer: Trainer) -> None:
         )
     if isinstance(strategy, ModelParallelStrategy) and _clipping(trainer)[0]:
         raise MisconfigurationException(
-            "Layerwise updates clip by norm in a second backward pass, which FSDP2 does not allow: "
-            "use trainer.gradient_clip_val=null, or update=whole, that is no LayerwiseUpdate."
+            f"Layerwise updates clip by norm in a second backward pass, not under {name}: use "
+            "trainer.gradient_clip_val=null, or update=whole, that is no LayerwiseUpdate."
         )
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_ft.callbacks.cadence import Cadence
+from lit_ft.sharding import is_spread
 
 Prompt = str | Sequence[dict[str, str]]
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
@@ -29,8 +30,8 @@ class SampleGenerations(Callback):
 
     Training is not affected by a bit: modes and random state are put back. Samples go to every
     logger that takes text (TensorBoard), as Markdown, and to `generations`. They come from rank 0;
-    under FSDP2 all ranks take part. Where that cannot be (FSDP1, DeepSpeed), and where generating
-    fails, there is a warning, and the run goes on.
+    under FSDP2 and tensor parallelism all ranks take part. Where that cannot be (FSDP1, DeepSpeed),
+    and where generating fails, there is a warning, and the run goes on.
 
     Args:
         prompts: texts, or chats as lists of `{"role": ..., "content": ...}`; None asks the
@@ -58,10 +59,12 @@ class SampleGenerations(Callback):
         self.generations: list[dict[str, Any]] = []
         self._cadence = None if every_n_steps is None else Cadence(every_n_steps)
         self._fixed_prompts: list[Prompt] = []
+        self._sampled_at: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the prompts and generate before the first step."""
         self.generations = []
+        self._sampled_at = None
         if self._cadence is not None:
             self._cadence.start(trainer)
         prompts = [] if _obstacle(trainer, pl_module) else self._find_prompts(trainer)
@@ -77,7 +80,7 @@ class SampleGenerations(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate with the trained model, unless its last step has just done so."""
-        if not self.generations or self.generations[-1]["step"] != trainer.global_step:
+        if self._sampled_at != trainer.global_step:  # known to all ranks, unlike `generations`
             self._sample(trainer, pl_module)
 
     def _find_prompts(self, trainer: Trainer) -> list[Prompt]:
@@ -89,8 +92,9 @@ class SampleGenerations(Callback):
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._fixed_prompts:
             return
-        if not trainer.is_global_zero and not isinstance(pl_module.model, FSDPModule):
+        if not trainer.is_global_zero and not is_spread(pl_module.model):
             return  # of a model in parts each rank has to generate
+        self._sampled_at = trainer.global_step
         try:
             with trainer.precision_plugin.forward_context():
                 texts = generate(
@@ -100,7 +104,7 @@ class SampleGenerations(Callback):
                     max_new_tokens=self.max_new_tokens,
                 )
         except (RuntimeError, ValueError, TemplateError) as error:
-            if isinstance(error, RuntimeError) and isinstance(pl_module.model, FSDPModule):
+            if isinstance(error, RuntimeError) and is_spread(pl_module.model):
                 raise  # the other ranks wait for this one
             rank_zero_warn(f"No more samples: generating failed with {error!r}.")
             self._fixed_prompts = []
@@ -175,7 +179,7 @@ def as_markdown(prompt: str, text: str) -> str:
 def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why this run cannot generate, said once; None if it can."""
     reason = None
-    shared = isinstance(getattr(pl_module, "model", None), FSDPModule)
+    shared = is_spread(getattr(pl_module, "model", None))
     if isinstance(trainer.strategy, _SHARDED) and not shared:
         reason = f"the model is sharded by {type(trainer.strategy).__name__}"
     elif not hasattr(getattr(pl_module, "model", None), "generate"):

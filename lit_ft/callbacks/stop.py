@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run with nothing lost."""
+"""Ctrl-C, SIGTERM and a scheduler's warning end a run with nothing lost."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ class StopOnSignal(Callback):
     All ranks stop at the same step, whichever of them got the signal. Has an effect in the main
     thread only, where Python allows signal handlers.
 
+    SIGUSR2 counts where something handles it: submitit, which Slurm warns so ahead of a job's time
+    limit, queues the job again in its handler. That is called once the step's state is saved.
+
     Raises:
         KeyboardInterrupt: after Ctrl-C; Lightning turns it into SystemExit.
-        SIGTERMException: after SIGTERM.
+        SIGTERMException: after SIGTERM, and SIGUSR2 if its handler returns.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._on_warning: Any = None  # the handler of SIGUSR2 that was there before
         self._global_step = 0
         self._step_is_complete = False
 
@@ -46,6 +50,9 @@ class StopOnSignal(Callback):
         self._global_step = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             _handle(number, self._note)
+        self._on_warning = signal.getsignal(signal.SIGUSR2)
+        if callable(self._on_warning):
+            _handle(signal.SIGUSR2, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,6 +85,8 @@ class StopOnSignal(Callback):
     def _let_signals_through(self) -> None:
         _handle(signal.SIGINT, signal.default_int_handler)
         _handle(signal.SIGTERM, _stop_at_once)
+        if callable(self._on_warning):
+            _handle(signal.SIGUSR2, self._on_warning)
 
     def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._step_is_complete:
@@ -92,6 +101,9 @@ class StopOnSignal(Callback):
                 )
         if self._received == signal.SIGINT:
             raise KeyboardInterrupt
+        warned = self._received == signal.SIGUSR2
+        if trainer.strategy.reduce_boolean_decision(warned, all=False) and self._on_warning:
+            self._on_warning(signal.SIGUSR2, None)
         raise SIGTERMException
 
 

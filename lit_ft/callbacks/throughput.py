@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_ft.callbacks.batch_work import Work, count_tokens, num_samples, sum_squared_lengths
 from lit_ft.callbacks.cadence import Cadence
 from lit_ft.flops import TrainingFlops, training_flops
+from lit_ft.global_batch import share_of_data
 
 
 class Stopwatch:
@@ -222,6 +223,8 @@ class ThroughputMonitor(Callback):
         device = trainer.strategy.root_device
         counts = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in local])
         sums: Any = trainer.strategy.reduce(counts, reduce_op="sum")
+        _, shares = share_of_data(trainer)
+        sums = sums // (trainer.world_size // shares)  # tensor-parallel ranks count the same
         window, skipped = Work(*sums[:4].tolist()), Work(*sums[4:].tolist())
         self._timed_total += window
         self._skipped_total += skipped

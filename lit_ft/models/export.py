@@ -12,11 +12,11 @@ import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ft.models.export_sharded import export_sharded
 from lit_ft.models.sources import dtype_named
+from lit_ft.sharding import is_spread
 
 
 def export_model(
@@ -46,7 +46,7 @@ def export_model(
     target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, FSDPModule):
+    if is_spread(model):
         export_sharded(model, folder, dtype=target_dtype)
         tokenizer = tokenizer if dist.get_rank() == 0 else None
     else:

@@ -19,7 +19,7 @@ def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> No
     """Write `model` as `from_pretrained` loads it; call it on every rank.
 
     Args:
-        model: A transformers model under `fully_shard`.
+        model: A transformers model of which each rank holds a part.
         folder: On a file system that all ranks see.
         dtype: Of the written weights; None keeps the model's.
     """

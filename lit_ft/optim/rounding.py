@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lit_ft.optim.pieces import AnyOptimizer, InPieces, at, take_class
 from lit_ft.rounding import keyed_generator, round_stochastically
-from lit_ft.sharding import first_row, local
+from lit_ft.sharding import first_element, local
 
 
 def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
@@ -71,11 +71,12 @@ class _StochasticallyRounded(InPieces):
         return stand_in
 
     def _take_back(self, parameter: Tensor, rows: slice | None, stand_in: Tensor) -> None:
-        # Of a sharded parameter, which comes in one piece, each rank rounds the rows that it holds.
-        first = rows.start if rows else first_row(parameter)
+        # Of a sharded parameter, which comes in one piece, each rank rounds the part that it holds.
+        first_row, *columns = (rows.start,) if rows else first_element(parameter)
+        first = (first_row, *columns) if any(columns) else (first_row,)
         times = self.state[parameter].get("times_rounded", 0)
         index = self._rounding_index[parameter]
-        generator = keyed_generator(parameter.device, self._rounding_seed, index, times, first)
+        generator = keyed_generator(parameter.device, self._rounding_seed, index, times, *first)
         rounded = round_stochastically(local(stand_in), generator=generator)
         local(at(parameter, rows)).copy_(rounded)
 

@@ -3,10 +3,13 @@
 from lit_ft.parallel.fully_shard import fully_shard_model, with_root_gathered
 from lit_ft.parallel.refusals import refuse_sharded_state
 from lit_ft.parallel.strategy import FSDP2Strategy
+from lit_ft.parallel.tensor_parallel import TensorParallelStrategy, refuse_not_elementwise
 
 __all__ = [
     "FSDP2Strategy",
+    "TensorParallelStrategy",
     "fully_shard_model",
+    "refuse_not_elementwise",
     "refuse_sharded_state",
     "with_root_gathered",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
@@ -20,10 +22,14 @@ from lit_ft.parallel.fully_shard import fully_shard_model
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all ranks data-parallel, and how to shard.
 
-    Weights, gradients and optimizer state take 1 / ranks of their bytes on each. With
-    `precision="bf16-mixed"` the parts are float32, and blocks are gathered in bfloat16.
+    Weights, gradients and optimizer state take 1 / ranks of their bytes on each; where there are
+    replicas (HSDP), their own ranks count. With `precision="bf16-mixed"` the parts are float32, and
+    blocks are gathered in bfloat16.
 
     Args:
+        data_parallel_replicate_size: How many times the model is there, each time spread over
+            neighbouring ranks: weights are gathered among these, and gradients are reduced among
+            them and then over the replicas. "auto" for one on each node.
         reshard_after_forward: Let go of a block's gathered weights between forward and backward:
             less memory, one more gathering.
         cpu_offload: Keep the parts in host memory; a block's weights are on the device while it
@@ -37,11 +43,18 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         *,
+        data_parallel_replicate_size: int | Literal["auto"] = 1,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         **options: Any,
     ) -> None:
+        replicas = data_parallel_replicate_size
+        if replicas != "auto" and not (isinstance(replicas, int) and replicas > 0):
+            raise MisconfigurationException(
+                f"data_parallel_replicate_size={replicas}: give a number of replicas from 1 on, or "
+                "auto (one on each node)."
+            )
         if cpu_offload and torch.cuda.is_available():  # gradients are reduced there, normed here
             options.setdefault("process_group_backend", "cuda:nccl,cpu:gloo")
         super().__init__(
@@ -50,13 +63,30 @@ class FSDP2Strategy(ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             **options,
         )
+        self.data_parallel_replicate_size = replicas
         self.reshard_after_forward = reshard_after_forward
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
-        """Join the process group, as many ranks as there are."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        """Join the process group, as many ranks as there are.
+
+        Raises:
+            MisconfigurationException: The ranks cannot be dealt to the replicas evenly.
+        """
+        self._data_parallel_size = ranks = self.num_nodes * self.num_processes
+        if ranks % self.num_replicas:
+            raise MisconfigurationException(
+                f"data_parallel_replicate_size={self.num_replicas} does not divide {ranks} ranks "
+                f"({self.num_nodes} nodes of {self.num_processes} devices): give a divisor, auto "
+                "(one replica on each node), or use strategy=fsdp."
+            )
         super().setup_environment()
+
+    @property
+    def num_replicas(self) -> int:
+        """How many times the model is there."""
+        size = self.data_parallel_replicate_size
+        return self.num_nodes if size == "auto" else size
 
     def model_to_device(self) -> None:
         """Move the module; of an offloaded model only what is not in its parts."""
@@ -78,7 +108,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.cpu_offload:
             pinned = torch.cuda.is_available()
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
-        fully_shard_model(model, self.device_mesh["data_parallel"], **options)
+        fully_shard_model(model, self._fsdp_mesh(), **options)
+
+    def _fsdp_mesh(self) -> DeviceMesh:
+        ranks = self.device_mesh["data_parallel"]
+        if self.num_replicas == 1:
+            return ranks
+        return init_device_mesh(
+            ranks.device_type,
+            (self.num_replicas, ranks.size() // self.num_replicas),
+            mesh_dim_names=("data_parallel_replicate", "data_parallel_shard"),
+        )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the weights to save: this rank's parts where they are, or all of them on rank 0.

@@ -22,6 +22,7 @@ FORMATS = {
 ELSEWHERE = {
     "strategy/ddp": "tests/distributed trains it on two ranks",
     "logger/wandb": "below, offline",
+    "hydra/launcher/slurm": "tests/test_slurm.py",
 }
 
 NEEDS = {  # groups that one optimizer alone understands

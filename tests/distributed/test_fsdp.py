@@ -117,6 +117,7 @@ def train(
     precision="32-true",
     cpu_offload=False,
     parts=True,
+    replicas=1,
     **options,
 ):
     """Train on one process or on all ranks; return the whole weights and what the ranks held."""
@@ -134,7 +135,11 @@ def train(
         **options,
     )
     vars(module)["tokenizer"] = None  # the folder has none
-    strategy = FSDP2Strategy(cpu_offload=cpu_offload, save_distributed_checkpoint=parts)
+    strategy = FSDP2Strategy(
+        data_parallel_replicate_size=replicas,
+        cpu_offload=cpu_offload,
+        save_distributed_checkpoint=parts,
+    )
     fsdp = {"strategy": strategy, "devices": size}
     trainer = trainer_of(
         run_dir,

@@ -1,0 +1,164 @@
+"""A Llama of 70B on 8, 64 and 512 ranks, on paper: bytes a rank holds and sends in a step.
+
+    python benchmarks/at_scale.py
+
+One process stands for rank 0 of all: the process group is torch's fake one and tensors have no
+values (FakeTensorMode), but models are sharded and trained by the code that a real run takes. What
+is held is counted from the local shards; what is sent, as in communication.py, is what goes into
+collectives, here in the first step. Activations are not in it. Blocks are alike: what the first two
+add is counted, and taken for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from communication import Ledger
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import AdamW
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lit_ft.memory import optimizer_state_bytes, weight_bytes
+from lit_ft.parallel import fully_shard_model
+from lit_ft.sharding import local
+from lit_ft.subspace import SubspaceStep, inject
+from lit_ft.subspace.projectors import Oja
+from lit_ft.summary import hardware, versions
+
+RESULTS = Path(__file__).parent / "results" / "at_scale.json"
+RANKS_A_NODE = 8
+HELD = ("weights", "bases", "gradients", "optimizer_state")
+LLAMA_70B = {
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+
+
+def step_on_this_rank(
+    config: LlamaConfig, mesh: DeviceMesh, *, galore_rank: int | None = None, tokens: int = 64
+) -> dict[str, Any]:
+    """Train for a step on this rank of the process group; return what it holds and has sent.
+
+    Args:
+        config: Of the model.
+        mesh: Of all ranks; with two dimensions for replicas (strategy=hsdp).
+        galore_rank: None for AdamW on whole weights.
+        tokens: Of the one example on each rank.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layers = inject(model, rank=galore_rank) if galore_rank else {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard_model(model, mesh, mp_policy=policy)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    if layers:
+        SubspaceStep(layers, Oja(), all_reduce=average).attach(optimizer)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with Ledger() as ledger:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients = sum(local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+    bases = sum(layer.basis.nbytes for layer in layers.values())  # whole on every rank
+    return {
+        "weights": weight_bytes(model) - bases,
+        "bases": bases,
+        "gradients": gradients,
+        "optimizer_state": optimizer_state_bytes(optimizer),
+        "sent": dict(ledger.bytes),
+    }
+
+
+def on_paper(
+    config: LlamaConfig, ranks: int, *, replicas: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Return what rank 0 of so many would hold and send: see `step_on_this_rank`."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    shape = (ranks,) if replicas == 1 else (replicas, ranks // replicas)
+    try:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            # Rank 0 has the first rows; torch finds that out from values, which there are none of.
+            patch("lit_ft.subspace.layer.first_row", return_value=0),
+        ):
+            return step_on_this_rank(config, mesh, **options)
+    finally:
+        dist.destroy_process_group()
+
+
+def of_many_blocks(config: LlamaConfig, ranks: int, **options: Any) -> dict[str, Any]:
+    """Return what `on_paper` would, from models of one and of two blocks: all blocks are alike."""
+    one, two = (
+        on_paper(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": n}), ranks, **options)
+        for n in (1, 2)
+    )
+
+    def grown(first: Any, second: Any) -> Any:
+        if isinstance(first, dict):
+            return {name: grown(first[name], second[name]) for name in first}
+        return first + (config.num_hidden_layers - 1) * (second - first)
+
+    found: dict[str, Any] = grown(one, two)
+    return found
+
+
+def main() -> None:
+    """Count, print, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--galore-rank", type=int, default=1024)
+    arguments = parser.parse_args()
+    config = LlamaConfig(**LLAMA_70B)
+    record: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "model": config.to_diff_dict(),
+        "galore_rank": arguments.galore_rank,
+        "precision": "bf16-mixed",
+        "bytes": {},
+    }
+    shown = Table("ranks", "strategy", "optim", *HELD, "sent in a step")
+    shown.caption = "GB a rank (10^9 bytes)"
+    for ranks in arguments.ranks:
+        nodes = ranks // RANKS_A_NODE
+        for strategy, replicas in {"fsdp": 1, "hsdp": nodes}.items():
+            if strategy == "hsdp" and nodes == 1:
+                continue  # the same
+            for optim, rank in {"adamw": None, "galore_subspace": arguments.galore_rank}.items():
+                found = of_many_blocks(config, ranks, replicas=replicas, galore_rank=rank)
+                record["bytes"][f"{ranks} ranks, {strategy}, {optim}"] = found
+                held = [found[name] for name in HELD]
+                sent = "\n".join(f"{name} {n / 1e9:.2f}" for name, n in found["sent"].items())
+                shown.add_row(
+                    str(ranks), strategy, optim, *(f"{size / 1e9:.2f}" for size in held), sent
+                )
+    Console().print(shown)
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
