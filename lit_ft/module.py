@@ -298,15 +298,15 @@ class CausalLMModule(LightningModule):
                 (refuse_not_elementwise if by_columns else refuse_sharded_state)(kind)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        name = "tensor_parallel" if by_columns else "fsdp"
         if self.adapter is not None:
             raise MisconfigurationException(
-                f"An adapter does not go with strategy={name}: use strategy=ddp, where its few "
-                "gradients cost little, or adapter=none with optim=galore_subspace."
+                "An adapter does not go with sharded weights: use strategy=ddp, where its few "
+                "gradients cost little, or adapter=none."
             )
         if self.compile_model:
             raise MisconfigurationException(
-                f"module.compile=true does not go with strategy={name}: leave one of them out."
+                "module.compile=true does not go with sharded weights: leave it out, or use "
+                "strategy=ddp."
             )
 
     def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:

@@ -33,6 +33,8 @@ STRATEGIES = (
     "ddp",
     "fsdp",
     "fsdp_offload",
+    "hsdp",
+    "tensor_parallel",
 )
 
 
@@ -41,7 +43,8 @@ def _choices(group: str) -> tuple[str, ...]:
 
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
-    "optim": _choices("optim"),
+    # adamw_lora is adamw with another learning rate.
+    "optim": tuple(name for name in _choices("optim") if name != "adamw_lora"),
     "strategy": STRATEGIES,
     "update": ("whole", "layerwise"),
     "accumulate": (1, 2),

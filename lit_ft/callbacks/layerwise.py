@@ -183,8 +183,9 @@ def _refuse_strategy(trainer: Trainer) -> None:
         )
     if isinstance(strategy, ModelParallelStrategy) and _clipping(trainer)[0]:
         raise MisconfigurationException(
-            f"Layerwise updates clip by norm in a second backward pass, not under {name}: use "
-            "trainer.gradient_clip_val=null, or update=whole, that is no LayerwiseUpdate."
+            "Layerwise updates clip by norm in a second backward pass, and where weights are "
+            "sharded one is all there is: use trainer.gradient_clip_val=null, or update=whole, "
+            "that is no LayerwiseUpdate."
         )
 
 

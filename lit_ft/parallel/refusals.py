@@ -7,14 +7,14 @@ from lit_ft.refused_kinds import reason_against
 _OTHERS = "take optim=adamw or optim=galore_subspace"
 _CANNOT = {
     r"^lit_ft\.optim\.adafactor\.": None,
-    r"\.Adafactor$": "its means are over the rows of one rank: with strategy=fsdp take "
+    r"\.Adafactor$": "its means are over the rows of one rank: take "
     "optim=adafactor or optim=adafactor_fixed",
-    r"^bitsandbytes\.": "bitsandbytes' optimizers do not know sharded parameters: with "
-    "strategy=fsdp take optim=adamw_8bit_torchao or optim=galore_subspace_8bit_torchao",
-    r"^(lit_ft\.optim\.)?galore_torch\.": "galore-torch projects whole matrices: with "
-    "strategy=fsdp take optim=galore or optim=galore_subspace",
-    r"\.Muon": f"Muon orthogonalises whole matrices: with strategy=fsdp {_OTHERS}",
-    r"\.LBFGS$": f"LBFGS flattens all parameters: with strategy=fsdp {_OTHERS}",
+    r"^bitsandbytes\.": "bitsandbytes' optimizers do not know sharded parameters: take "
+    "optim=adamw_8bit_torchao or optim=galore_subspace_8bit_torchao",
+    r"^(lit_ft\.optim\.)?galore_torch\.": "galore-torch projects whole matrices: take "
+    "optim=galore or optim=galore_subspace",
+    r"\.Muon": f"Muon orthogonalises whole matrices: {_OTHERS}",
+    r"\.LBFGS$": f"LBFGS flattens all parameters: {_OTHERS}",
 }
 
 

@@ -105,8 +105,8 @@ def refuse_not_elementwise(kind: Any) -> None:
         return
     if not issubclass(kind, _ELEMENTWISE):
         raise ValueError(
-            f"{kind.__name__} is not known to step parts of matrices right: with "
-            "strategy=tensor_parallel take optim=adamw or optim=sgd, or use strategy=fsdp."
+            "strategy=tensor_parallel cuts matrices, so that an optimizer must step each element "
+            "by itself: take optim=adamw or optim=sgd, or use strategy=fsdp."
         )
 
 

@@ -15,6 +15,8 @@ from lit_ft.subspace.layer import SubspaceLayer
 class SubspaceEmbedding(SubspaceLayer, nn.Embedding):
     """`nn.Embedding` whose weight [V, d] moves in a subspace of d: right side only."""
 
+    rows_are_tokens = True
+
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of W that `ids` [..., T] name."""
         if not torch.is_grad_enabled():

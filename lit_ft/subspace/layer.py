@@ -36,6 +36,7 @@ class SubspaceLayer(nn.Module):
     energy: Tensor  # neither parameter nor buffer: not to be stepped, broadcast, saved or exported
     side: Side
     weight_is_transposed = False  # stored as [in, out]
+    rows_are_tokens = False  # an embedding's or the head's
 
     def enter_subspace(
         self, rank: int, side: Side, *, generator: torch.Generator | None = None
@@ -99,8 +100,10 @@ class SubspaceLayer(nn.Module):
 
     @property
     def matching_scale(self) -> float:
-        """α = √(cols / r): an update of RMS 1 in S has RMS 1 in α S P too."""
-        return math.sqrt(self.basis.shape[1] / self.rank)
+        """α = √(cols / r): an update of RMS 1 in S has RMS 1 in α S P too. 1 for tokens' rows."""
+        # Of most tokens a batch says little: their gradients are noise in all but a few coordinates,
+        # and AdamW takes each to full size (benchmarks/results/quality_variants.jsonl).
+        return 1.0 if self.rows_are_tokens else math.sqrt(self.basis.shape[1] / self.rank)
 
     def forget_evidence(self) -> None:
         """Drop what backward passes have left for a move of the basis."""

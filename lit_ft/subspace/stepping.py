@@ -35,8 +35,8 @@ class SubspaceStep:
     Args:
         layers: As from `inject`, by name.
         projector: Moves the bases.
-        scale: α, a number, or "match_adamw" for √(cols / r): the learning rate then means what it
-            means to AdamW on whole weights.
+        scale: α, a number, or "match_adamw" for `SubspaceLayer.matching_scale`: the learning rate
+            then means what it means to AdamW on whole weights.
         refresh: When the bases move; None for every `projector.every` steps, staggered.
         compiled: torch.compile runs the model, with one graph for each set of layers whose bases
             move at the same step: they are not staggered, which leaves two.

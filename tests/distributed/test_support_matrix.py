@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -32,8 +33,11 @@ from tests.support_matrix import (
 )
 
 STEPS = 10  # two moves of every basis, and a start
-# Four of the adapters are one class with other options: in the cover they take turns.
-KINDS = {"lora": ("lora", "dora", "rslora", "pissa")}
+# Settings that the cover tells apart as on and off alone; where they are on, they take turns.
+ON = {
+    "clip": [name for name in DIMENSIONS["clip"] if name != "none"],
+    "adapter": [name for name in DIMENSIONS["adapter"] if name != "none"],
+}
 
 
 def test_the_readme_shows_what_the_validators_say():
@@ -51,25 +55,21 @@ def test_every_refusal_names_a_way_out():
         assert any(refusal(way) is None for way in reached), (cell, refusal(cell))
 
 
-def pairs(cell: Cell) -> set:
-    """The pairs of settings that a combination has."""
-    kind = next((k for k, names in KINDS.items() if cell.adapter in names), cell.adapter)
-    settings = {**vars(cell), "adapter": kind}
-    return set(itertools.combinations(settings.items(), 2))
-
-
 def cover() -> list[Cell]:
     """Few combinations of several ranks in which each pair that any of them has is found."""
-    turn = {kind: itertools.cycle(names) for kind, names in KINDS.items()}
-    shown = [c for c in cells() if c.adapter not in {n for k in KINDS.values() for n in k[1:]}]
+    shown = [
+        c for c in cells() if all(getattr(c, key) in ("none", on[0]) for key, on in ON.items())
+    ]
     several = [c for c in shown if not c.strategy.startswith("single") and refusal(c) is None]
-    missing = set().union(*map(pairs, several))
+    pairs = {c: set(itertools.combinations(vars(c).items(), 2)) for c in several}
+    missing = set().union(*pairs.values())
+    turns = {key: itertools.cycle(on) for key, on in ON.items()}
     chosen = []
     while missing:
-        best = max(several, key=lambda cell: len(pairs(cell) & missing))
-        missing -= pairs(best)
-        adapter = next(turn[best.adapter]) if best.adapter in turn else best.adapter
-        chosen.append(Cell(**{**vars(best), "adapter": adapter}))
+        best = max(several, key=lambda cell: len(pairs[cell] & missing))
+        missing -= pairs[best]
+        on = {key: next(turn) for key, turn in turns.items() if getattr(best, key) != "none"}
+        chosen.append(replace(best, **on))
     return chosen
 
 
@@ -77,7 +77,8 @@ def cover() -> list[Cell]:
 def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")
-    config = AutoConfig.for_model("llama", **LLAMA, tie_word_embeddings=True)
+    heads = {"num_key_value_heads": 2}  # one for each rank of tensor_parallel
+    config = AutoConfig.for_model("llama", **{**LLAMA, **heads}, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
@@ -92,7 +93,7 @@ def tolerance(cell: Cell) -> float:
 def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
     """Train on all ranks, or alone with whole updates; return how far each weight has moved."""
     rank, size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    cell = Cell(**{**vars(cell), "strategy": "cpu", "update": "whole"}) if alone else cell
+    cell = replace(cell, strategy="cpu", update="whole") if alone else cell
     overrides = [
         *cell.overrides,
         "model=pretrained",
@@ -107,6 +108,8 @@ def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
         f"trainer.default_root_dir={run_dir}",
         "callbacks=none",
     ]
+    if cell.strategy == "hsdp":
+        overrides.append("trainer.strategy.data_parallel_replicate_size=2")
     if "galore_torch" in cell.optim:
         overrides += ["optim.rank=4", "optim.update_proj_gap=2"]
     elif "galore" in cell.optim:
@@ -118,6 +121,8 @@ def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
     module = instantiate(config["module"], _convert_="all")
     vars(module)["tokenizer"] = None  # the folder has none
     trainer = instantiate(config["trainer"], _convert_="all")
+    if cell.strategy == "tensor_parallel":  # all ranks see the same rows
+        rank, size = 0, 1
     data = StatefulDataLoader(batches(cell.accumulate, rank, size), batch_size=None)
     before: dict = {}  # the first step, adapters' random weights included
     trainer.callbacks += [_Start(before), _Agreement()]
