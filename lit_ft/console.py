@@ -42,6 +42,8 @@ def quieten_libraries() -> None:
     )
     # It says at import that one kernel for AVX512-BF16 is missing; the others do.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Transformers imports torchao where it is installed, whose own registrations torch then warns of.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         from datasets.utils.logging import disable_progress_bar
         from transformers.utils import logging as transformers_logging

@@ -101,8 +101,8 @@ class SubspaceLayer(nn.Module):
     @property
     def matching_scale(self) -> float:
         """α = √(cols / r): an update of RMS 1 in S has RMS 1 in α S P too. 1 for tokens' rows."""
-        # Of most tokens a batch says little: their gradients are noise in all but a few coordinates,
-        # and AdamW takes each to full size (benchmarks/results/quality_variants.jsonl).
+        # Of most tokens a batch says little: their gradients are noise in most coordinates, and
+        # AdamW takes each to full size (benchmarks/results/quality_variants.jsonl).
         return 1.0 if self.rows_are_tokens else math.sqrt(self.basis.shape[1] / self.rank)
 
     def forget_evidence(self) -> None:
