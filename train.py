@@ -18,8 +18,10 @@ def main(cfg: DictConfig) -> float:
     # Imported here so that --help and mistyped names answer at once.
     import lightning as L
 
-    from lit_ft.config import refuse_untrusted, refuse_without_class
     from lit_ft.console import command_line_exits, quieten_libraries
+
+    quieten_libraries()  # the imports below have asides too
+    from lit_ft.config import refuse_untrusted, refuse_without_class
     from lit_ft.job import (
         available_accelerator,
         checkpoint_to_resume,
@@ -29,7 +31,6 @@ def main(cfg: DictConfig) -> float:
     )
     from lit_ft.summary import RunSummary
 
-    quieten_libraries()
     cfg.run_dir = HydraConfig.get().runtime.output_dir  # of this job, also inside a sweep
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
     if cfg.trainer.precision is None:

@@ -42,8 +42,10 @@ def quieten_libraries() -> None:
     )
     # It says at import that one kernel for AVX512-BF16 is missing; the others do.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # Transformers imports torchao where it is installed, whose own registrations torch then warns of.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # transformers imports torchao where it is installed, and torch warns of what that registers.
+    logging.getLogger("torch.utils._pytree").addFilter(
+        lambda record: "register_constant" not in record.getMessage()
+    )
     if not sys.stderr.isatty():
         from datasets.utils.logging import disable_progress_bar
         from transformers.utils import logging as transformers_logging
