@@ -15,6 +15,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ft.callbacks.checkpoint import LastCheckpoint
 from lit_ft.callbacks.lookup import callbacks_of
 
+_WARNING: Any = getattr(signal, "SIGUSR2", None)  # which Windows does not have
+
 
 class StopOnSignal(Callback):
     """Finish the optimizer step that is under way, save `LastCheckpoint`'s file, and stop.
@@ -50,9 +52,10 @@ class StopOnSignal(Callback):
         self._global_step = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             _handle(number, self._note)
-        self._on_warning = signal.getsignal(signal.SIGUSR2)
+        if _WARNING is not None:
+            self._on_warning = signal.getsignal(_WARNING)
         if callable(self._on_warning):
-            _handle(signal.SIGUSR2, self._note)
+            _handle(_WARNING, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,7 +89,7 @@ class StopOnSignal(Callback):
         _handle(signal.SIGINT, signal.default_int_handler)
         _handle(signal.SIGTERM, _stop_at_once)
         if callable(self._on_warning):
-            _handle(signal.SIGUSR2, self._on_warning)
+            _handle(_WARNING, self._on_warning)
 
     def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._step_is_complete:
@@ -101,9 +104,9 @@ class StopOnSignal(Callback):
                 )
         if self._received == signal.SIGINT:
             raise KeyboardInterrupt
-        warned = self._received == signal.SIGUSR2
+        warned = self._received is not None and self._received == _WARNING
         if trainer.strategy.reduce_boolean_decision(warned, all=False) and self._on_warning:
-            self._on_warning(signal.SIGUSR2, None)
+            self._on_warning(_WARNING, None)
         raise SIGTERMException
 
 
