@@ -8,7 +8,8 @@ SmolLM2-135M on those of the embedded examples that are at least a quarter answe
 teaches and prompts what costs). Every run sees the same batches in the same order (per seed), and
 is validated on the same examples, of any kind, of modules that it never trained on. First every
 method runs at several rates with the first seed; the best rate then runs with all seeds. Results
-are appended to results/quality.jsonl as they come, so that the hours can be spread over sessions.
+are appended to results/quality.jsonl as they come, so that the hours can be spread over sessions;
+results/quality_variants.jsonl keeps runs of what was tried on the way and is not in the code.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lit_ft.summary import hardware, versions
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.jsonl"
 CONF = HERE.parent / "conf"
-RATES = (5e-5, 1e-4, 2e-4)
+RATES = (5e-5, 1e-4, 1.4e-4, 2e-4)
 
 
 def _galore(name: str, rank: int, *more: str, rates: tuple[float, ...] = RATES) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def table(records: list[dict[str, Any]]) -> Table:
         share = f"{falls[method] / falls['adamw']:.1%}" if "adamw" in falls else "-"
         shown.add_row(
             method,
-            f"{rate:.0e}",
+            f"{rate:.1e}",
             str(len(losses)),
             f"{statistics.mean(losses):.4f}",
             spread,

@@ -115,9 +115,9 @@ def test_the_scale_of_the_loss_does_not_matter(tmp_path, kind, projector):
     options = {"kind": kind, "projector": projector}
     first, second = (
         dict(train(tmp_path, data, scale=scale, **options)[0].named_parameters())
-        for scale in (1.0, 2.0**10)
+        for scale in (2.0**9, 2.0**12)  # below, float16 loses small gradients
     )
-    for name, weight in first.items():  # up to the small gradients that float16 loses unscaled
+    for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=0, atol=2e-3, msg=name)
 
 

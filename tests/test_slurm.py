@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_ft.job import refuse_to_start_processes
 from lit_ft.parallel import FSDP2Strategy
@@ -79,6 +80,7 @@ def test_a_task_of_a_job_starts_no_processes(tmp_path, monkeypatch):
     task = {"NTASKS": 4, "NTASKS_PER_NODE": 2, "JOB_NAME": "train", "JOB_ID": 1}
     for name, value in {**task, "PROCID": 3, "LOCALID": 1, "NODEID": 1}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # a trainer of another rank would leave its own
     trainer = trainer_of(tmp_path, **{**options, "strategy": FSDP2Strategy()})
     refuse_to_start_processes(trainer)
     assert (trainer.world_size, trainer.strategy.cluster_environment.global_rank()) == (4, 3)
