@@ -103,8 +103,9 @@ def test_a_sharded_model_trains_as_in_one_process(on_both, model_type, side, pro
     first, second = on_both(train, model_type, side, projector)
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
-        # transformers' norms and losses compute in float32.
-        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6, msg=name)
+        # transformers' norms and losses compute in float32; near directions magnify that in a basis.
+        atol = 1e-5 if name.endswith("basis") else 1e-6
+        torch.testing.assert_close(first[name], value, rtol=0, atol=atol, msg=name)
 
 
 def bad_gradient_of_the_last_row():
@@ -288,7 +289,7 @@ def test_a_sharded_run_that_stops_and_resumes_is_the_uninterrupted_one(
         ({"way": "injects", "rank": 5}, "rank=5"),
         (
             {"way": "hook", "data_parallel_size": 1, "tensor_parallel_size": 2},
-            "tensor_parallel_size=1",
+            "use strategy=fsdp",
         ),
     ],
 )

@@ -190,6 +190,7 @@ def test_each_optimizer_on_two_and_four_ranks(optim, folder, tmp_path, on_both, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # sixty trainings
 def test_what_is_allowed_trains_as_one_process_does(folder, tmp_path, on_both, subtests):
     chosen = cover()
     assert len(chosen) <= 60

@@ -222,7 +222,7 @@ def test_ranks_round_their_columns_by_bits_of_their_own(on_both):
         ({"optimizer": partial(RelativeStepAdafactor)}, "optim=adamw"),
         ({"optimizer": partial(MuonAdamW)}, "optim=adamw.*strategy=fsdp"),
         ({"adapter": LoraConfig(task_type="CAUSAL_LM")}, "adapter.*strategy=ddp"),
-        ({"compile": True}, "module.compile=true.*strategy=tensor_parallel"),
+        ({"compile": True}, "module.compile=true.*strategy=ddp"),
     ],
 )
 def test_what_needs_weights_whole_is_refused_before_the_model_loads(options, named, tmp_path):

@@ -72,12 +72,18 @@ def principal_rows(matrix: Tensor, *, rounds: int = 3) -> Tensor:
     decompositions of [r, r], a step of orthogonal iteration. An SVD would go all the way, but where
     values are close (those of a matrix of lower rank) its vectors are round-off.
     """
-    columns: Tensor
-    columns, triangle = torch.linalg.qr(matrix.T)
+    columns, triangle = _positive_qr(matrix.T)
     for _ in range(rounds):
-        turn, triangle = torch.linalg.qr(torch.linalg.qr(triangle.T).R.T)
+        turn, triangle = _positive_qr(torch.linalg.qr(triangle.T).R.T)
         columns = columns @ turn
     return columns.T.contiguous()
+
+
+def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """QR with the signs that make it unique: LAPACK's turn with the last bits of a small pivot."""
+    columns, triangle = torch.linalg.qr(matrix)
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(matrix.dtype)
+    return columns * signs, triangle * signs.unsqueeze(1)
 
 
 def where_informative(sketch: Tensor, moved: Tensor, basis: Tensor) -> Tensor:
