@@ -103,7 +103,7 @@ def test_a_sharded_model_trains_as_in_one_process(on_both, model_type, side, pro
     first, second = on_both(train, model_type, side, projector)
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
-        # transformers' norms and losses compute in float32, which near directions of a basis magnify.
+        # transformers' norms and losses compute in float32; near directions magnify that.
         atol = 1e-5 if name.endswith("basis") else 1e-6
         torch.testing.assert_close(first[name], value, rtol=0, atol=atol, msg=name)
 
