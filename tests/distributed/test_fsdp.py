@@ -61,6 +61,15 @@ LARGER = {
     "vocab_size": 8000,
     "num_hidden_layers": 8,
 }
+
+
+def save_llama(folder, **sizes):
+    """Write a small random Llama, as LLAMA and `sizes` say, where from_pretrained finds it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**LLAMA, **sizes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 OPTIMIZERS = {
     "adamw": partial(AdamW, lr=1e-3),
     "adamw_fused": partial(AdamW, lr=1e-3, fused=True),
@@ -79,9 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small models as from_pretrained finds them: with tied weights and without."""
     parent = tmp_path_factory.mktemp("models")
     for tied in (True, False):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model("llama", **LLAMA, tie_word_embeddings=tied)
-        AutoModelForCausalLM.from_config(config).save_pretrained(parent / f"tied_{tied}")
+        save_llama(parent / f"tied_{tied}", tie_word_embeddings=tied)
     return parent
 
 

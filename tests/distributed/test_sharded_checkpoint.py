@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lit_ft import checkpoint_folder, replacing
 from lit_ft.callbacks import AtomicCheckpointIO
@@ -21,7 +21,7 @@ from lit_ft.checkpoint_folder import CheckpointFolder
 from lit_ft.export import export_run
 from lit_ft.models import FromConfig
 from lit_ft.parallel.checkpoint import save_parts
-from tests.distributed.test_fsdp import LARGER, LLAMA, train, watched
+from tests.distributed.test_fsdp import LARGER, LLAMA, save_llama, train, watched
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +39,7 @@ PLANS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **LLAMA, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_llama(folder, tie_word_embeddings=True)
     return folder
 
 

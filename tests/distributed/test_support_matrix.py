@@ -14,10 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft.sharding import is_sharded, whole
-from tests.distributed.test_fsdp import LLAMA, batches
+from tests.distributed.test_fsdp import batches, save_llama
 from tests.ranks import WORLD
 from tests.support_matrix import (
     BEGIN,
@@ -75,11 +74,9 @@ def cover() -> list[Cell]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")
-    heads = {"num_key_value_heads": 2}  # one for each rank of tensor_parallel
-    config = AutoConfig.for_model("llama", **{**LLAMA, **heads}, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    # A head for each rank of tensor_parallel.
+    save_llama(path, num_key_value_heads=2, tie_word_embeddings=True)
     return path
 
 

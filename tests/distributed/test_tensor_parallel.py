@@ -33,7 +33,7 @@ from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.parallel import TensorParallelStrategy
 from lit_ft.parallel.tensor_parallel import tensor_parallel_model
 from lit_ft.sharding import whole
-from tests.distributed.test_fsdp import LLAMA, STEPS, batches
+from tests.distributed.test_fsdp import LLAMA, STEPS, batches, save_llama
 from tests.test_module import trainer_of
 
 pytestmark = pytest.mark.slow
@@ -56,9 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small models as from_pretrained finds them: with tied weights and without."""
     parent = tmp_path_factory.mktemp("models")
     for tied in (True, False):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=tied)
-        AutoModelForCausalLM.from_config(config).save_pretrained(parent / f"tied_{tied}")
+        save_llama(parent / f"tied_{tied}", **SIZES, tie_word_embeddings=tied)
     return parent
 
 
