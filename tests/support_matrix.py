@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from lit_ft import CausalLMModule
+from lit_ft.callbacks.lookup import callbacks_of
 from tests.running import CONF
 
 README = CONF.parent / "README.md"
@@ -89,7 +90,7 @@ def refusal(cell: Cell) -> str | None:
     )
     callbacks = [*optim["callbacks"], *_objects("update", cell.update)["callbacks"]]
     trainer = _trainer(cell.strategy, cell.accumulate, cell.clip)
-    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    callbacks_of(trainer)[:] = callbacks
     module.trainer = trainer
     try:
         for callback in callbacks:
