@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_ft.subspace.projectors import SVD, Evidence, Oja, Online, SubspaceIteration
+from lit_ft.subspace.projectors.base import principal_rows
 
 ORTHONORMAL = [Oja(every=1), Oja(step_size=10.0, every=1), SubspaceIteration(), SVD()]
 GENERATOR = torch.Generator()
@@ -63,6 +64,14 @@ def test_power_iteration_takes_each_row_to_a_singular_vector(seed):
     beside = (gram - gram.diag().diag()).abs()
     assert (beside <= 0.02 * torch.outer(energies, energies).sqrt()).all()
     assert (basis @ own.T).diag()[:3].abs().min() > 0.999
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_principal_rows_that_are_so_already_stay_with_their_signs(seed):
+    rows, _ = basis_and_gradient(seed, 1)
+    scaled = torch.arange(len(rows), 0, -1)[:, None] * rows
+    torch.testing.assert_close(principal_rows(scaled), rows)
 
 
 @pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])

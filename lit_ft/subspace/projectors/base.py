@@ -74,7 +74,8 @@ def principal_rows(matrix: Tensor, *, rounds: int = 3) -> Tensor:
     """
     columns, triangle = _positive_qr(matrix.T)
     for _ in range(rounds):
-        turn, triangle = _positive_qr(torch.linalg.qr(triangle.T).R.T)
+        _, transposed = _positive_qr(triangle.T)
+        turn, triangle = _positive_qr(transposed.T)
         columns = columns @ turn
     return columns.T.contiguous()
 
