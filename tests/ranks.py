@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,13 +28,15 @@ def ranks(world: int = WORLD) -> Iterator[Callable[..., list[Any]]]:
     # Spawned, since a fork of a process that has used threads may hang.
     context = multiprocessing.get_context("spawn")
     pools = [
-        ProcessPoolExecutor(1, context, initializer=_join, initargs=(rank, world, port))
+        ProcessPoolExecutor(1, context, initializer=_become, initargs=(rank, world, port))
         for rank in range(world)
     ]
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        futures = [pool.submit(function, *args, **kwargs) for pool in pools]
-        return [future.result(timeout=180) for future in futures]
+        with TemporaryDirectory() as folder:
+            call = partial(_in_a_group, f"file://{folder}/store", function, *args, **kwargs)
+            futures = [pool.submit(call) for pool in pools]
+            return [future.result(timeout=180) for future in futures]
 
     try:
         yield run
@@ -41,7 +45,7 @@ def ranks(world: int = WORLD) -> Iterator[Callable[..., list[Any]]]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _join(rank: int, world: int, port: int) -> None:
+def _become(rank: int, world: int, port: int) -> None:
     """Become one of the ranks, with the environment that torchrun gives."""
     torch.set_num_threads(1)
     os.environ |= {
@@ -54,5 +58,16 @@ def _join(rank: int, world: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",
     }
+
+
+def _in_a_group(place: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function` in a process group of its own: each group that a test leaves has threads."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A rank that waits for one that failed must not wait long.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=place, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    try:
+        return function(*args, **kwargs)
+    finally:
+        dist.destroy_process_group()
