@@ -49,20 +49,19 @@ def test_power_iteration_finds_the_gradients_own_directions():
     torch.testing.assert_close(gradient @ moved.T @ moved, gradient)
 
 
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("seed", range(10))  # named: an unlucky start takes more rounds
 def test_power_iteration_takes_each_row_to_a_singular_vector(seed):
     # AdamW weighs the coordinates one by one: in a mixture of them it learns far less.
     basis, _ = basis_and_gradient(seed, 1)
     own = torch.linalg.qr(torch.randn(20, 20).double()).Q.T
     gradient = torch.diag(0.6 ** torch.arange(20.0).double()) @ own
-    for _ in range(4):  # not all directions are found by then, but the rows are in order
+    for _ in range(8):
         basis = move(SubspaceIteration(), basis, gradient)
     energies = (gradient @ basis.T).square().sum(0)
     assert (energies[:-1] > energies[1:]).all()
     gram = basis @ gradient.T @ gradient @ basis.T
     beside = (gram - gram.diag().diag()).abs()
-    assert (beside <= 0.02 * torch.outer(energies, energies).sqrt()).all()
+    assert (beside <= 1e-4 * torch.outer(energies, energies).sqrt()).all()
     assert (basis @ own.T).diag()[:3].abs().min() > 0.999
 
 
