@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 def from_pretrained_in_shards(
@@ -31,7 +32,7 @@ def from_pretrained_in_shards(
     config = AutoConfig.from_pretrained(
         name_or_path, **{k: v for k, v in options.items() if k not in loading}
     )
-    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = _model_class(config, name_or_path, revision=options.get("revision"))
 
     class InShards(kind):  # type: ignore[misc]
         @classmethod
@@ -61,3 +62,16 @@ def from_pretrained_in_shards(
         )
     model.config.distributed_config = None  # of this run, not of the model
     return model
+
+
+def _model_class(config: PreTrainedConfig, name_or_path: str, *, revision: str | None) -> Any:
+    """Return what `AutoModelForCausalLM` builds: transformers' class, or one the model brings."""
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        return known[type(config)]
+    brought = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in brought:
+        raise ValueError(f"{name_or_path} is a {config.model_type}, which is no causal LM.")
+    # Its configuration, which has run already, was trusted (trust_remote_code).
+    name = brought["AutoModelForCausalLM"]
+    return get_class_from_dynamic_module(name, name_or_path, revision=revision)
