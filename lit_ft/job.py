@@ -63,6 +63,7 @@ def fine_tune(
     with (
         _remedies_for_out_of_memory(module, datamodule, trainer),
         _remedies_for_another_run(resume),
+        _errors_of_starting_loaders(),
     ):
         if resume is None or validate_only:
             [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
@@ -186,6 +187,17 @@ def _remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
         made_with = "without GaLore" if missing else "with optim=galore*"
         what = f"was made {made_with}" if subspaces else "is of another model or adapter"
         raise _not_this_run(f"resume={resume} {what}") from error
+
+
+@contextmanager
+def _errors_of_starting_loaders() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of Lightning's tidying up behind a loader that did not start
+        first = error.__context__
+        if first is None or "iter(combined_loader)" not in str(error):
+            raise
+        raise first from None
 
 
 def _not_this_run(what: str) -> MisconfigurationException:

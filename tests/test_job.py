@@ -181,6 +181,13 @@ def test_a_checkpoint_of_other_choices_is_refused_with_the_remedy(job, first, th
         job("run", then, "resume=auto")
 
 
+def test_another_global_batch_inside_an_epoch_is_refused_in_one_line(job, tmp_path):
+    job("run", "trainer.max_steps=1")
+    with pytest.raises(CompactHydraException, match=r"(?s)ValueError: .*was 4 and is now 6"):
+        job("run", "data.batch_size=3", "trainer.max_steps=2", "resume=auto")
+    assert "was 4 and is now 6" in read_summary(tmp_path / "run")["error"]["message"]
+
+
 def test_a_paged_optimizer_goes_on_from_one_that_is_not(job):
     job("run", "optim=adamw_8bit", "trainer.max_steps=1")
     job("run", "optim=adamw_8bit_paged", "trainer.max_steps=2", "resume=auto")
