@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -26,6 +26,11 @@ def is_spread(model: object) -> bool:
     )
 
 
+def fsdp_root(model: nn.Module) -> FSDPModule | None:
+    """Return the outermost module that FSDP2 brings together: `model`, or what is wrapped in it."""
+    return next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's rows, all of them where nothing is sharded; writes go through."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
@@ -34,6 +39,13 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return all rows, gathered from the ranks where they are sharded."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return `tensor`, whole and the same on all ranks, spread as `like` is; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def holds_whole_rows(tensor: Tensor) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -17,6 +19,7 @@ from torch.optim import Optimizer
 
 from lit_ft.checkpoint_folder import CheckpointFolder, write_parts, write_rest
 from lit_ft.replacing import beside, put_in_place, remove, sync_folder
+from lit_ft.sharding import spread_like
 
 
 def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
@@ -74,18 +77,78 @@ def load_parts(
     folder = CheckpointFolder(path)
     rest = folder.load_rest(weights_only=weights_only is not False)
     if optimizers and not folder.has_optimizers:
-        raise KeyError(
-            f"{path} holds the model alone, no state of an optimizer to go on from: resume from "
-            "last.ckpt."
-        )
-    weights = get_model_state_dict(module)
+        raise _of_the_model_alone(path)
+    saved = folder.tensors("state_dict.")
+    weights = {
+        name: weight
+        for name, weight in get_model_state_dict(module).items()
+        if f"state_dict.{name}" in saved
+    }
     folder.load({"state_dict": weights})
-    module.load_state_dict(weights)
+    module.load_state_dict(weights)  # which knows what may be left out
     for index, optimizer in enumerate(optimizers):
         state: dict[str, Any] = {f"optimizer_{index}": get_optimizer_state_dict(module, optimizer)}
         folder.load(state)
         set_optimizer_state_dict(module, optimizer, optim_state_dict=state[f"optimizer_{index}"])
     return rest
+
+
+def load_file(
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Load the file `path`, saved by any number of ranks or one process, as `load_parts` does.
+
+    Raises:
+        KeyError: It holds weights alone, and there are optimizers.
+        RuntimeError: It is of another model or optimizer.
+    """
+    checkpoint: dict[str, Any] = torch.load(
+        path, map_location="cpu", mmap=True, weights_only=weights_only is not False
+    )
+    if optimizers and "optimizer_states" not in checkpoint:
+        raise _of_the_model_alone(path)
+    spread = get_model_state_dict(module)
+    saved = checkpoint.pop("state_dict")
+    module.load_state_dict(
+        {name: spread_like(value, spread.get(name, value)) for name, value in saved.items()}
+    )
+    states = checkpoint.pop("optimizer_states", [])
+    for optimizer, state in zip(optimizers, states, strict=bool(optimizers)):
+        set_optimizer_state_dict(
+            module,
+            optimizer,
+            optim_state_dict=_by_names(state, optimizer, module),
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
+    return checkpoint
+
+
+def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Return an optimizer's saved `state` under the names of parameters, not their numbers."""
+    named = {parameter: name for name, parameter in module.named_parameters()}
+    mine, groups = optimizer.param_groups, state["param_groups"]
+    if [len(group["params"]) for group in mine] != [len(group["params"]) for group in groups]:
+        raise RuntimeError("Error in loading state_dict for an optimizer: its groups are others.")
+    names: dict[int, str] = {}
+    for group, saved in zip(mine, groups, strict=True):
+        names |= dict(zip(saved["params"], (named[p] for p in group["params"]), strict=True))
+    return {
+        "state": {names[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in groups
+        ],
+    }
+
+
+def _of_the_model_alone(path: Path) -> KeyError:
+    return KeyError(
+        f"{path} holds the model alone, no state of an optimizer to go on from: resume from "
+        "last.ckpt."
+    )
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:

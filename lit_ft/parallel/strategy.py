@@ -12,11 +12,12 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from lit_ft.parallel.checkpoint import load_parts, save_parts
+from lit_ft.parallel.checkpoint import load_file, load_parts, save_parts
 from lit_ft.parallel.fully_shard import fully_shard_model
+from lit_ft.sharding import is_spread
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -95,7 +96,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return
         assert self.model is not None
         for child in self.model.children():
-            if not isinstance(child, FSDPModule):
+            if not is_spread(child):
                 child.to(self.root_device)
 
     def shard(self, model: nn.Module) -> None:
@@ -160,7 +161,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             ValueError: It is broken, or holds objects that are more than plain values.
         """
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_file():
-            return super().load_checkpoint(path, weights_only)
         assert self.lightning_module is not None
-        return load_parts(path, self.lightning_module, self.optimizers, weights_only=weights_only)
+        load = load_file if path.is_file() else load_parts
+        return load(path, self.lightning_module, self.optimizers, weights_only=weights_only)
