@@ -80,11 +80,14 @@ def export_run(
     refuse_untrusted(config, also=config["trusted_packages"])
     module = instantiate(config["module"], _convert_="all")
     target = Path(folder) if folder is not None else run_dir / "export"
-    if path.is_dir():
+    if path.is_dir() and module.adapter is None:
         return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
     module.configure_model()
-    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    module.load_state_dict(_without_subspaces(weights))
+    if path.is_dir():  # of an adapter alone, which is small
+        saved = CheckpointFolder(path).load_whole()
+    else:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    module.load_state_dict(_without_subspaces(saved["state_dict"]))
     return export_model(module.model, module.tokenizer, target, merge=merge, dtype=dtype)
 
 

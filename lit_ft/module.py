@@ -29,7 +29,12 @@ from lit_ft.losses import (
     without_adapter_wrapper,
 )
 from lit_ft.models import ModelSource, add_adapter
-from lit_ft.models.adapters import rewrites_base_weights
+from lit_ft.models.adapters import (
+    refuse_sharded_base,
+    refuse_tied_layers,
+    rewrites_base_weights,
+    start_magnitudes,
+)
 from lit_ft.optim import (
     DECAY_MATRICES,
     GroupRule,
@@ -48,6 +53,10 @@ from lit_ft.rounding import keyed_generator
 from lit_ft.sharding import whole
 
 Batch = Mapping[str, Any]
+_QUANTISED = (
+    "Quantised weights, as adapter=qlora's, are not sharded: use adapter=lora, that is a model in "
+    "full precision, or strategy=ddp."
+)
 
 
 class CausalLMModule(LightningModule):
@@ -66,7 +75,8 @@ class CausalLMModule(LightningModule):
             trained on its own loss instead of the chunked one: found out on the first batch.
         activation_checkpointing: Recompute each block's activations in backward.
         compile: Compile the transformer with torch.compile.
-        seed: Of dropout and of the stochastic rounding of bfloat16 weights.
+        seed: Of an adapter's first values, of dropout and of the stochastic rounding of bfloat16
+            weights.
     """
 
     def __init__(
@@ -122,22 +132,31 @@ class CausalLMModule(LightningModule):
         if self.device_mesh is None:
             self._take(self.source.load_model(dtype))
         else:  # taken on the way, and then loaded, which leaves it in evaluation mode
-            self.source.load_model(dtype, shard=self._shard).train()
+            self.source.load_model(dtype, shard=self._shard)
+            model: Any = self.model
+            start_magnitudes(model.train())
 
     def shard_model(self) -> None:
         """Spread `model` over the ranks; what changes a model's layers does so before (GaLore)."""
         assert isinstance(self.trainer.strategy, FSDP2Strategy | TensorParallelStrategy)
-        self.trainer.strategy.shard(self.model)
+        self.trainer.strategy.shard(without_adapter_wrapper(self.model))
 
     def _shard(self, model: Any) -> None:
+        if self.adapter is not None and getattr(model, "is_quantized", False):
+            raise MisconfigurationException(_QUANTISED)
         self._take(model)
+        if isinstance(self.model, PeftModel):
+            refuse_tied_layers(self.model)
         self.shard_model()
 
     def _take(self, model: Any) -> None:
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.adapter is not None:
-            model = add_adapter(model, self.adapter)
+            # The same on all ranks, however many, whatever the devices.
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.default_generator.manual_seed(self.seed)
+                model = add_adapter(model, self.adapter)
         self.model = model.train()
         if self.compile_model:
             without_adapter_wrapper(model).base_model.compile()
@@ -296,13 +315,17 @@ class CausalLMModule(LightningModule):
         try:
             if isinstance(kind, type):
                 (refuse_not_elementwise if by_columns else refuse_sharded_state)(kind)
+            if self.adapter is not None and not by_columns:
+                refuse_sharded_base(self.adapter)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        if self.adapter is not None:
+        if self.adapter is not None and by_columns:
             raise MisconfigurationException(
-                "An adapter does not go with sharded weights: use strategy=ddp, where its few "
-                "gradients cost little, or adapter=none."
+                "An adapter does not go with strategy=tensor_parallel: use strategy=fsdp, "
+                "strategy=ddp, or adapter=none."
             )
+        if self.adapter is not None and getattr(self.source, "quantization_config", None):
+            raise MisconfigurationException(_QUANTISED)
         if self.compile_model:
             raise MisconfigurationException(
                 "module.compile=true does not go with sharded weights: leave it out, or use "

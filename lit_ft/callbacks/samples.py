@@ -15,11 +15,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_ft.callbacks.cadence import Cadence
-from lit_ft.sharding import is_spread
+from lit_ft.sharding import fsdp_root, is_spread
 
 Prompt = str | Sequence[dict[str, str]]
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
@@ -147,8 +146,8 @@ def generate(
         stack.enter_context(isolate_rng())
         stack.enter_context(_evaluating(model))
         stack.enter_context(torch.no_grad())
-        if isinstance(model, FSDPModule):
-            stack.callback(model.reshard)  # which otherwise a backward pass does
+        if (root := fsdp_root(model)) is not None:
+            stack.callback(root.reshard)  # which otherwise a backward pass does
         if "torch._dynamo" in sys.modules:
             # Every new length would be compiled for a single use.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -163,7 +162,7 @@ def generate(
             use_cache=True,
             eos_token_id=ends or None,
             pad_token_id=padding,
-            synced_gpus=isinstance(model, FSDPModule),
+            synced_gpus=root is not None,
         )
     new = answers[:, ids.shape[1] :]
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]

@@ -14,9 +14,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ft.models.adapters import in_place_of_adapters, merged_layer
 from lit_ft.models.export_sharded import export_sharded
 from lit_ft.models.sources import dtype_named
-from lit_ft.sharding import is_spread
+from lit_ft.sharding import is_spread, whole
 
 
 def export_model(
@@ -47,7 +48,7 @@ def export_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if is_spread(model):
-        export_sharded(model, folder, dtype=target_dtype)
+        _export_together(model, folder, merge=merge, dtype=target_dtype)
         tokenizer = tokenizer if dist.get_rank() == 0 else None
     else:
         _export_here(model, folder, merge=merge, dtype=target_dtype)
@@ -56,19 +57,32 @@ def export_model(
     return folder
 
 
+def _export_together(model: Any, folder: Path, *, merge: bool, dtype: torch.dtype | None) -> None:
+    base = model
+    if isinstance(model, PeftModel):
+        adapter = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+        if dist.get_rank() == 0:
+            model.save_pretrained(str(folder / "adapter" if merge else folder), state_dict=adapter)
+        if not merge:
+            return
+        base = model.get_base_model()
+    with in_place_of_adapters(base, merged_layer):
+        export_sharded(base, folder, dtype=dtype)
+
+
 def _export_here(
     model: PreTrainedModel | PeftModel, folder: Path, *, merge: bool, dtype: torch.dtype | None
 ) -> None:
-    whole: Any = model
+    base: Any = model
     if isinstance(model, PeftModel):
         _save_adapter(model, folder / "adapter" if merge else folder)
         if not merge:
             return
-        whole = merged(model)
+        base = merged(model)
     if dtype is not None:
-        whole = copy.deepcopy(whole) if whole is model else whole
-        whole.to(dtype)
-    whole.save_pretrained(folder)
+        base = copy.deepcopy(base) if base is model else base
+        base.to(dtype)
+    base.save_pretrained(folder)
 
 
 @torch.no_grad()

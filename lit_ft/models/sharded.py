@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from lit_ft.models.adapters import base_layer_of, in_place_of_adapters
 
 
 def from_pretrained_in_shards(
@@ -25,7 +28,8 @@ def from_pretrained_in_shards(
     Args:
         name_or_path: A hub id or folder with safetensors.
         shard: Is given the model on the meta device, and spreads it over all ranks with
-            `fully_shard`. Tensors that it adds with values of their own keep these.
+            `fully_shard`. Tensors that it adds with values of their own keep these; it may put an
+            adapter onto the model.
         **options: Of `from_pretrained`.
     """
     loading = ("dtype", "attn_implementation", "quantization_config")
@@ -39,6 +43,8 @@ def from_pretrained_in_shards(
         def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
             model.tie_weights()  # transformers does so when they are loaded: too late for sharding
             shard(model)
+            # Files know nothing of adapters: weights are read under the names without.
+            without_adapter.enter_context(in_place_of_adapters(model, base_layer_of))
             # What has values already is in no file, which is no news.
             each = (model.named_parameters, model.named_buffers)
             tensors = chain(*(named(remove_duplicate=False) for named in each))
@@ -56,7 +62,7 @@ def from_pretrained_in_shards(
 
     InShards.__name__ = kind.__name__
     everywhere = DistributedConfig(fsdp_size=dist.get_world_size())
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), ExitStack() as without_adapter:
         model: PreTrainedModel = InShards.from_pretrained(
             name_or_path, config=config, distributed_config=everywhere, **options
         )

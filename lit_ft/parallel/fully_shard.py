@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from lit_ft.sharding import fsdp_root
 from lit_ft.subspace import SubspaceLayer
 
 T = TypeVar("T")
@@ -55,11 +56,12 @@ def with_root_gathered(model: nn.Module, function: Callable[..., T], *args: Any)
     What works on parts of a model (its transformer, its head's weight) does not go through the
     model's own forward pass, around which FSDP2 brings the root's weights together.
     """
-    if not isinstance(model, FSDPModule):
+    root = fsdp_root(model)
+    if root is None:
         return function(*args)
-    result: T = getattr(model, _GATHERED)(function, *args)
+    result: T = getattr(root, _GATHERED)(function, *args)
     if not torch.is_grad_enabled():
-        model.reshard()  # which otherwise the backward pass does
+        root.reshard()  # which otherwise the backward pass does
     return result
 
 

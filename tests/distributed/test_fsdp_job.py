@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -66,6 +67,36 @@ def test_it_trains_and_leaves_what_one_process_leaves(tmp_path, capsys):
     assert_equal(weights_of(tmp_path / "best"), exported)  # the last validation was the best
     capsys.readouterr()
     chat([str(tmp_path / "last"), "--prompt", "What is it?", "--max-new-tokens", "2"])
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_an_adapter_trains_and_leaves_what_one_process_leaves(adapter, tmp_path, capsys):
+    job = [*TINY, f"adapter={adapter}", "optim=sgd", "optim.lr=3", "trainer.max_steps=4", "seed=3"]
+    job += ["trainer.devices=2", "data.batch_size=2", "trainer.accumulate_grad_batches=2"]
+    one = ["strategy=cpu", "trainer.devices=1", "data.batch_size=4"]
+    for name, options in (("one", one), ("two", ["strategy=fsdp"])):
+        process = start(*job, *options, f"run_dir={tmp_path / name}")
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
+    assert (two["status"], two["steps"]) == ("completed", 4)
+    assert two["model"]["trainable_parameters"] == one["model"]["trainable_parameters"]
+    for key in ("initial_val_loss", "val_loss", "train_loss"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    exported = weights_of(tmp_path / "two" / "export")
+    expected = weights_of(tmp_path / "one" / "export")
+    torch.testing.assert_close(exported, expected, rtol=0, atol=1e-5)
+    export([str(tmp_path / "two"), "--output", str(tmp_path / "last")])
+    assert_equal(weights_of(tmp_path / "last"), exported)
+    export([str(tmp_path / "two"), "--adapter-only", "--output", str(tmp_path / "apart")])
+    apart, written = (
+        load_file(path / "adapter_model.safetensors")
+        for path in (tmp_path / "apart", tmp_path / "two" / "export" / "adapter")
+    )
+    assert_equal(apart, written)
+    capsys.readouterr()
+    chat([str(tmp_path / "two"), "--prompt", "What is it?", "--max-new-tokens", "2"])
     assert capsys.readouterr().out
 
 

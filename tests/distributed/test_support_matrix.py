@@ -67,8 +67,11 @@ def cover() -> list[Cell]:
     while missing:
         best = max(several, key=lambda cell: len(pairs[cell] & missing))
         missing -= pairs[best]
-        on = {key: next(turn) for key, turn in turns.items() if getattr(best, key) != "none"}
-        chosen.append(replace(best, **on))
+        for key, turn in turns.items():
+            if getattr(best, key) != "none":
+                ways = (replace(best, **{key: next(turn)}) for _ in ON[key])
+                best = next(way for way in ways if refusal(way) is None)
+        chosen.append(best)
     return chosen
 
 
