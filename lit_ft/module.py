@@ -31,7 +31,6 @@ from lit_ft.losses import (
 from lit_ft.models import ModelSource, add_adapter
 from lit_ft.models.adapters import (
     refuse_sharded_base,
-    refuse_tied_layers,
     rewrites_base_weights,
     start_magnitudes,
 )
@@ -145,8 +144,6 @@ class CausalLMModule(LightningModule):
         if self.adapter is not None and getattr(model, "is_quantized", False):
             raise MisconfigurationException(_QUANTISED)
         self._take(model)
-        if isinstance(self.model, PeftModel):
-            refuse_tied_layers(self.model)
         self.shard_model()
 
     def _take(self, model: Any) -> None:

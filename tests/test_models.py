@@ -164,3 +164,12 @@ def test_an_empty_model_is_the_model_but_for_its_values(kind, folder):
     assert shapes[0] == shapes[1]
     assert empty.all_tied_weights_keys == model.all_tied_weights_keys
     assert empty.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_layers_is_refused(layer):
+    """Merged, it would change the other one as well."""
+    config = LoraConfig(target_modules=["q_proj", layer])
+    with pytest.raises(ValueError, match=rf"{layer} is another layer's too.*target_modules"):
+        add_adapter(tiny_model("llama", tie_word_embeddings=True), config)
+    add_adapter(tiny_model("llama", tie_word_embeddings=False), config)

@@ -37,7 +37,8 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
     `start_magnitudes` finishes it.
 
     Raises:
-        ValueError: No layer of the model matches `config.target_modules` (peft's own message).
+        ValueError: No layer of the model matches `config.target_modules` (peft's own message), or
+            one does whose weight is another layer's too.
     """
     if getattr(model, "is_quantized", False):
         # Checkpointing is the module's own choice; here only norms and head become float32.
@@ -49,6 +50,7 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
                 module.support_avx512bf16_for_cpu = False
     with _zeros_for_values_to_come(model):
         adapted = cast(PeftModel, get_peft_model(model, config))
+    _refuse_tied_layers(adapted)
     initial = (
         {name: p.detach().clone() for name, p in adapted.named_parameters() if "lora_" in name}
         if rewrites_base_weights(adapted)
@@ -85,21 +87,6 @@ def refuse_sharded_base(config: Any) -> None:
     for name in [field.name for field in fields(config) if field.name not in _WORK_SHARDED]:
         if getattr(config, name) != getattr(usual, name):
             raise ValueError(f"adapter.{name} does not go with sharded weights: {remedy}")
-
-
-def refuse_tied_layers(model: PeftModel) -> None:
-    """Raise ValueError if the adapter is on a layer whose weight is another one's too.
-
-    Folded into the weight it would change the other layer.
-    """
-    base: Any = model.get_base_model()
-    tied = {*base.all_tied_weights_keys, *base.all_tied_weights_keys.values()}
-    for name, layer in base.named_modules():
-        if isinstance(layer, BaseTunerLayer) and f"{name}.weight" in tied:
-            raise ValueError(
-                f"The weight of {name} is another layer's too, and an adapter on one alone cannot "
-                "be folded in: leave it out of adapter.target_modules, or use strategy=ddp."
-            )
 
 
 @torch.no_grad()
@@ -150,6 +137,18 @@ def merged_layer(layer: Any) -> nn.Module:
             name, nn.Parameter(spread_like(parameter, base.get_parameter(name)), False)
         )
     return merged
+
+
+def _refuse_tied_layers(model: PeftModel) -> None:
+    """Raise ValueError for an adapter whose merging would change another layer as well."""
+    base: Any = model.get_base_model()
+    tied = {*base.all_tied_weights_keys, *base.all_tied_weights_keys.values()}
+    for name, layer in base.named_modules():
+        if isinstance(layer, BaseTunerLayer) and f"{name}.weight" in tied:
+            raise ValueError(
+                f"The weight of {name} is another layer's too, and an adapter on one alone cannot "
+                "be merged into it: leave it out of adapter.target_modules."
+            )
 
 
 def _gathered(layer: nn.Module) -> Any:
