@@ -71,10 +71,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore_subspace_paper_r64": _galore(
         "galore_subspace_paper", 64, "galore.projector.lr=0.0125", rates=(2e-4, 4e-4, 8e-4)
     ),
+    # As galore_torch, which trains embedding and head whole.
+    "galore_subspace_r64_blocks": _galore("galore_subspace", 64, "galore.targets=[attention,mlp]"),
+    "galore_subspace_r128_blocks": _galore(
+        "galore_subspace", 128, "galore.targets=[attention,mlp]"
+    ),
     # What the defaults were chosen on.
     "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.projector.every=1"),
     "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.projector.every=8"),
-    "galore_subspace_r64_blocks": _galore("galore_subspace", 64, "galore.targets=[attention,mlp]"),
     "galore_r64_every20": _galore("galore", 64, "galore.projector.every=20"),
     "galore_r64_random_every20": _galore(
         "galore", 64, "optim/projector=random", "galore.projector.every=20"
