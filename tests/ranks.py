@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import socket
@@ -18,20 +17,22 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2  # ranks of most tests
-# Groups that were destroyed live on in the caches of DTensor, and their threads go on polling.
-CALLS_OF_A_PROCESS = 20
 
 
 @contextmanager
 def ranks(world: int = WORLD) -> Iterator[Callable[..., list[Any]]]:
     """Give a function that runs (function, *args) on all ranks and returns what each returned."""
-    pools: list[ProcessPoolExecutor] = []
-    calls = itertools.count()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Spawned, since a fork of a process that has used threads may hang.
+    context = multiprocessing.get_context("spawn")
+    pools = [
+        ProcessPoolExecutor(1, context, initializer=_become, initargs=(rank, world, port))
+        for rank in range(world)
+    ]
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        if next(calls) % CALLS_OF_A_PROCESS == 0:
-            _close(pools)
-            pools[:] = _new_processes(world)
         with TemporaryDirectory() as folder:
             call = partial(_in_a_group, f"file://{folder}/store", function, *args, **kwargs)
             futures = [pool.submit(call) for pool in pools]
@@ -40,24 +41,8 @@ def ranks(world: int = WORLD) -> Iterator[Callable[..., list[Any]]]:
     try:
         yield run
     finally:
-        _close(pools)
-
-
-def _new_processes(world: int) -> list[ProcessPoolExecutor]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Spawned, since a fork of a process that has used threads may hang.
-    context = multiprocessing.get_context("spawn")
-    return [
-        ProcessPoolExecutor(1, context, initializer=_become, initargs=(rank, world, port))
-        for rank in range(world)
-    ]
-
-
-def _close(pools: list[ProcessPoolExecutor]) -> None:
-    for pool in pools:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _become(rank: int, world: int, port: int) -> None:

@@ -37,12 +37,14 @@ def from_pretrained_in_shards(
         name_or_path, **{k: v for k, v in options.items() if k not in loading}
     )
     kind: Any = _model_class(config, name_or_path, revision=options.get("revision"))
+    # Popped: torch keeps each class that it has sharded for ever, and what its methods refer to.
+    shards = [shard]
 
     class InShards(kind):  # type: ignore[misc]
         @classmethod
         def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
             model.tie_weights()  # transformers does so when they are loaded: too late for sharding
-            shard(model)
+            shards.pop()(model)
             # Files know nothing of adapters: weights are read under the names without.
             without_adapter.enter_context(in_place_of_adapters(model, base_layer_of))
             # What has values already is in no file, which is no news.
