@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-from collections.abc import Callable, Iterable
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,3 +74,35 @@ def live_bytes() -> int:
     """Return the bytes of all tensors that Python holds now."""
     gc.collect()
     return storage_bytes(t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+
+
+def own_bytes() -> int:
+    """What this process has in memory and shares with nobody: no files that are mapped."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """Give a list that holds, at the end, the most bytes that this process has taken meanwhile."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed is given back
+    libc.malloc_trim(0)  # and what was freed before, or it would be taken again unseen
+    before, most, done = own_bytes(), [0], threading.Event()
+
+    def look() -> None:
+        most[0] = max(most[0], own_bytes() - before)
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
+        look()

@@ -18,17 +18,18 @@ from lit_ft.models import FromConfig, Pretrained, add_adapter, export_model
 from lit_ft.models.export import merged
 from lit_ft.parallel import FSDP2Strategy
 from lit_ft.sharding import is_sharded, whole
+from tests.allocations import watched
+from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import (
     LARGER,
     LLAMA,
     OPTIMIZERS,
     batches,
     folder,
-    load,
     save_llama,
     train,
-    watched,
 )
+from tests.distributed.test_sharded_loading import load
 from tests.ranks import WORLD
 from tests.test_module import trainer_of
 
@@ -131,11 +132,8 @@ def test_half_precision_trains_as_on_one_and_resumes(precision, folder, tmp_path
 
 def built(source, adapter, sharded=True, seed=0):
     """Return a model with an untrained adapter, on this process or spread over all ranks."""
-    module = CausalLMModule(source, optimizer=OPTIMIZERS["adamw"], adapter=adapter, seed=seed)
-    strategy = {"strategy": FSDP2Strategy(), "devices": dist.get_world_size()} if sharded else {}
-    module.trainer = trainer_of(".", **strategy)
-    module.trainer.strategy._lightning_module = module
-    module.trainer.strategy.setup_environment()
+    strategy = FSDP2Strategy() if sharded else None
+    module = joined(source, strategy=strategy, adapter=adapter, seed=seed)
     module.configure_model()
     return module.model
 

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import io
-import logging
-import re
 import shutil
-import threading
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -251,66 +244,6 @@ def test_the_export_is_the_trained_model(tied, dtype, folder, tmp_path, on_both)
         assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118
 
 
-def own_bytes():
-    """What this process has in memory and shares with nobody: no files that are mapped."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
-
-
-@contextmanager
-def watched():
-    """Give a list that holds, at the end, the most bytes that this process has taken meanwhile."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed is given back
-    libc.malloc_trim(0)  # and what was freed before, or it would be taken again unseen
-    before, most, done = own_bytes(), [0], threading.Event()
-
-    def look():
-        most[0] = max(most[0], own_bytes() - before)
-
-    def watch():
-        while not done.wait(0.001):
-            look()
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        watcher.join()
-        look()
-
-
-def load(model_folder, sharded=True, **options):
-    """Build and load the model, move its weights, and return the most bytes that this took."""
-    module = CausalLMModule(Pretrained(str(model_folder)), optimizer=OPTIMIZERS["adamw"], **options)
-    strategy = {"strategy": FSDP2Strategy(), "devices": WORLD} if sharded else {}
-    trainer = trainer_of(model_folder, **strategy)
-    module.trainer = trainer
-    trainer.strategy._lightning_module = module
-    trainer.strategy.setup_environment()
-    with watched() as most:
-        module.configure_model()
-        with torch.no_grad():
-            for parameter in module.parameters():  # what is mapped becomes the process's own
-                parameter.add_(1)
-    return most[0]
-
-
-def test_no_rank_ever_holds_the_whole_model(tmp_path, on_both):
-    config = AutoConfig.for_model("llama", **{**LLAMA, **LARGER})
-    model = AutoModelForCausalLM.from_config(config)
-    size = sum(p.nbytes for p in model.parameters())
-    # Of another type than it is loaded in: else the files would be mapped, and read by nobody.
-    model.bfloat16().save_pretrained(tmp_path, max_shard_size="20MB")
-    del model
-    for peak in on_both(load, tmp_path):
-        assert 0.45 * size <= peak <= 0.6 * size
-    assert load(tmp_path, sharded=False) > 0.95 * size  # so that it would be seen
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -380,20 +313,3 @@ def train_nested():
 def test_blocks_inside_blocks_are_spread_too(on_both):
     for gradients in on_both(train_nested):
         assert set(gradients) == {"DTensor"}
-
-
-def warnings_of_loading(model_folder, run_dir):
-    """What transformers says while a model of GaLore is loaded in parts."""
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
-    logging.getLogger("transformers").addHandler(handler)
-    train(model_folder, run_dir, sharded=True, projector="oja", steps=1)
-    logging.getLogger("transformers").removeHandler(handler)
-    return said.getvalue()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_no_rank_reports_galores_tensors_as_missing(tied, folder, tmp_path, on_both):
-    for said in on_both(warnings_of_loading, folder / f"tied_{tied}", tmp_path):
-        assert "delta" not in said
-        assert "MISSING" not in said

@@ -6,13 +6,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
-from lit_ft import CausalLMModule
 from lit_ft.models import Pretrained
 from lit_ft.parallel import FSDP2Strategy
-from tests.distributed.test_fsdp import OPTIMIZERS, folder, train
+from tests.distributed.joining import joined
+from tests.distributed.test_fsdp import folder, train
 from tests.test_module import trainer_of
 
 __all__ = ["folder"]  # a fixture
@@ -63,11 +62,8 @@ def test_what_four_ranks_save_and_export_is_whole(folder, tmp_path, four_ranks):
 
 def where_rows_are(model_folder):
     """Return which rows of a matrix this rank holds, by their first and last values."""
-    module = CausalLMModule(Pretrained(str(model_folder)), optimizer=OPTIMIZERS["adamw"])
     strategy = FSDP2Strategy(data_parallel_replicate_size=2)
-    module.trainer = trainer_of(model_folder, strategy=strategy, devices=dist.get_world_size())
-    strategy._lightning_module = module
-    strategy.setup_environment()
+    module = joined(Pretrained(str(model_folder)), strategy=strategy)
     module.configure_model()
     return module.model.lm_head.weight.to_local().detach()
 

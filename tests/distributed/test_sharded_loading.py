@@ -1,20 +1,29 @@
-"""What two ranks read is what the files hold."""
+"""Two ranks load what the files hold, each its part, and let go of it again."""
 
 from __future__ import annotations
 
+import gc
+import io
 import json
+import logging
+import weakref
 
+import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_ft import CausalLMModule
 from lit_ft.models import Pretrained
 from lit_ft.parallel import FSDP2Strategy
 from lit_ft.sharding import whole
-from tests.distributed.test_fsdp import OPTIMIZERS, save_llama
-from tests.ranks import WORLD
-from tests.test_module import trainer_of
+from tests.allocations import watched
+from tests.distributed.joining import joined
+from tests.distributed.test_fsdp import LARGER, LLAMA, folder, save_llama, train
+
+__all__ = ["folder"]  # a fixture
+
+pytestmark = pytest.mark.slow
 
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,12 +36,64 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def loaded(folder, **options):
+def load(model_folder, sharded=True, **options):
+    """Build and load the model, move its weights, and return the most bytes that this took."""
+    strategy = FSDP2Strategy() if sharded else None
+    module = joined(Pretrained(str(model_folder)), strategy=strategy, **options)
+    with watched() as most:
+        module.configure_model()
+        with torch.no_grad():
+            for parameter in module.parameters():  # what is mapped becomes the process's own
+                parameter.add_(1)
+    return most[0]
+
+
+def test_no_rank_ever_holds_the_whole_model(tmp_path, on_both):
+    config = AutoConfig.for_model("llama", **{**LLAMA, **LARGER})
+    model = AutoModelForCausalLM.from_config(config)
+    size = sum(p.nbytes for p in model.parameters())
+    # Of another type than it is loaded in: else the files would be mapped, and read by nobody.
+    model.bfloat16().save_pretrained(tmp_path, max_shard_size="20MB")
+    del model
+    for peak in on_both(load, tmp_path):
+        assert 0.45 * size <= peak <= 0.6 * size
+    assert load(tmp_path, sharded=False) > 0.95 * size  # so that it would be seen
+
+
+def warnings_of_loading(model_folder, run_dir):
+    """What transformers says while a model of GaLore is loaded in parts."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("transformers").addHandler(handler)
+    train(model_folder, run_dir, sharded=True, projector="oja", steps=1)
+    logging.getLogger("transformers").removeHandler(handler)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_rank_reports_galores_tensors_as_missing(tied, folder, tmp_path, on_both):
+    for said in on_both(warnings_of_loading, folder / f"tied_{tied}", tmp_path):
+        assert "delta" not in said
+        assert "MISSING" not in said
+
+
+def outlives_its_run(model_folder):
+    module = joined(Pretrained(str(model_folder)), strategy=FSDP2Strategy())
+    module.configure_model()
+    parameter = weakref.ref(module.model.lm_head.weight)
+    del module
+    gc.collect()
+    return parameter() is not None
+
+
+def test_what_nobody_holds_any_more_is_freed(folder, on_both):
+    """Torch keeps the classes that it has sharded: through them it kept model and trainer."""
+    assert on_both(outlives_its_run, folder / "tied_False") == [False, False]
+
+
+def loaded(model_folder, **options):
     """Return the weights, gathered, or the error."""
-    module = CausalLMModule(Pretrained(str(folder), **options), optimizer=OPTIMIZERS["adamw"])
-    module.trainer = trainer_of(folder, strategy=FSDP2Strategy(), devices=WORLD)
-    module.trainer.strategy._lightning_module = module
-    module.trainer.strategy.setup_environment()
+    module = joined(Pretrained(str(model_folder), **options), strategy=FSDP2Strategy())
     try:
         module.configure_model()
     except (MisconfigurationException, ValueError) as error:
@@ -55,3 +116,8 @@ def test_a_model_that_brings_its_own_code(tmp_path, on_both):
         assert weights.keys() == stored.keys()
         assert all(torch.equal(weights[name], stored[name]) for name in stored)
     assert all("trust_remote_code" in said for said in on_both(loaded, tmp_path))
+
+
+def test_a_model_that_is_no_causal_one_is_refused(tmp_path, on_both):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    assert all("t5, which is no causal LM" in said for said in on_both(loaded, tmp_path))
