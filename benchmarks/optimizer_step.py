@@ -1,34 +1,41 @@
 """Time and memory of a training step: subspace training against AdamW, LoRA and galore-torch.
 
-    python benchmarks/optimizer_step.py            # both sizes, alternating in one process
+    python benchmarks/optimizer_step.py            # both sizes
     python benchmarks/optimizer_step.py --size wide --steps 12
 
 Everything that a step needs is timed: forward, loss, backward, optimizer, fold, rotation, tracking,
-head and embedding. All sides use lit_ft's chunked loss; galore-torch's SVD is timed apart.
+head and embedding. All sides use lit_ft's chunked loss; galore-torch's SVD is timed apart. Each
+method has a process of its own, as it has for its user: what one side frees, another would find
+mapped already. They step in turn, one at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from smollm2 import SMOLLM2
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from lit_ft.console import quieten_libraries
 from lit_ft.losses import ChunkedCrossEntropy
-from lit_ft.memory import optimizer_state_bytes
+from lit_ft.memory import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.models import FromConfig
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.products import projected_gradient_and_sketch
@@ -63,16 +70,21 @@ PROJECTORS: dict[str, Projector] = {
 METHODS = ("adamw", "lora r16", "galore-torch without its SVD", *PROJECTORS)
 
 
+class Step(NamedTuple):
+    """What a step took, and whether a basis moved in it."""
+
+    seconds: float
+    refreshed: bool
+
+
 class Side:
-    """One method: a model, its optimizer, and the seconds of its steps."""
+    """One method: a model and its optimizer."""
 
     def __init__(self, method: str, size: str) -> None:
         source, tokens, rank = SIZES[size]
         torch.manual_seed(0)
         self.model: nn.Module = source.load_model(torch.float32).train()
         self.ids = torch.randint(3, 4000, (2, tokens // 2))
-        self.seconds: list[float] = []
-        self.refreshed: list[bool] = []
         if method == "lora r16":
             config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
             self.model = get_peft_model(self.model, config)
@@ -88,9 +100,9 @@ class Side:
         self.beside = 0
         self.layers = layers
 
-    def step(self) -> None:
+    def step(self) -> Step:
         """Train on the batch once."""
-        self.refreshed.append(any(la.basis.requires_grad for la in self.layers.values()))
+        refreshed = any(layer.basis.requires_grad for layer in self.layers.values())
         began = time.perf_counter()
         loss = ChunkedCrossEntropy()(self.model, {"input_ids": self.ids}, self.ids)
         (loss / self.ids.numel()).backward()
@@ -98,7 +110,7 @@ class Side:
             self.beside = self._gradient_bytes()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.seconds.append(time.perf_counter() - began)
+        return Step(time.perf_counter() - began, refreshed)
 
     @property
     def bytes_beside_weights(self) -> int:
@@ -117,39 +129,76 @@ def main() -> None:
     options = _parser().parse_args()
     record: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "sizes": {}}
     for size in options.size:
-        record["sizes"][size] = measured = measure(size, options.steps)
+        record["sizes"][size] = measured = measure(size, options.steps, options.only)
         Console().print(table(size, measured))
     record["refresh"] = refresh = measure_refresh()
     Console().print({name: f"{seconds:.3f} s" for name, seconds in refresh.items()})
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def measure(size: str, steps: int) -> dict[str, Any]:
-    """Alternate the methods step by step; the first three steps of each are not counted."""
-    sides = {method: Side(method, size) for method in METHODS}
-    for _ in range(steps + 3):
-        for side in sides.values():
-            side.step()
-    found = {}
-    for method, side in sides.items():
-        seconds = side.seconds[3:]
-        ratios = [a / b for a, b in zip(sides["adamw"].seconds[3:], seconds, strict=True)]
-        found[method] = {
-            "median": statistics.median(seconds),
-            "min": min(seconds),
-            "max": max(seconds),
-            "times_faster_than_adamw": statistics.median(ratios),
-            "bytes_beside_weights": side.bytes_beside_weights,
+def measure(size: str, steps: int, methods: Sequence[str]) -> dict[str, Any]:
+    """Let the methods step in turn; the first three steps of each are not counted."""
+    methods = [name for name in METHODS if name in methods or name == "adamw"]
+    with ExitStack() as stack:
+        sides = {name: stack.enter_context(_process(name, size)) for name in methods}
+        taken: dict[str, list[Step]] = {name: [] for name in methods}
+        for turn in track(range(-3, steps), size):
+            for name, side in sides.items():
+                if turn == 0:
+                    side.submit(reset_peak).result()
+                step = side.submit(_step).result()
+                if turn >= 0:
+                    taken[name].append(step)
+        held = {
+            name: {
+                "bytes_beside_weights": side.submit(_bytes_beside_weights).result(),
+                "peak_process_bytes": side.submit(peak_bytes).result().value,
+            }
+            for name, side in sides.items()
         }
-        refreshes = [s for s, r in zip(seconds, side.refreshed[3:], strict=True) if r]
-        others = [s for s, r in zip(seconds, side.refreshed[3:], strict=True) if not r]
-        if refreshes and others:
-            found[method]["refresh_step_over_others"] = statistics.median(
-                refreshes
-            ) / statistics.median(others)
-    del sides
-    gc.collect()
-    return found
+    return {name: {**_figures(of, taken["adamw"]), **held[name]} for name, of in taken.items()}
+
+
+def _figures(steps: list[Step], of_adamw: list[Step]) -> dict[str, float]:
+    seconds = [step.seconds for step in steps]
+    ratios = [a.seconds / b.seconds for a, b in zip(of_adamw, steps, strict=True)]
+    figures = {
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "times_faster_than_adamw": statistics.median(ratios),
+    }
+    refreshes = [step.seconds for step in steps if step.refreshed]
+    others = [step.seconds for step in steps if not step.refreshed]
+    if refreshes and others:
+        ratio = statistics.median(refreshes) / statistics.median(others)
+        figures["refresh_step_over_others"] = ratio
+    return figures
+
+
+@contextmanager
+def _process(method: str, size: str) -> Iterator[ProcessPoolExecutor]:
+    """A process that holds one side."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_start, initargs=(method, size)) as process:
+        yield process
+
+
+_side: Side  # of a side's process
+
+
+def _start(method: str, size: str) -> None:
+    global _side
+    quieten_libraries()
+    _side = Side(method, size)
+
+
+def _step() -> Step:
+    return _side.step()
+
+
+def _bytes_beside_weights() -> int:
+    return _side.bytes_beside_weights
 
 
 def measure_refresh(
@@ -213,6 +262,7 @@ def table(size: str, measured: dict[str, Any]) -> Table:
         "× adamw",
         "refresh step / others",
         "MiB beside weights",
+        "peak MiB of process",
         title=size,
     )
     for method, row in measured.items():
@@ -223,6 +273,7 @@ def table(size: str, measured: dict[str, Any]) -> Table:
             f"{row['times_faster_than_adamw']:.3f}",
             f"{row['refresh_step_over_others']:.3f}" if "refresh_step_over_others" in row else "",
             f"{row['bytes_beside_weights'] / 2**20:,.0f}",
+            f"{row['peak_process_bytes'] / 2**20:,.0f}",
         )
     return shown
 
@@ -232,6 +283,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--only", nargs="*", choices=METHODS, default=METHODS, help="these methods, and adamw"
+    )
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each method")
     return parser
 

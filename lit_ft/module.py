@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
+from lit_ft.compatibility import QUANTISED_ARE_NOT_SHARDED, check_optimizer, check_sharding
 from lit_ft.global_batch import GlobalBatch, share_of_data
 from lit_ft.isolation import keeps_packed_examples_apart
 from lit_ft.labels import IGNORED
@@ -29,11 +30,7 @@ from lit_ft.losses import (
     without_adapter_wrapper,
 )
 from lit_ft.models import ModelSource, add_adapter
-from lit_ft.models.adapters import (
-    refuse_sharded_base,
-    rewrites_base_weights,
-    start_magnitudes,
-)
+from lit_ft.models.adapters import rewrites_base_weights, start_magnitudes
 from lit_ft.optim import (
     DECAY_MATRICES,
     GroupRule,
@@ -41,21 +38,11 @@ from lit_ft.optim import (
     stepped_in_pieces,
     stochastically_rounded,
 )
-from lit_ft.parallel import (
-    FSDP2Strategy,
-    TensorParallelStrategy,
-    refuse_not_elementwise,
-    refuse_sharded_state,
-    with_root_gathered,
-)
+from lit_ft.parallel import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
 from lit_ft.rounding import keyed_generator
 from lit_ft.sharding import whole
 
 Batch = Mapping[str, Any]
-_QUANTISED = (
-    "Quantised weights, as adapter=qlora's, are not sharded: use adapter=lora, that is a model in "
-    "full precision, or strategy=ddp."
-)
 
 
 class CausalLMModule(LightningModule):
@@ -119,9 +106,15 @@ class CausalLMModule(LightningModule):
                 "or trainer.precision=16-mixed, which keeps the weights in float32."
             )
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            self._check_sharding()
+            check_sharding(
+                self.trainer.strategy,
+                source=self.source,
+                adapter=self.adapter,
+                optimizer=self.optimizer,
+                compile=self.compile_model,
+            )
         self.source.check()
-        self._check_optimizer()
+        check_optimizer(self.optimizer, self.schedule, self.groups)
 
     def configure_model(self) -> None:
         """Load the model, once, in the precision and on the device that the strategy asks for."""
@@ -142,7 +135,7 @@ class CausalLMModule(LightningModule):
 
     def _shard(self, model: Any) -> None:
         if self.adapter is not None and getattr(model, "is_quantized", False):
-            raise MisconfigurationException(_QUANTISED)
+            raise MisconfigurationException(QUANTISED_ARE_NOT_SHARDED)
         self._take(model)
         self.shard_model()
 
@@ -285,49 +278,6 @@ class CausalLMModule(LightningModule):
         return tuple(
             name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
         )
-
-    def _check_optimizer(self) -> None:
-        """Let the optimizer and the schedule refuse their options, on stand-ins."""
-        groups = [
-            {**rule.options, "params": [torch.nn.Parameter(torch.zeros(2, 2))]}
-            for rule in self.groups
-        ]
-        try:
-            optimizer = self.optimizer(groups)
-            if self.schedule and not getattr(optimizer, "sets_own_learning_rate", False):
-                self.schedule(optimizer, 100)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(f"optim, groups or schedule: {error}") from error
-
-    def _check_sharding(self) -> None:
-        """Refuse what does not work on a part of the weights."""
-        strategy = self.trainer.strategy
-        by_columns = isinstance(strategy, TensorParallelStrategy)
-        if not isinstance(strategy, FSDP2Strategy | TensorParallelStrategy):
-            raise MisconfigurationException(
-                "Use lit_ft.parallel.FSDP2Strategy() (strategy=fsdp) in place of "
-                "ModelParallelStrategy: it says how the model is sharded."
-            )
-        kind = getattr(self.optimizer, "func", self.optimizer)
-        try:
-            if isinstance(kind, type):
-                (refuse_not_elementwise if by_columns else refuse_sharded_state)(kind)
-            if self.adapter is not None and not by_columns:
-                refuse_sharded_base(self.adapter)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-        if self.adapter is not None and by_columns:
-            raise MisconfigurationException(
-                "An adapter does not go with strategy=tensor_parallel: use strategy=fsdp, "
-                "strategy=ddp, or adapter=none."
-            )
-        if self.adapter is not None and getattr(self.source, "quantization_config", None):
-            raise MisconfigurationException(_QUANTISED)
-        if self.compile_model:
-            raise MisconfigurationException(
-                "module.compile=true does not go with sharded weights: leave it out, or use "
-                "strategy=ddp."
-            )
 
     def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:
         """Check what the loss and packing take for granted, on the first batch that shows it."""
