@@ -43,6 +43,21 @@ class NewTensors(TorchDispatchMode):
         return out
 
 
+class LargestTensor(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operation gives out."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+
 class PeakAllocated:
     """The most bytes at once that torch allocates on the CPU inside the block.
 

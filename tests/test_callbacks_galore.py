@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, AdamW
@@ -130,10 +132,39 @@ def test_two_optimizers_are_refused(tmp_path):
 def test_after_training_nothing_is_left_behind(tmp_path):
     module = module_of()
     callback = GaLore(rank=4)
-    trainer_of(tmp_path, callbacks=[callback]).fit(module, loader(*[batch_of([12])] * 2))
+    trainer = trainer_of(tmp_path, callbacks=[callback])
+    trainer.fit(module, loader(*[batch_of([12])] * 2))
     for layer in callback.steps.layers.values():
         assert not layer.delta.any()
         assert layer.basis.grad is None and layer.weight.grad is None
         assert not layer.basis.requires_grad
-    copy.deepcopy(module.model)
-    assert isinstance(trainer_of(tmp_path), Trainer)
+    assert "configure_model" not in vars(module)
+    step = callback.steps.step
+    trainer.optimizers[0].step()  # no one follows it any more
+    assert callback.steps.step == step
+    twin = copy.deepcopy(module.model)
+    ids = torch.arange(3, 9)[None]
+    assert torch.equal(twin(ids).logits, module.model(ids).logits)
+
+
+def test_another_module_is_injected_anew(tmp_path):
+    callback = GaLore(rank=4)
+    for _ in range(2):
+        module = module_of(optimizer=partial(AdamW, lr=1e-2))
+        trainer_of(tmp_path, callbacks=[callback]).fit(module, loader(*[batch_of([12])] * 2))
+        layers = [part for part in module.modules() if hasattr(part, "delta")]
+        assert layers and set(callback.steps.layers.values()) <= set(layers)
+        assert callback.steps.step == 2
+
+
+def test_lightnings_learning_rate_finder_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, callbacks=[GaLore(rank=4)])
+    with pytest.raises(MisconfigurationException, match="find the rate without GaLore"):
+        Tuner(trainer).lr_find(module_of(), loader(batch_of([12])), attr_name="rate")
+
+
+def test_a_strategy_that_shares_weights_in_its_own_way_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(MisconfigurationException, match="DDP or FSDP2, not FSDPStrategy"):
+        GaLore(rank=4).setup(trainer, module_of(), "fit")

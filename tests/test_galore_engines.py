@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from lit_ft.callbacks import GaLore
+from lit_ft.callbacks import GaLore, SubspaceRefresh
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
 from tests.test_module import batch_of, module_of, trainer_of
@@ -84,6 +84,8 @@ def train(
     projector=None,
     refresh=None,
     accumulate_grad_batches=1,
+    precision=None,
+    log_every=None,
     **options,
 ):
     """Train on `data`; return the module and what each batch left."""
@@ -94,13 +96,21 @@ def train(
     plugins = []
     if scale is not None:
         plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))]
+    callbacks = [galore, states]
+    if log_every is not None:
+        callbacks.append(SubspaceRefresh(every_n_steps=log_every))
     trainer = trainer_of(
         folder,
         plugins=plugins,
+        precision=precision,
         max_steps=-1,
         max_epochs=1,
         accumulate_grad_batches=accumulate_grad_batches,
-        callbacks=[galore, states],
+        callbacks=[
+            galore,
+            states,
+            *([SubspaceRefresh(every_n_steps=log_every)] if log_every else []),
+        ],
     )
     trainer.fit(module, DataLoader(data, batch_size=None))
     return module, states.seen
@@ -139,6 +149,39 @@ def test_a_grad_scaler_and_bases_from_whole_gradients_are_refused(tmp_path, proj
         train(tmp_path, batches(GOOD), scale=2.0**10, projector=projector)
 
 
+class ByHand(Regression):
+    """Steps by itself: Lightning has autocast on while it does."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [
+        Oja(every=1),
+        Online(),
+        SubspaceIteration(every=1),
+        SVD(every=1, rotates_moments=True),
+    ],
+)
+def test_a_step_by_hand_under_autocast_is_an_automatic_one(tmp_path, projector):
+    data = batches(*[GOOD] * 4)
+    options = {"projector": projector, "precision": "bf16-mixed"}
+    automatic, by_hand = (
+        train(tmp_path, data, kind=kind, **options)[0].state_dict() for kind in (Regression, ByHand)
+    )
+    for name, value in automatic.items():
+        torch.testing.assert_close(by_hand[name], value, rtol=0, atol=0, msg=name)
+
+
 class RootOfZero(Regression):
     """Its loss is finite, the gradient of its first layer is not, where the batch says so."""
 
@@ -171,15 +214,18 @@ class Compiled(Regression):
 
 
 @pytest.mark.parametrize("way", ["in place", "wrapped"])
+@pytest.mark.parametrize("log_every", [None, 3])
 @pytest.mark.parametrize("projector", [Oja(every=1), SubspaceIteration(every=4)])
-def test_compiled_models_train_alike_in_at_most_two_graphs(tmp_path, projector, way):
+def test_compiled_models_train_alike_in_few_graphs(tmp_path, projector, log_every, way):
     data = batches(*[GOOD] * 20)
     options = {"projector": projector, "accumulate_grad_batches": 2}
     plain, _ = train(tmp_path, data, refresh=Refresh(stagger=False), **options)
     counters.clear()
     torch.compiler.reset()
-    compiled, _ = train(tmp_path, data, kind=partial(Compiled, way), **options)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # with sketches and without
+    kind = partial(Compiled, way)
+    compiled, _ = train(tmp_path, data, kind=kind, log_every=log_every, **options)
+    # With sketches and without, and both with energies too where steps are logged.
+    assert 1 <= counters["stats"]["unique_graphs"] <= (4 if log_every else 2)
     for ours, other in zip(
         compiled.state_dict().values(), plain.state_dict().values(), strict=True
     ):

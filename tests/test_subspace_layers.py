@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lit_ft.labels import IGNORED
 from lit_ft.losses import ChunkedCrossEntropy, ModelLoss
 from lit_ft.subspace import inject, layer_group, subspace_layers
+from tests.allocations import LargestTensor
 from tests.test_losses import tiny_model
 
 IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -197,6 +200,39 @@ def test_checkpointing_autocast_and_compilation_leave_the_gradients_alone():
     twin.model.compile()
     for ours, theirs in zip(gradients(), reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31))
+def test_the_sketch_of_an_embedding_sums_over_the_places_of_an_id(rows, length, ids, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Embedding(ids, 6, dtype=torch.float64)
+    [layer] = inject(layer, rank=min(2, ids), seed=seed).values()
+    layer.basis.requires_grad_(True)
+    tokens = torch.randint(ids, (rows, length), generator=generator)
+    grad = torch.randn(rows, length, 6, generator=generator, dtype=torch.float64)
+    layer(tokens).backward(grad)
+    one_hot = nn.functional.one_hot(tokens, ids).double()
+    whole = one_hot.mT @ grad  # G_s
+    sketch = ((whole @ layer.basis.detach().T).mT @ whole).sum(0)
+    torch.testing.assert_close(layer.basis.grad, sketch)
+
+
+def test_long_sequences_and_many_rows_need_no_more_than_thin_tensors():
+    length, many, wide = 512, 24, 64
+    embedding, linear = nn.Embedding(9, wide), nn.Linear(wide, wide, bias=False)
+    layers = inject(nn.ModuleList([embedding, linear]), rank=16)
+    track(layers)
+    ids = torch.randint(9, (1, length))
+    x, slope = torch.randn(many, 5, wide), torch.randn(many, 5, wide)
+    largest = LargestTensor()
+    with largest:
+        embedding(ids).sum().backward()
+    assert largest.numel < length * length
+    largest = LargestTensor()
+    with largest:
+        linear(x).backward(slope)
+    assert largest.numel <= max(x.numel(), 16 * wide * 2)
+    assert linear.basis.grad.any()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, AdamW
+from transformers.optimization import Adafactor
 
 from lit_ft.labels import IGNORED
 from lit_ft.losses import ChunkedCrossEntropy
@@ -268,11 +269,57 @@ def test_eight_bit_moments_turn_as_their_values_do(eight_bit, wide, names):
         (torch.optim.LBFGS, {}, "LBFGS"),
         (torch.optim.Adam, {"weight_decay": 0.1}, "use AdamW"),
         (SGD, {"weight_decay": 0.1}, "weight_decay=0"),
+        (type("OwnSGD", (SGD,), {}), {"weight_decay": 0.1}, "weight_decay=0"),
+        (bnb.optim.SGD8bit, {"momentum": 0.9, "weight_decay": 0.1}, "weight_decay=0"),
+        (torch.optim.RMSprop, {"weight_decay": 0.1}, "weight_decay=0"),
+        (Adafactor, {"lr": None, "scale_parameter": False}, "relative_step=False"),
+        (type("Lamb", (AdamW,), {}), {}, "LAMB scales"),
     ],
 )
 def test_optimizers_that_need_the_weight_are_refused(optimizer, options, named):
     with pytest.raises(ValueError, match=named):
         Run(NEVER, optimizer=optimizer, **options)
+
+
+def test_a_state_with_a_maximum_over_coordinates_is_said_to_have_no_rule(caplog):
+    Run(Oja(every=1), optimizer=torch.optim.Adamax).train(batches(2))
+    assert "The state of Adamax has no rule" in caplog.text
+
+
+def test_weights_that_became_float16_are_refused():
+    """As Lightning's precision=16-true makes them, after the injection."""
+    model = tiny_model("llama")
+    steps = SubspaceStep(inject(model, rank=4), NEVER)
+    optimizer = AdamW([p for p in model.half().parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"embed_tokens has float16 weights"):
+        steps.attach(optimizer)
+
+
+def test_a_compiled_models_layers_have_no_turns_of_their_own():
+    layers = inject(tiny_model("llama"), rank=4)
+    with pytest.raises(ValueError, match="leave out one of the two"):
+        SubspaceStep(layers, NEVER, compiled=True, refresh=Refresh(adaptive=True))
+
+
+def test_layers_that_the_loss_does_not_come_through_are_named(caplog):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.borrowed = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.linear(self.used(x), self.borrowed.weight)
+
+    model = Tied()
+    steps = SubspaceStep(inject(model, rank=2), NEVER)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    steps.attach(optimizer)
+    for _ in range(2):
+        model(torch.ones(3, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    [warning] = [r.getMessage() for r in caplog.records if "stands still" in r.getMessage()]
+    assert "1 of the layers that move in subspaces: borrowed." in warning
 
 
 def test_an_optimizer_from_before_the_injection_is_refused():
@@ -321,60 +368,3 @@ def test_bfloat16_weights_learn_and_stay_bfloat16():
         assert weight.dtype == torch.bfloat16
         assert layer.basis.dtype == layer.delta.dtype == torch.float32
         assert not torch.equal(weight, before[f"{name}.weight"])
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"rank": 0}, "rank=0"),
-        ({"rank": -3}, "rank=-3"),
-        ({"rank": 1.5}, "rank=1.5"),
-        ({"targets": "nonsense"}, "nonsense"),
-        ({"targets": ["head"]}, "embed_tokens shares its weight with lm_head"),
-    ],
-)
-def test_bad_arguments_are_named_and_leave_the_model_alone(change, named):
-    model = tiny_model("llama", tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
-        inject(model, **{"rank": 4, **change})
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any("Subspace" in type(m).__name__ for m in model.modules())
-
-
-def test_frozen_and_adapted_models_are_refused():
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny_model("llama")
-    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is frozen"):
-        inject(model, rank=4)
-    adapted = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="adapter=none"):
-        inject(adapted, rank=4)
-
-
-def test_a_model_whose_weights_are_yet_to_be_loaded_is_refused():
-    with torch.device("meta"):
-        model = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"embed_tokens has no values yet .* load it first"):
-        inject(model, rank=4)
-
-
-def test_a_rank_above_a_layers_smaller_side_is_capped_and_said(caplog):
-    caplog.set_level("INFO")
-    layers = inject(tiny_model("llama"), rank=48)
-    assert layers["model.layers.0.self_attn.k_proj"].rank == 32
-    assert layers["model.layers.0.mlp.up_proj"].rank == 48
-    assert "model.layers.0.self_attn.k_proj: rank 48 is capped at 32" in caplog.text
-
-
-def test_saved_models_carry_neither_basis_nor_delta(tmp_path):
-    """Law 9."""
-    from safetensors.torch import load_file
-
-    run = Run(Oja(every=1)).train(batches(2))
-    run.model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert not [name for name in saved if "delta" in name or "basis" in name]
-    for name, weight in saved.items():
-        assert torch.equal(weight, run.weights[name].detach())

@@ -9,7 +9,12 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from peft import PeftConfig
@@ -18,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.callbacks.lookup import loss_scaler, only_optimizer
+from lit_ft.callbacks.lookup import callbacks_of, loss_scaler, only_optimizer
 from lit_ft.parallel import TensorParallelStrategy
 from lit_ft.sharding import is_sharded
 from lit_ft.subspace import (
@@ -44,6 +49,11 @@ class GaLore(Callback):
     A module that shards its model (`ModelParallelStrategy`) does so in a method `shard_model`,
     which its `configure_model` calls: the layers are injected in front of it. Or it calls
     `lit_ft.subspace.inject` itself, before `fully_shard`.
+
+    Checkpoints hold the small parameters and their bases beside the weights, which are complete: a
+    module without the callback loads them with `strict=False`, and continues as an ordinary one.
+    What reaches a layer's weight other than through the layer (a head that is tied by hand, in
+    `F.linear(x, embedding.weight)`) gives it no gradient.
 
     Args:
         rank: Of the subspaces: a quarter of the hidden size and less.
@@ -74,6 +84,8 @@ class GaLore(Callback):
         self.steps: SubspaceStep | None = None
         self._refresh: Refresh | None = None
         self._handle: RemovableHandle | None = None
+        self._module: LightningModule | None = None  # that is injected
+        self._wrapped: dict[str, Callable[..., Any]] = {}  # the module's methods, by name
 
     def reschedule(self, refresh: Refresh) -> None:
         """Let the bases move when `refresh` says; call it before training starts."""
@@ -88,15 +100,26 @@ class GaLore(Callback):
             MisconfigurationException: The module trains an adapter, or its weights will be shared
                 among ranks in a way that this cannot follow.
         """
-        if self.steps is not None:
+        if self._module is pl_module:
             return
+        self.steps = None  # the callback has trained another module
+        if any(isinstance(callback, LearningRateFinder) for callback in callbacks_of(trainer)):
+            raise MisconfigurationException(
+                "Lightning's learning rate finder trains without callbacks, and without GaLore its "
+                "parameters move no weight: find the rate without GaLore. It means the same."
+            )
         if isinstance(getattr(pl_module, "adapter", None), PeftConfig):
             raise MisconfigurationException(
                 "An adapter's few weights need no subspace: use adapter=none with GaLore, or "
                 "optim=adamw with the adapter."
             )
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        strategy = trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
             self._check_sharding(trainer, pl_module)
+        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise MisconfigurationException(
+                f"GaLore is for one device, DDP or FSDP2, not {type(strategy).__name__}."
+            )
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             self._inject(pl_module)
             return
@@ -104,16 +127,17 @@ class GaLore(Callback):
         shard_model = getattr(pl_module, "shard_model", None)
 
         def inject_once() -> None:
-            if self.steps is None:
+            if self._module is not pl_module:
                 self._inject(pl_module)
 
         def configure_model_and_inject() -> None:
             configure_model()
             inject_once()
 
-        pl_module.configure_model = configure_model_and_inject  # type: ignore[method-assign]
+        self._wrapped = {"configure_model": configure_model_and_inject}
         if callable(shard_model):
-            pl_module.shard_model = _after(inject_once, shard_model)
+            self._wrapped["shard_model"] = _after(inject_once, shard_model)
+        vars(pl_module).update(self._wrapped)
 
     def _check_sharding(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse what does not work where each rank holds a part of the weights."""
@@ -158,6 +182,7 @@ class GaLore(Callback):
             seed=self.seed,
             all_reduce=_average,
         )
+        self._module = module
         small = sum(layer.delta.numel() for layer in layers.values())
         whole = sum(layer.weight.numel() for layer in layers.values())
         rank_zero_info(
@@ -209,14 +234,14 @@ class GaLore(Callback):
         self.steps.before_step(optimizer, skips_overflow=loss_scaler(trainer) is not None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer."""
-        self._detach()
+        """Let go of the optimizer and the module's methods."""
+        self._detach(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimizer."""
-        self._detach()
+        """Let go of the optimizer and the module's methods."""
+        self._detach(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the model's own tensors."""
@@ -241,7 +266,11 @@ class GaLore(Callback):
         if self.steps is not None and state_dict["steps"] is not None:
             self.steps.load_state_dict(state_dict["steps"])
 
-    def _detach(self) -> None:
+    def _detach(self, module: LightningModule) -> None:
+        for name, own in self._wrapped.items():
+            if vars(module).get(name) is own:
+                del vars(module)[name]
+        self._wrapped.clear()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from lit_ft.subspace.backward import thin_backward
 from lit_ft.subspace.energy import captured_and_total_energy
 from lit_ft.subspace.layer import SubspaceLayer
 
@@ -45,6 +46,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
+    @thin_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, basis = ctx.saved_tensors
         weight_dtype, delta_dtype = ctx.dtypes
@@ -56,10 +58,8 @@ class _Embedding(torch.autograd.Function):
         weight_gradient = sketch = energy = None
         sequences = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)  # without any, samples
         if ctx.needs_sketch:
-            # R_s[id_t]: the sum over the sequence's occurrences of token t's id.
-            same = (sequences[:, :, None] == sequences[:, None, :]).to(grad.dtype)
-            gathered = same @ in_basis.reshape(*sequences.shape, -1)
-            sketch = gathered.reshape(-1, len(basis)).T @ grad.reshape(-1, grad.shape[-1])
+            of_ids = _sums_of_ids(sequences, in_basis.reshape(*sequences.shape, -1))  # R_s[id_t]
+            sketch = of_ids.reshape(-1, len(basis)).T @ grad.reshape(-1, grad.shape[-1])
         if ctx.needs_energy:
             cols, cols_in_basis = (t.reshape(*sequences.shape, -1) for t in (grad, in_basis))
             energy = captured_and_total_energy(sequences, cols, cols_in_basis, basis)
@@ -72,3 +72,15 @@ def _scatter(ids: Tensor, values: Tensor, num_rows: int) -> Tensor:
     """Return [num_rows, k], the sum of `values` [..., k] at the rows that `ids` [...] name."""
     flat = values.reshape(-1, values.shape[-1])
     return flat.new_zeros(num_rows, flat.shape[1]).index_add_(0, ids.reshape(-1), flat)
+
+
+def _sums_of_ids(ids: Tensor, values: Tensor) -> Tensor:
+    """Return [S, T, k]: for each token the sum of `values` over its id's places in the sequence.
+
+    Args:
+        ids: [S, T].
+        values: [S, T, k].
+    """
+    # An id's first place among the sorted ones: numbers below T for V ids.
+    places = torch.searchsorted(ids.sort(-1).values, ids)[..., None].expand_as(values)
+    return torch.zeros_like(values).scatter_add_(1, places, values).gather(1, places)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lit_ft.labels import IGNORED
+from lit_ft.subspace.backward import thin_backward
 from lit_ft.subspace.energy import captured_and_total_energy
 from lit_ft.subspace.linear import SubspaceLinear
 from lit_ft.subspace.products import projected_gradient, projected_gradient_and_sketch
@@ -115,6 +116,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @thin_backward
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias, gradient, sketch, energies = ctx.saved_tensors
         # The sketch and the energies are products of two gradients.

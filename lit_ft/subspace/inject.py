@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from lit_ft.rounding import keyed_generator
 from lit_ft.sharding import is_sharded
@@ -18,6 +19,7 @@ from lit_ft.subspace.embedding import SubspaceEmbedding
 from lit_ft.subspace.head import SubspaceHead
 from lit_ft.subspace.layer import Side, SubspaceLayer
 from lit_ft.subspace.linear import SubspaceLinear
+from lit_ft.subspace.refusals import refuse_float16
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ def inject(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank}: give a positive whole number, such as 128.")
+    if not targets:
+        raise ValueError("targets is empty: give all, or leave GaLore out.")
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError(
             "The model has a LoRA adapter, whose few weights need no subspace: "
@@ -73,15 +77,21 @@ def inject(
         _refuse_untrainable(name, module, allow_meta=allow_meta)
     injected: dict[str, SubspaceLayer] = {}
     by_weight: dict[nn.Parameter, SubspaceLayer] = {}
+    heads = _heads(model)
+    of_tokens = {
+        _weight(module)
+        for module in chosen.values()
+        if module in heads or isinstance(module, nn.Embedding)
+    }
     for index, (name, module) in enumerate(chosen.items()):
         weight = _weight(module)
         twin = by_weight.get(weight)
-        layer = _changed_class(module, is_head=module is _head(model))
+        layer = _changed_class(module, is_head=module in heads)
         if twin is not None:
             layer.side, layer.delta, layer.energy = twin.side, twin.delta, twin.energy
             module.register_buffer("basis", twin.basis)
             continue
-        layer_side: Side = "right" if isinstance(layer, SubspaceEmbedding | SubspaceHead) else side
+        layer_side: Side = "right" if weight in of_tokens else side
         capped = min(rank, *weight.shape)
         if capped < rank:
             log.info("%s: rank %d is capped at %d, its smaller side.", name, rank, capped)
@@ -123,15 +133,18 @@ def layer_group(name: str, layer: SubspaceLayer) -> str:
 
 
 def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
-    embeddings, head = _embeddings(model), _head(model)
+    embeddings, heads = _embeddings(model), _heads(model)
     known = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        or SubspaceConv1D.fits(module)
-        # Of a transformer the token embedding alone: positions are few, and looked up once for all
-        # sequences of a batch, so that no gradient a sequence exists.
-        or (type(module) is nn.Embedding and embeddings in (None, module))
+        if isinstance(getattr(module, "weight", None), nn.Parameter)  # not what weight_norm makes
+        and (
+            type(module) is nn.Linear
+            or SubspaceConv1D.fits(module)
+            # Of a transformer the token embedding alone: positions are few, and looked up once for
+            # all sequences of a batch, so that no gradient a sequence exists.
+            or (type(module) is nn.Embedding and (not embeddings or module in embeddings))
+        )
     }
     chosen: dict[str, nn.Module] = {}
     for target in targets:
@@ -139,12 +152,11 @@ def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
             name: module
             for name, module in known.items()
             if target == "all"
-            or (target == "embeddings" and module is embeddings)
-            or (target == "head" and module is head)
+            or (target == "embeddings" and module in embeddings)
+            or (target == "head" and module in heads)
             or (
                 target not in ("all", "embeddings", "head")
-                and module is not embeddings
-                and module is not head
+                and module not in embeddings | heads
                 and re.search(TARGETS.get(target, target), name)
             )
         }
@@ -193,10 +205,11 @@ def _refuse_untrainable(name: str, module: nn.Module, *, allow_meta: bool) -> No
         )
     if weight.is_meta and not allow_meta:
         raise ValueError(f"{name} has no values yet (it is on the meta device): load it first.")
-    if weight.dtype is torch.float16:
+    refuse_float16(name, weight)
+    if "forward" in vars(module):
         raise ValueError(
-            f"{name} has float16 weights, which lose small updates: use bfloat16, or "
-            "precision=16-mixed, which keeps them in float32."
+            f"{name} has a forward of its own instance (accelerate's hooks give it one), which "
+            "knows no subspace: take that away, or leave the layer out of the targets."
         )
     if not weight.requires_grad:
         raise ValueError(f"{name} is frozen: unfreeze it, or leave it out of the targets.")
@@ -224,10 +237,11 @@ def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:
 
 
 def _keep_out_of_exports(model: nn.Module) -> None:
-    """Let transformers' `save_pretrained` write the weights alone."""
-    if hasattr(model, "_keys_to_ignore_on_save"):
-        ignored: Any = model._keys_to_ignore_on_save
-        vars(model)["_keys_to_ignore_on_save"] = {*(ignored or ()), *_small_tensors(model)}
+    """Let transformers' `save_pretrained` write the weights alone, of each part that has it."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            ignored = {*(part._keys_to_ignore_on_save or ()), *_small_tensors(part)}
+            vars(part)["_keys_to_ignore_on_save"] = ignored
 
 
 def _small_tensors(model: nn.Module) -> Iterator[str]:
@@ -243,9 +257,19 @@ def _weight(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _embeddings(model: Any) -> Any:
-    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+def _embeddings(model: nn.Module) -> set[nn.Module]:
+    """The token embeddings of the transformers in `model`, which it may be itself."""
+    return _of_transformers(model, "get_input_embeddings")
 
 
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _heads(model: nn.Module) -> set[nn.Module]:
+    return _of_transformers(model, "get_output_embeddings")
+
+
+def _of_transformers(model: nn.Module, getter: str) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            with suppress(NotImplementedError):  # it has none
+                found.add(getattr(part, getter)())
+    return found - {None}

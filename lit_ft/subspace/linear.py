@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from lit_ft.subspace.backward import thin_backward
 from lit_ft.subspace.energy import captured_and_total_energy
 from lit_ft.subspace.layer import Side, SubspaceLayer
 from lit_ft.subspace.products import projected_gradient, projected_gradient_and_sketch
@@ -78,11 +79,11 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @thin_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x: Any  # None where it is not needed
         x, x_in_basis, weight, basis = ctx.saved_tensors
-        # Autocast is off in backward: `grad` has the dtype that the product was computed in.
-        dtype = grad.dtype
+        dtype = grad.dtype  # that the product was computed in
         x_dtype, delta_dtype = ctx.dtypes
         x = x if x is None else x.to(dtype)
         rows: Any

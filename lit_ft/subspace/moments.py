@@ -68,7 +68,7 @@ def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tenso
     for name in ("state1", "momentum_buffer", "exp_avg"):
         if state.get(name) is not None:
             _write(state, name, _read(state, name) @ rotation)
-            return True
+            return "exp_inf" not in state  # Adamax's maximum has no rule
     return not state
 
 

@@ -35,8 +35,8 @@ def projected_gradient_and_sketch(
         cols_in_basis: [..., T, r] or [S, r], `cols` in the basis: cols Pᵀ.
 
     Returns:
-        R [m, r] and H [r, n], in the dtype of the arguments (H in float32 for float16, whose range
-        the square of a scaled loss leaves).
+        R [m, r] in the dtype of the arguments, and H [r, n], summed over samples in float32 or
+        wider, and of float16, whose range the square of a scaled loss leaves, taken in float32.
     """
     wide = torch.float32 if rows.dtype is torch.float16 else rows.dtype
     if rows.ndim < 3:  # R_s = y_s ⊗ P x_s, hence R_sᵀ G_s = ||y_s||² P x_s ⊗ x_s
@@ -44,6 +44,14 @@ def projected_gradient_and_sketch(
         sketch = projected_gradient(cols_in_basis.to(wide) * energy, cols.to(wide))
         return projected_gradient(rows, cols_in_basis), sketch
     rows, cols, cols_in_basis = (t.reshape(-1, *t.shape[-2:]) for t in (rows, cols, cols_in_basis))
-    by_sample = rows.mT @ cols_in_basis  # R_s [S, m, r]
-    sketch = projected_gradient(rows.to(wide) @ by_sample.to(wide), cols.to(wide))
-    return by_sample.sum(0), sketch
+    # As many samples at a time as keep R_s [S, m, r] below a quarter of G [m, n].
+    size = max(1, cols.shape[-1] // (4 * cols_in_basis.shape[-1]))
+    summed = torch.promote_types(rows.dtype, torch.float32)
+    gradient = rows.new_zeros(rows.shape[-1], cols_in_basis.shape[-1], dtype=summed)
+    sketch = cols.new_zeros(cols_in_basis.shape[-1], cols.shape[-1], dtype=summed)
+    pieces = (torch.split(tensor, size) for tensor in (rows, cols, cols_in_basis))
+    for y, x, x_in_basis in zip(*pieces, strict=True):
+        by_sample = y.mT @ x_in_basis
+        gradient += by_sample.sum(0)
+        sketch += projected_gradient(y.to(wide) @ by_sample.to(wide), x.to(wide))
+    return gradient.to(rows.dtype), sketch

@@ -18,11 +18,26 @@ _NEEDS_THE_WEIGHT = {
     r"\.Adafactor": "torch.optim.Adafactor scales its step by the parameter's size: use "
     "transformers' Adafactor with scale_parameter=False, or AdamW",
     r"\.LBFGS": "LBFGS keeps copies of the parameters: use AdamW",
-    r"\.LARS": "LARS scales its step by the parameter's norm: use AdamW",
-    r"\.LAMB": "LAMB scales its step by the parameter's norm: use AdamW",
-    r"\.Prodigy": "Prodigy measures the distance from the first parameters: use AdamW",
+    r"\.(?i:lars)": "LARS scales its step by the parameter's norm: use AdamW",
+    r"\.(?i:lamb)": "LAMB scales its step by the parameter's norm: use AdamW",
+    r"\.(Prodigy|DAdapt)": "it measures the distance from the first parameters: use AdamW",
     r"ScheduleFree": "schedule-free optimizers keep copies of the parameters: use AdamW",
 }
+
+# Their weight decay is added to the gradient, unless a group says otherwise.
+_ADDS_DECAY_TO_GRADIENT = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+_OF_BITSANDBYTES = ("Adagrad", "RMSprop", "SGD")  # and these with "8bit" or "32bit" behind
 
 
 def refuse_unfit(optimizer: Optimizer) -> None:
@@ -30,19 +45,28 @@ def refuse_unfit(optimizer: Optimizer) -> None:
     if reason := reason_against(type(optimizer), _NEEDS_THE_WEIGHT):
         raise ValueError(f"GaLore cannot train with this optimizer: {reason}.")
     for group in optimizer.param_groups:
-        if group.get("scale_parameter"):
+        if group.get("scale_parameter") or group["lr"] is None:
             raise ValueError(
                 "Adafactor scales its step by the parameter's size, and a subspace parameter is "
                 "zero: set scale_parameter=False and relative_step=False, with a learning rate."
             )
-        decoupled = group.get(
-            "decoupled_weight_decay", type(optimizer).__name__ not in ("Adam", "SGD")
-        )
+        coupled = isinstance(optimizer, _ADDS_DECAY_TO_GRADIENT)
+        coupled |= type(optimizer).__name__.startswith(_OF_BITSANDBYTES)
+        decoupled = group.get("decoupled_weight_decay", not coupled)
         if group.get("weight_decay") and not decoupled:
             raise ValueError(
                 f"{type(optimizer).__name__} adds weight decay to the gradient, and a subspace "
                 "parameter is zero: set weight_decay=0, or use AdamW."
             )
+
+
+def refuse_float16(name: str, weight: Tensor) -> None:
+    """Raise ValueError for a layer whose weight is float16."""
+    if weight.dtype is torch.float16:
+        raise ValueError(
+            f"{name} has float16 weights, which lose small updates: use bfloat16, or "
+            "precision=16-mixed, which keeps them in float32."
+        )
 
 
 def refuse_sharding(layers: Mapping[str, SubspaceLayer], *, forms_gradients: bool) -> None:

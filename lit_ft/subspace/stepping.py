@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,13 +18,30 @@ from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
 from lit_ft.subspace.observation import Observation, Stretch, overlap
 from lit_ft.subspace.projectors import SVD, Evidence, Projector, SubspaceIteration
-from lit_ft.subspace.refusals import refuse_non_finite, refuse_sharding, refuse_unfit
+from lit_ft.subspace.refusals import (
+    refuse_float16,
+    refuse_non_finite,
+    refuse_sharding,
+    refuse_unfit,
+)
 from lit_ft.subspace.schedule import Refresh, Turns
 
 log = logging.getLogger(__name__)
 
 # Rounds of power iteration that take the random start to the data, one a step.
 _START_ROUNDS = 3
+
+
+def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
+    """Of a step that is taken under autocast, as Lightning's manual optimization takes it."""
+
+    @wraps(method)
+    def exact(self: SubspaceStep, *args: Any, **kwargs: Any) -> None:
+        device = next(iter(self.layers.values())).basis.device
+        with torch.autocast(device.type, enabled=False):
+            method(self, *args, **kwargs)
+
+    return exact
 
 
 class SubspaceStep:
@@ -39,7 +57,8 @@ class SubspaceStep:
             then means what it means to AdamW on whole weights.
         refresh: When the bases move; None for every `projector.every` steps, staggered.
         compiled: torch.compile runs the model, with one graph for each set of layers whose bases
-            move at the same step: they are not staggered, which leaves two.
+            move at the same step: they are not staggered, which leaves two, and as many again
+            for the steps that are logged.
         seed: Of random bases and of stochastic rounding.
         all_reduce: Averages tensors over the data-parallel ranks, in place; None for one process.
     """
@@ -85,9 +104,11 @@ class SubspaceStep:
         Raises:
             ValueError: The optimizer does not hold the layers' deltas (it was built before
                 `inject`), or cannot train what is zero before each step; or the projector needs
-                whole gradients of a sharded weight.
+                whole gradients of a sharded weight, or a weight has become float16.
         """
         refuse_unfit(optimizer)
+        for name, layer in self.layers.items():
+            refuse_float16(name, layer.weight)
         refuse_sharding(self.layers, forms_gradients=self.projector.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
@@ -107,6 +128,7 @@ class SubspaceStep:
         for layer in self.layers.values():
             layer.forget_evidence()
 
+    @_without_autocast
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, skips_overflow: bool = False) -> None:
         """Check the gradients and take the bases that come from G itself.
@@ -141,6 +163,7 @@ class SubspaceStep:
             assert layer.delta.grad is not None
             layer.delta.grad.copy_(gradient.to(layer.basis.dtype) @ layer.basis.T)
 
+    @_without_autocast
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         # A grad scaler leaves it to a fused optimizer to take no step after an overflow.
@@ -149,6 +172,8 @@ class SubspaceStep:
             self.begin_window()
             return
         self._reduce_evidence(optimizer)
+        if self.step == 0:
+            self._warn_of_idle_layers()
         for group, name, layer in self._stepped(optimizer):
             scale = layer.matching_scale if isinstance(self.scale, str) else self.scale
             self.observation.see_step(name, scale=scale, lr=group["lr"])
@@ -288,12 +313,28 @@ class SubspaceStep:
         return self.step < _START_ROUNDS and self.projector.evidence is Evidence.SKETCH
 
     def _turns(self, refresh: Refresh) -> Turns:
+        if self.compiled and refresh.adaptive:
+            raise ValueError(
+                "Of a compiled model the bases move together, and adaptive=True lets each have its "
+                "own turns, with a graph for each set of them: leave out one of the two."
+            )
         if self.compiled:
             refresh = replace(refresh, stagger=False)
         # The gradient at hand is projected with the basis that it gives: from step 0 on.
         at_once = self.projector.evidence is Evidence.GRADIENT
         every = self.projector.every
         return Turns(list(self.layers), refresh, every=every, at_once=at_once, step=self.step)
+
+    def _warn_of_idle_layers(self) -> None:
+        idle = [name for name, layer in self.layers.items() if layer.delta.grad is None]
+        if idle:
+            log.warning(
+                "The first step's loss did not come through %d of the layers that move in "
+                "subspaces: %s. Where a model takes a layer's weight and does not call the layer, "
+                "the weight stands still: leave it out of the targets.",
+                len(idle),
+                ", ".join(idle[:4]) + ", ..." * (len(idle) > 4),
+            )
 
     def _say_once(self, optimizer: Optimizer) -> None:
         if type(optimizer) not in self._said:

@@ -1,0 +1,28 @@
+"""What the backward passes of the layers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def thin_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Decorate the `backward` of an autograd Function that takes R in place of G.
+
+    Its products keep the gradient's dtype where the caller has autocast on, as Lightning has in
+    manual optimization. And it refuses a second derivative, to which what it kept would not lead.
+    """
+
+    @wraps(backward)
+    def without_autocast(ctx: Any, grad: Tensor) -> Gradients:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return once_differentiable(without_autocast)
