@@ -48,8 +48,8 @@ class InstructionDataModule(LightningDataModule):
         sources: Several sources in place of `path`: `{path, weight, format?, ...}`, where `...` is
             as in `source_options`. An example is drawn from each with its weight's share until
             all are exhausted; those of a source small for its weight repeat within the epoch.
-        format: Reads the rows, such as `lit_ft.data.formats.alpaca.Alpaca()`; None detects it
-            from the keys of each source's first row.
+        format: Reads the rows, such as `lit_ft.data.formats.alpaca.Alpaca()` or, with the usual
+            columns, "alpaca"; None detects it from the keys of each source's first row.
         tokenizer: A fast tokenizer of transformers; None takes the one of the trainer's module.
         chat_template: `plain`, or a Jinja file; None keeps the tokenizer's. The tokenizer is given
             the template, so that generation and export use what was trained.
@@ -84,7 +84,7 @@ class InstructionDataModule(LightningDataModule):
         *,
         val_path: str | None = None,
         sources: Sequence[Mapping[str, Any]] | None = None,
-        format: Format | None = None,
+        format: Format | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         max_length: int = 512,
@@ -137,6 +137,11 @@ class InstructionDataModule(LightningDataModule):
             self._refuse_streaming(sources, val_path)
         self._train = weighted_sources(sources, format=format, streaming=streaming)
         self._val = weighted_sources(held_out, format=format) if held_out else []
+
+    @property
+    def source_names(self) -> list[str]:
+        """What is trained on, as the user calls it."""
+        return [one.source.name for one in self._train]
 
     def _refuse_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
         if any(source.get("path") == EMBEDDED for source in sources):

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 from lit_ft.callbacks import (
@@ -57,7 +57,8 @@ def fine_tune(
         auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
-    callbacks_of(trainer).extend([_Recorder(summary, _optimizer_name(module)), StopOnSignal()])
+    recorder = _Recorder(summary, _optimizer_name(module), datamodule.source_names)
+    callbacks_of(trainer).extend([recorder, StopOnSignal()])
     if auto_batch_size:
         callbacks_of(trainer).insert(0, AutoBatchSize())
     with (
@@ -86,7 +87,10 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
     if resume is None:
         return None
     if resume == "auto":
-        return whole_at(Path(run_dir) / "checkpoints" / "last.ckpt")
+        last = whole_at(Path(run_dir) / "checkpoints" / "last.ckpt")
+        if last is None:
+            rank_zero_info(f"There is no checkpoint in {run_dir}: the run starts afresh.")
+        return last
     path = whole_at(resume)
     if path is None:
         raise ValueError(
@@ -218,24 +222,32 @@ class _Recorder(Callback):
     """Fills the summary while the trainer has the objects at hand, failed runs included.
 
     Its part of a checkpoint is the validation loss that the run began with, as a resumed run has no
-    other way to know it, and the optimizer, whose state fits no other.
+    other way to know it, the optimizer, whose state fits no other, and the names of the data.
     """
 
-    def __init__(self, summary: RunSummary, optimizer: str) -> None:
+    def __init__(self, summary: RunSummary, optimizer: str, data: list[str]) -> None:
         self.summary = summary
         self.optimizer = optimizer
+        self.data = data
         self.ready = False
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "initial_val_loss": self.summary.fields["initial_val_loss"],
             "optimizer": self.optimizer,
+            "data": self.data,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         made_with = state_dict.get("optimizer", self.optimizer)
         if made_with != self.optimizer:
             raise _not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
+        data = state_dict.get("data", self.data)
+        if data != self.data:
+            rank_zero_warn(
+                f"The checkpoint was trained on {', '.join(data)}, and goes on with "
+                f"{', '.join(self.data)}: repeat its run's data.path if that is not meant."
+            )
         self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -96,6 +96,7 @@ class CausalLMModule(LightningModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, None if it has none."""
+        self.source.check()
         return self.source.load_tokenizer()
 
     def setup(self, stage: str) -> None:

@@ -37,6 +37,7 @@ class TwoGroups(BoringModel):
 
 
 class Data(LightningDataModule):
+    batch_size = 2
     reports = {"train": "64 examples", "val [small]": "7 examples"}
 
     def train_dataloader(self):
@@ -69,6 +70,8 @@ def test_the_table_is_printed_once_before_training(tmp_path, capfd):
         assert out.count("AdamW") == 1
         assert out.count("matrices") == 1
         assert "64 examples" in out
+        assert "1 steps of 2 rows" in out
+        assert (", 0.0156 times all rows" in out) == (not sanity)  # it comes before the loader
         assert "val [small]" in out  # brackets are text, not markup
 
 

@@ -7,8 +7,10 @@ from typing import ClassVar
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from omegaconf import OmegaConf
 
 from lit_ft.callbacks import LayerwiseUpdate
 from tests.running import CONF, run_job
@@ -79,3 +81,14 @@ def test_an_adapter_brings_its_optimizer_in_the_place_of_galore(adapter):
     assert config.optim.lr == 5e-4
     assert "galore" not in config
     assert not {"galore", "subspace_refresh"} & config.callbacks.keys()
+
+
+@pytest.mark.parametrize("choice", ["experiment=lora_laptp", "hparams_search=rates"])
+def test_a_choice_that_is_not_there_is_no_default_job(choice):
+    with pytest.raises(MissingConfigException, match=choice.partition("=")[2]):
+        composed(choice)
+
+
+def test_what_a_choice_needs_has_no_value_from_the_default():
+    assert composed("data=file").data.path is None  # refused before anything is loaded
+    assert OmegaConf.missing_keys(composed("model=gguf")) >= {"model.gguf_file"}

@@ -104,6 +104,13 @@ def test_refuses_what_it_cannot_read(
         form.parse(row)
 
 
+def test_a_format_has_the_name_of_its_choice() -> None:
+    for kind in formats.available():
+        assert formats.named(kind.__module__.rpartition(".")[2]) == kind()
+    with pytest.raises(ValueError, match="There are: alpaca, chat, prompt_completion, text"):
+        formats.named("alpacca")
+
+
 def test_unknown_keys_are_named_beside_those_that_each_format_wants() -> None:
     with pytest.raises(ValueError) as caught:
         detect({"question": "q", "answer": "a"})

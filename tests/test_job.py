@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import warnings
 
 import pytest
 import torch
@@ -181,6 +182,18 @@ def test_a_checkpoint_of_other_choices_is_refused_with_the_remedy(job, first, th
         job("run", then, "resume=auto")
 
 
+def test_going_on_with_other_data_is_said(job, tmp_path):
+    rows, others = tmp_path / "mine.jsonl", tmp_path / "others.jsonl"
+    for file in (rows, others):
+        file.write_text('{"text": "a b c d e f"}\n' * 40)
+    job("run", f"data.path={rows}", "trainer.max_steps=1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        job("run", f"data.path={rows}", "trainer.max_steps=2", "resume=auto")
+    with pytest.warns(UserWarning, match=r"was trained on .*mine\.jsonl, and goes on with"):
+        job("run", f"data.path={others}", "trainer.max_steps=3", "resume=auto")
+
+
 def test_another_global_batch_inside_an_epoch_is_refused_in_one_line(job, tmp_path):
     job("run", "trainer.max_steps=1")
     with pytest.raises(CompactHydraException, match=r"(?s)ValueError: .*was 4 and is now 6"):
@@ -259,10 +272,12 @@ def test_the_best_checkpoint_counts_the_last_validation(job, tmp_path):
     assert all(torch.equal(weights[name], last[name]) for name in last)
 
 
-def test_resuming_takes_what_a_killed_save_has_left_whole_and_never_a_half(tmp_path):
+def test_resuming_takes_what_a_killed_save_has_left_whole_and_never_a_half(tmp_path, caplog):
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / ".last.ckpt.tmp").mkdir(parents=True)
+    caplog.set_level("INFO")
     assert checkpoint_to_resume("auto", tmp_path) is None
+    assert f"There is no checkpoint in {tmp_path}: the run starts afresh." in caplog.text
     before = checkpoints / ".last.ckpt.old"
     before.mkdir()
     last = checkpoints / "last.ckpt"

@@ -21,6 +21,8 @@ MISTAKES = {
     "data.batch_size=0": "batch_size must be at least 1, not 0",
     "trainer.precision=16-true": "trainer.precision=bf16-true",
     "+optim.learning_rate=1": "learning_rate",
+    "data.path=null": r"data\.path=my\.jsonl",
+    "data.format=alpacca": "There are: alpaca, chat",
     "+callbacks.samples.max_new_tokens=4": "callbacks.samples has no class.*callbacks=default",
 }
 

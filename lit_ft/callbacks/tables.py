@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ class StartTable(Callback):
         tables += [optimizer_table(optimizer) for optimizer in trainer.optimizers]
         reports = getattr(trainer.datamodule, "reports", None)  # type: ignore[attr-defined]
         if isinstance(reports, Mapping):
-            tables.append(_pairs("data", {name: str(report) for name, report in reports.items()}))
+            data = {name: str(report) for name, report in reports.items()}
+            tables.append(_pairs("data", {**data, **_extent(trainer)}))
         Console().print(Group(*tables))
 
 
@@ -128,6 +130,19 @@ def final_panel(summary: Mapping[str, Any]) -> Panel:
     style = "green" if status == "completed" else "red"
     shown = {name: str(value) for name, value in rows.items() if value is not None}
     return Panel(_pairs(None, shown), title=escape(str(status)), border_style=style, expand=False)
+
+
+def _extent(trainer: Trainer) -> dict[str, str]:
+    """How far the run goes through the data, where the data module says what a row is."""
+    rows = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+    steps, batches = trainer.max_steps, trainer.num_training_batches
+    if rows is None or steps < 0:
+        return {}
+    rows *= trainer.accumulate_grad_batches * trainer.world_size
+    extent = f"{steps:,} steps of {rows:,} rows"
+    if 0 < batches < math.inf:
+        extent += f", {steps * trainer.accumulate_grad_batches / batches:.3g} times all rows"
+    return {"this run": extent}
 
 
 def _pairs(title: str | None, rows: Mapping[str, str]) -> Table:

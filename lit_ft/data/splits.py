@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_ft.data import examples
 from lit_ft.data.encoding import Encoder, EncodingReport
-from lit_ft.data.formats import Format
+from lit_ft.data.formats import Format, named
 from lit_ft.data.sources import Source, open_source, parse
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ class Splits:
 
 
 def weighted_sources(
-    choices: Iterable[Mapping[str, Any]], *, format: Format | None, streaming: bool = False
+    choices: Iterable[Mapping[str, Any]], *, format: Format | str | None, streaming: bool = False
 ) -> list[WeightedSource]:
     """Open the sources of a mixture without reading them.
 
     Args:
         choices: `{path, weight?, format?, ...}`; the rest goes to `open_source`.
-        format: Of the rows of sources that name none.
+        format: Of the rows of sources that name none; a format, or its name ("alpaca").
         streaming: Whether hub datasets are streamed.
 
     Raises:
@@ -66,7 +66,11 @@ def weighted_sources(
         weight, own_format = options.pop("weight", 1.0), options.pop("format", None) or format
         path = options.get("path")
         if path is None:
-            raise ValueError(f"a source needs a path: {dict(choice)}")
+            raise ValueError(
+                "a source has no path: data.path=my.jsonl names a file, a folder or a hub dataset"
+            )
+        if isinstance(own_format, str):
+            own_format = named(own_format)
         if not (weight > 0 and isfinite(weight)):
             raise ValueError(f"the weight of {path} must be positive, not {weight}")
         if options in seen:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -85,6 +87,14 @@ class Pretrained:
         looks_local = path.is_absolute() or self.name_or_path.startswith((".", "~"))
         if looks_local and not path.is_dir():
             raise ValueError(f"model.name_or_path={self.name_or_path}: there is no such folder.")
+        if not path.is_dir():
+            try:
+                validate_repo_id(self.name_or_path)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"model.name_or_path={self.name_or_path}: there is no such folder, and it is "
+                    "no name on the hub, which has one slash at most."
+                ) from error
         if self.gguf_file and path.is_dir() and not (path / self.gguf_file).is_file():
             found = ", ".join(p.name for p in path.glob("*.gguf")) or "none"
             raise ValueError(

@@ -57,6 +57,16 @@ def available() -> tuple[type[Format], ...]:
     return tuple(found)
 
 
+def named(name: str) -> Format:
+    """Return the format of that name, with the usual columns; raise ValueError if there is none."""
+    kinds = {kind.__module__.rpartition(".")[2]: kind for kind in available()}
+    if name not in kinds:
+        raise ValueError(
+            f"data.format={name}: there is no such format. There are: {', '.join(kinds)}."
+        )
+    return kinds[name]()
+
+
 def detect(row: Row) -> Format:
     """Return the first of the `available` formats, with its default columns, that matches the row.
 
