@@ -154,32 +154,37 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """Best rate of each method, mean over seeds, and the share of AdamW's fall in loss."""
+    """Best rate of each method, mean over seeds, and its share of AdamW's fall on these seeds."""
     shown = Table("method", "lr", "seeds", "val loss", "± seeds", "fall", "of adamw's")
-    falls: dict[str, float] = {}
-    for method in METHODS:
-        by_rate: dict[float, list[dict[str, Any]]] = {}
-        for record in records:
-            if record["method"] == method:
-                by_rate.setdefault(record["lr"], []).append(record)
-        if not by_rate:
+    falls = {method: _falls(records, method) for method in METHODS}
+    for method, by_seed in falls.items():
+        if not by_seed:
             continue
-        rate = _best_rate(records, method)
-        assert rate is not None
-        losses = [record["val_loss"] for record in by_rate[rate]]
-        falls[method] = by_rate[rate][0]["initial_val_loss"] - statistics.mean(losses)
-        spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-"
-        share = f"{falls[method] / falls['adamw']:.1%}" if "adamw" in falls else "-"
+        runs = _best_runs(records, method)
+        losses = [run["val_loss"] for run in runs]
+        paired = [seed for seed in by_seed if seed in falls["adamw"]]
+        own, adamw = (sum(of[seed] for seed in paired) for of in (by_seed, falls["adamw"]))
         shown.add_row(
             method,
-            f"{rate:.1e}",
-            str(len(losses)),
+            f"{runs[0]['lr']:.1e}",
+            ", ".join(map(str, sorted(by_seed))),
             f"{statistics.mean(losses):.4f}",
-            spread,
-            f"{falls[method]:.4f}",
-            share,
+            f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-",
+            f"{statistics.mean(by_seed.values()):.4f}",
+            f"{own / adamw:.1%}" if paired else "-",
         )
     return shown
+
+
+def _best_runs(records: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    rate = _best_rate(records, method)
+    return [r for r in records if (r["method"], r["lr"]) == (method, rate)]
+
+
+def _falls(records: list[dict[str, Any]], method: str) -> dict[int, float]:
+    """How far the loss fell at the best rate, by seed."""
+    runs = _best_runs(records, method)
+    return {run["seed"]: run["initial_val_loss"] - run["val_loss"] for run in runs}
 
 
 def _missing(methods: list[str], seeds: list[int]) -> Iterator[tuple[str, float, int]]:
@@ -197,9 +202,14 @@ def _missing(methods: list[str], seeds: list[int]) -> Iterator[tuple[str, float,
 
 
 def _best_rate(records: list[dict[str, Any]], method: str) -> float | None:
-    """The rate with the lowest loss among the runs of the first seed."""
-    runs = [r for r in records if r["method"] == method and r["seed"] == 0]
-    return min(runs, key=lambda r: r["val_loss"])["lr"] if runs else None
+    """The rate with the lowest mean loss, among those that ran with the most seeds."""
+    losses: dict[float, list[float]] = {}
+    for record in records:
+        if record["method"] == method:
+            losses.setdefault(record["lr"], []).append(record["val_loss"])
+    most = max(map(len, losses.values()), default=0)
+    means = {lr: statistics.mean(found) for lr, found in losses.items() if len(found) == most}
+    return min(means, key=lambda lr: means[lr], default=None)
 
 
 def _is_a_quarter_answer(example: dict[str, Any]) -> bool:
