@@ -198,10 +198,10 @@ def test_every_part_of_a_language_model_is_logged(tmp_path):
 
 @pytest.mark.parametrize("options", [{"logger": False}, {"log_every_n_steps": 0}])
 def test_nothing_is_measured_where_nothing_is_logged(tmp_path, options, monkeypatch):
-    import lit_ft.subspace.stepping as stepping
+    from lit_ft.subspace import bases
 
     measured = []
-    monkeypatch.setattr(stepping, "overlap", lambda *_: measured.append(1))
+    monkeypatch.setattr(bases, "overlap", lambda *_: measured.append(1))
     galore = GaLore(rank=4)
     moves = Moves(galore)
     _, _, seen = fit(tmp_path, [galore, SubspaceRefresh(), moves], **options)
@@ -228,7 +228,7 @@ def test_an_adaptive_run_stopped_and_resumed_equals_uninterrupted(tmp_path, proj
         module = module_of(optimizer=partial(AdamW, lr=1e-2))
         data = loader(*[batch_of([12, 5, 7], seed=1)] * 14)
         trainer, module, _ = fit(tmp_path, callbacks, module=module, data=data, **options)
-        return trainer, module, callbacks[1].steps.turns
+        return trainer, module, callbacks[1].steps.bases.turns
 
     _, straight, turns = run(max_steps=14)
     assert max(turns.interval.values()) > 2

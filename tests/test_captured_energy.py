@@ -12,7 +12,7 @@ from smollm2 import SMOLLM2
 from torch import Tensor
 
 from lit_ft.losses import ChunkedCrossEntropy
-from lit_ft.subspace import stepping
+from lit_ft.subspace import bases
 from lit_ft.subspace.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import SubspaceIteration
 
@@ -42,7 +42,7 @@ def test_subspace_iteration_finds_99_percent_of_what_an_svd_finds(name, factors)
     gradient = rows[0].T @ cols[0]
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(cols.shape[-1], RANK)).Q.T
-    for _ in range(stepping._START_ROUNDS):
+    for _ in range(bases._START_ROUNDS):
         _, sketch = projected_gradient_and_sketch(rows, cols, cols @ basis.T)
         basis = SubspaceIteration().move(
             basis, sketch, state={}, decay=1.0, generator=torch.Generator()

@@ -123,7 +123,7 @@ def test_the_host_waits_once_a_reading_and_once_a_step_of_adaptive_moves(
 
 @pytest.mark.parametrize(("every", "steps"), [(1, {3}), (3, {2, 3})])
 def test_of_a_layers_moves_before_a_reading_the_last_is_measured(every, steps, monkeypatch):
-    import lit_ft.subspace.stepping as stepping
+    from lit_ft.subspace import bases
 
     run = Run(Oja(every=every), refresh=Refresh())
     measured = []
@@ -132,7 +132,7 @@ def test_of_a_layers_moves_before_a_reading_the_last_is_measured(every, steps, m
         measured.append(run.steps.step)
         return overlap(old, new)
 
-    monkeypatch.setattr(stepping, "overlap", recorded)
+    monkeypatch.setattr(bases, "overlap", recorded)
     run.steps.observation.await_reading(4)
     run.train(batches(8))
     assert len(measured) == len(run.steps.layers)

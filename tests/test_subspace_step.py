@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 from lit_ft.labels import IGNORED
 from lit_ft.losses import ChunkedCrossEntropy
 from lit_ft.optim import RowwiseAdamW8bit
-from lit_ft.subspace import Refresh, SubspaceStep, inject, stepping
+from lit_ft.subspace import Refresh, SubspaceStep, bases, inject
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration
 from tests.allocations import NewTensors
@@ -93,8 +93,8 @@ def test_full_rank_with_the_identity_as_basis_is_plain_adamw(side):
     run = Run(NEVER, rank=6, model=linear, side=side, **options)
     for layer in run.steps.layers.values():
         layer.basis.data.copy_(torch.eye(6))
-    run.steps.step = stepping._START_ROUNDS  # past the rounds that would move the basis
-    run.steps._prepare()
+    run.steps.step = bases._START_ROUNDS  # past the rounds that would move the basis
+    run.steps.bases.prepare(run.steps.step)
     optimizer = AdamW(plain.parameters(), **options)
     for seed in range(10):
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)).double()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -13,23 +12,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.rounding import keyed_generator
+from lit_ft.subspace.bases import Bases
 from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
-from lit_ft.subspace.moments import change_of_basis, rotate_moments
-from lit_ft.subspace.observation import Observation, Stretch, overlap
-from lit_ft.subspace.projectors import SVD, Evidence, Projector, SubspaceIteration
+from lit_ft.subspace.observation import Observation
+from lit_ft.subspace.projectors import Projector
 from lit_ft.subspace.refusals import (
     refuse_float16,
     refuse_non_finite,
     refuse_sharding,
     refuse_unfit,
 )
-from lit_ft.subspace.schedule import Refresh, Turns
+from lit_ft.subspace.schedule import Refresh
 
 log = logging.getLogger(__name__)
-
-# Rounds of power iteration that take the random start to the data, one a step.
-_START_ROUNDS = 3
 
 
 def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
@@ -77,26 +72,27 @@ class SubspaceStep:
         if isinstance(scale, str) and scale != MATCH_ADAMW:
             raise ValueError(f"scale={scale}: give a number, or '{MATCH_ADAMW}'.")
         self.layers = dict(layers)
-        self.projector = projector
         self.scale = scale
-        self.compiled = compiled
         self.seed = seed
         self.all_reduce = all_reduce
         self.step = 0
+        self.observation = Observation(self.layers)
+        self.bases = Bases(
+            self.layers,
+            projector,
+            refresh=refresh or Refresh(),
+            compiled=compiled,
+            seed=seed,
+            all_reduce=all_reduce,
+            observation=self.observation,
+        )
         self._by_delta: dict[Tensor, str] = {}
         self._indices = {name: index for index, name in enumerate(self.layers)}
-        self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
-        self._said: set[type] = set()
-        self.observation = Observation(self.layers)
-        self.turns = self._turns(refresh or Refresh())
-        self._overlaps: dict[str, Tensor] = {}  # of the bases that move at this step
         self._attached = False
 
     def reschedule(self, refresh: Refresh) -> None:
         """Let the bases move when `refresh` says; call it while nothing trains."""
-        turns = self._turns(refresh)
-        if turns.refresh != self.turns.refresh:
-            self.turns = turns
+        self.bases.reschedule(refresh, step=self.step)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Follow `optimizer`'s steps, until the handle that is returned is removed.
@@ -109,7 +105,7 @@ class SubspaceStep:
         refuse_unfit(optimizer)
         for name, layer in self.layers.items():
             refuse_float16(name, layer.weight)
-        refuse_sharding(self.layers, forms_gradients=self.projector.forms_gradients)
+        refuse_sharding(self.layers, forms_gradients=self.bases.projector.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             if layer.delta not in held:
@@ -120,7 +116,7 @@ class SubspaceStep:
         # Not before: sharding a model puts other parameters in place of those of `inject`.
         self._by_delta = {layer.delta: name for name, layer in self.layers.items()}
         self._attached = True
-        self._prepare()
+        self.bases.prepare(self.step)
         return optimizer.register_step_post_hook(self._after_step)
 
     def begin_window(self) -> None:
@@ -156,10 +152,7 @@ class SubspaceStep:
             if self.all_reduce is not None:
                 self.all_reduce([gradient])
             gradient = gradient.mT if layer.views_transposed else gradient
-            rule: Projector = SVD()  # or the first basis of a rule that starts from one
-            if self.projector.evidence is Evidence.GRADIENT:
-                rule = self.projector
-            self._move(optimizer, group, name, layer, rule, gradient)
+            self.bases.move_to_gradient(optimizer, group, name, gradient, step=self.step)
             assert layer.delta.grad is not None
             layer.delta.grad.copy_(gradient.to(layer.basis.dtype) @ layer.basis.T)
 
@@ -171,10 +164,11 @@ class SubspaceStep:
         if overflow is not None and overflow.item():
             self.begin_window()
             return
-        self._reduce_evidence(optimizer)
         if self.step == 0:
             self._warn_of_idle_layers()
-        for group, name, layer in self._stepped(optimizer):
+        stepped = self._stepped(optimizer)
+        self.bases.reduce_evidence(layer for _, _, layer in stepped)
+        for group, name, layer in stepped:
             scale = layer.matching_scale if isinstance(self.scale, str) else self.scale
             self.observation.see_step(name, scale=scale, lr=group["lr"])
             layer.fold(
@@ -182,36 +176,22 @@ class SubspaceStep:
                 decay=group["lr"] * group.get("weight_decay", 0.0),
                 rounding_key=(self.seed, self.step, self._indices[name]),
             )
-            evidence = self._evidence(name)
-            if evidence is Evidence.SKETCH and layer.basis.grad is not None:
-                starting = self.step < _START_ROUNDS and not self.projector.starts_from_svd
-                rule: Projector = SubspaceIteration() if starting else self.projector
-                self._move(optimizer, group, name, layer, rule, layer.basis.grad)
-            elif evidence is Evidence.NOTHING and self.turns.is_due(name, self.step):
-                self._move(optimizer, group, name, layer, self.projector, None)
-            layer.forget_evidence()
-        self._pass_turns_on()
+            self.bases.move_if_due(optimizer, group, name, step=self.step)
+        self.bases.pass_turns_on(self.step)
         self.observation.end_step()
         self.step += 1
-        self._prepare()
+        self.bases.prepare(self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the layers' own tensors."""
-        return {"step": self.step, "memory": self._memory, "turns": self.turns.state_dict()}
+        return {"step": self.step, **self.bases.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.step = state["step"]
-        self._memory = {
-            name: {
-                key: value.to(self.layers[name].basis.device) if value.ndim else value
-                for key, value in memory.items()
-            }
-            for name, memory in state["memory"].items()
-        }
-        self.turns.load_state_dict(state["turns"], self.step)
+        self.bases.load_state_dict(state, step=self.step)
         if self._attached:  # an optimizer that is built later would take what asks for a gradient
-            self._prepare()
+            self.bases.prepare(self.step)
 
     def stop(self) -> None:
         """Ask for no more sketches or gradients."""
@@ -222,18 +202,6 @@ class SubspaceStep:
             layer.weight.requires_grad_(False)
             layer.forget_evidence()
 
-    def _reduce_evidence(self, optimizer: Optimizer) -> None:
-        """Average over the ranks what the moves will look at."""
-        if self.all_reduce is None:
-            return
-        evidence = []
-        for _, _, layer in self._stepped(optimizer):
-            if layer.basis.requires_grad:
-                if layer.basis.grad is None:  # this rank's rows did not come through the layer
-                    layer.basis.grad = torch.zeros_like(layer.basis)
-                evidence.append(layer.basis.grad)
-        self.all_reduce(evidence)
-
     def _stepped(self, optimizer: Optimizer) -> list[tuple[dict[str, Any], str, SubspaceLayer]]:
         return [
             (group, self._by_delta[p], self.layers[self._by_delta[p]])
@@ -241,89 +209,6 @@ class SubspaceStep:
             for p in group["params"]
             if p in self._by_delta and p.grad is not None
         ]
-
-    def _move(
-        self,
-        optimizer: Optimizer,
-        group: dict[str, Any],
-        name: str,
-        layer: SubspaceLayer,
-        rule: Projector,
-        evidence: Tensor | None,
-    ) -> None:
-        measured = self._is_measured(name)
-        move = Stretch(layer.basis.device) if measured else None
-        moved = rule.move(
-            layer.basis.detach(),
-            evidence,
-            state=self._memory[name],
-            decay=group["lr"] / group.get("initial_lr", group["lr"]) if group["lr"] else 0.0,
-            generator=keyed_generator(
-                layer.basis.device, self.seed, self.step, self._indices[name], 1
-            ),
-        )
-        if self.projector.rotates_moments:
-            rotation = change_of_basis(layer.basis.detach(), moved)
-            rotation = rotation.to(layer.delta.device)  # where offloaded moments are
-            if not rotate_moments(optimizer.state[layer.delta], group, rotation):
-                self._say_once(optimizer)
-        if move is not None:
-            self._overlaps[name] = turned = overlap(layer.basis.detach(), moved)
-            self.observation.see_move(name, turned=turned, move=move.end())
-        layer.basis.copy_(moved)
-
-    def _is_measured(self, name: str) -> bool:
-        """Whether the schedule or the coming reading looks at the layer's move at this step."""
-        if self.turns.refresh.adaptive:
-            return True
-        remaining = self.observation.steps_to_reading
-        if remaining is None:
-            return False
-        # Of a layer's moves before a reading the last one counts.
-        starting_still = self._is_starting and self.step + 1 < _START_ROUNDS
-        next_move = self.step + 1 if starting_still else self.turns.after(name, self.step)
-        return next_move >= self.step + remaining
-
-    def _pass_turns_on(self) -> None:
-        seen: dict[str, float] = {}
-        if self.turns.refresh.adaptive and self._overlaps and not self._is_starting:
-            values = torch.stack(list(self._overlaps.values()))
-            if self.all_reduce is not None:  # no rank may come to another decision
-                self.all_reduce([values])
-            seen = dict(zip(self._overlaps, values.tolist(), strict=True))
-        self._overlaps.clear()
-        self.turns.pass_on(self.step, seen)
-
-    def _prepare(self) -> None:
-        """Ask the coming window for what its moves will look at."""
-        for name, layer in self.layers.items():
-            evidence = self._evidence(name)
-            layer.basis.requires_grad_(evidence is Evidence.SKETCH)
-            layer.weight.requires_grad_(evidence is Evidence.GRADIENT)
-
-    def _evidence(self, name: str) -> Evidence:
-        if self.step == 0 and self.projector.starts_from_svd:
-            return Evidence.GRADIENT
-        due = self._is_starting or self.turns.is_due(name, self.step)
-        return self.projector.evidence if due else Evidence.NOTHING
-
-    @property
-    def _is_starting(self) -> bool:
-        """Whether the bases are still on their way from the random start to the data."""
-        return self.step < _START_ROUNDS and self.projector.evidence is Evidence.SKETCH
-
-    def _turns(self, refresh: Refresh) -> Turns:
-        if self.compiled and refresh.adaptive:
-            raise ValueError(
-                "Of a compiled model the bases move together, and adaptive=True lets each have its "
-                "own turns, with a graph for each set of them: leave out one of the two."
-            )
-        if self.compiled:
-            refresh = replace(refresh, stagger=False)
-        # The gradient at hand is projected with the basis that it gives: from step 0 on.
-        at_once = self.projector.evidence is Evidence.GRADIENT
-        every = self.projector.every
-        return Turns(list(self.layers), refresh, every=every, at_once=at_once, step=self.step)
 
     def _warn_of_idle_layers(self) -> None:
         idle = [name for name, layer in self.layers.items() if layer.delta.grad is None]
@@ -334,12 +219,4 @@ class SubspaceStep:
                 "the weight stands still: leave it out of the targets.",
                 len(idle),
                 ", ".join(idle[:4]) + ", ..." * (len(idle) > 4),
-            )
-
-    def _say_once(self, optimizer: Optimizer) -> None:
-        if type(optimizer) not in self._said:
-            self._said.add(type(optimizer))
-            log.warning(
-                "The state of %s has no rule for a change of basis: it is left as it is.",
-                type(optimizer).__name__,
             )
