@@ -5,20 +5,23 @@
 
 Everything that a step needs is timed: forward, loss, backward, optimizer, fold, rotation, tracking,
 head and embedding. All sides use lit_ft's chunked loss; galore-torch's SVD is timed apart. Each
-method has a process of its own, as it has for its user: what one side frees, another would find
-mapped already. They step in turn, one at a time.
+method has a process of its own, as it has for its user, and steps in turn with AdamW's: what one
+side frees, another in the same process would find mapped already, and more than two leave too
+little memory to be at ease.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,38 +128,41 @@ class Side:
 
 
 def main() -> None:
-    """Measure, print, and write the results."""
+    """Measure, print, and write the results if nothing was left out."""
     options = _parser().parse_args()
-    record: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "sizes": {}}
+    record: dict[str, Any] = {"steps": options.steps, "hardware": hardware()}
+    record |= {"versions": versions(), "sizes": {}}
     for size in options.size:
         record["sizes"][size] = measured = measure(size, options.steps, options.only)
         Console().print(table(size, measured))
     record["refresh"] = refresh = measure_refresh()
     Console().print({name: f"{seconds:.3f} s" for name, seconds in refresh.items()})
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    if set(options.only) == set(METHODS) and set(options.size) == set(SIZES):
+        RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def measure(size: str, steps: int, methods: Sequence[str]) -> dict[str, Any]:
-    """Let the methods step in turn; the first three steps of each are not counted."""
-    methods = [name for name in METHODS if name in methods or name == "adamw"]
-    with ExitStack() as stack:
-        sides = {name: stack.enter_context(_process(name, size)) for name in methods}
-        taken: dict[str, list[Step]] = {name: [] for name in methods}
-        for turn in track(range(-3, steps), size):
-            for name, side in sides.items():
-                if turn == 0:
-                    side.submit(reset_peak).result()
-                step = side.submit(_step).result()
-                if turn >= 0:
-                    taken[name].append(step)
-        held = {
-            name: {
-                "bytes_beside_weights": side.submit(_bytes_beside_weights).result(),
-                "peak_process_bytes": side.submit(peak_bytes).result().value,
-            }
-            for name, side in sides.items()
-        }
-    return {name: {**_figures(of, taken["adamw"]), **held[name]} for name, of in taken.items()}
+    """Pair each method with AdamW; the first three steps of each are not counted."""
+    found: dict[str, Any] = {}
+    for name in track([name for name in METHODS if name in methods and name != "adamw"], size):
+        with _process("adamw", size) as adamw, _process(name, size) as method:
+            pair = {"adamw": adamw, name: method}
+            taken: dict[str, list[Step]] = {side: [] for side in pair}
+            for turn in range(-3, steps):
+                for side, process in pair.items():
+                    if turn == 0:
+                        process.submit(reset_peak).result()
+                    step = process.submit(_step).result()
+                    if turn >= 0:
+                        taken[side].append(step)
+            for side, process in pair.items():
+                found[side] = {
+                    **_figures(taken[side], taken["adamw"]),
+                    "bytes_beside_weights": process.submit(_bytes_beside_weights).result(),
+                    "peak_process_bytes": process.submit(peak_bytes).result().value,
+                }
+            found[name]["adamw_beside_it"] = found["adamw"]["median"]
+    return found
 
 
 def _figures(steps: list[Step], of_adamw: list[Step]) -> dict[str, float]:
@@ -190,7 +196,15 @@ _side: Side  # of a side's process
 def _start(method: str, size: str) -> None:
     global _side
     quieten_libraries()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _side = Side(method, size)
+
+
+def _end_with_the_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _step() -> Step:
