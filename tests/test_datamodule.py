@@ -234,7 +234,7 @@ def test_sample_prompts_are_the_validation_examples_without_their_answers(
         ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
         ({"path": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"val_path": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"path": None}, "needs a path"),
+        ({"path": None}, "has no path"),
         ({"path": "a/b", "val_path": "a/b"}, "cannot be both trained and validated on"),
         ({"val_source_options": {"split": "test"}}, "needs val_path"),
         ({"sources": []}, "at least one source"),
