@@ -15,8 +15,9 @@ CONF = Path(__file__).parent.parent / "conf"
 def composed(*overrides: str) -> dict[str, Any]:
     """Return the configuration of `python train.py` with these arguments."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
-    return config  # type: ignore[no-any-return]
+        config = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    return {str(name): value for name, value in config.items()}
 
 
 def module_and_data(config: dict[str, Any]) -> tuple[Any, Any]:

@@ -18,9 +18,8 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,6 @@ from smollm2 import SMOLLM2
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_ft.console import quieten_libraries
 from lit_ft.losses import ChunkedCrossEntropy
 from lit_ft.memory import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.models import FromConfig
@@ -147,14 +145,10 @@ def measure(size: str, steps: int, methods: Sequence[str]) -> dict[str, Any]:
     for name in track([name for name in METHODS if name in methods and name != "adamw"], size):
         with _process("adamw", size) as adamw, _process(name, size) as method:
             pair = {"adamw": adamw, name: method}
-            taken: dict[str, list[Step]] = {side: [] for side in pair}
-            for turn in range(-3, steps):
-                for side, process in pair.items():
-                    if turn == 0:
-                        process.submit(reset_peak).result()
-                    step = process.submit(_step).result()
-                    if turn >= 0:
-                        taken[side].append(step)
+            _alternate(pair, 3)
+            for process in pair.values():
+                process.submit(reset_peak).result()
+            taken = _alternate(pair, steps)
             for side, process in pair.items():
                 found[side] = {
                     **_figures(taken[side], taken["adamw"]),
@@ -163,6 +157,14 @@ def measure(size: str, steps: int, methods: Sequence[str]) -> dict[str, Any]:
                 }
             found[name]["adamw_beside_it"] = found["adamw"]["median"]
     return found
+
+
+def _alternate(pair: Mapping[str, ProcessPoolExecutor], steps: int) -> dict[str, list[Step]]:
+    taken: dict[str, list[Step]] = {side: [] for side in pair}
+    for _ in range(steps):
+        for side, process in pair.items():
+            taken[side].append(process.submit(_step).result())
+    return taken
 
 
 def _figures(steps: list[Step], of_adamw: list[Step]) -> dict[str, float]:
@@ -182,12 +184,10 @@ def _figures(steps: list[Step], of_adamw: list[Step]) -> dict[str, float]:
     return figures
 
 
-@contextmanager
-def _process(method: str, size: str) -> Iterator[ProcessPoolExecutor]:
+def _process(method: str, size: str) -> ProcessPoolExecutor:
     """A process that holds one side."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_start, initargs=(method, size)) as process:
-        yield process
+    return ProcessPoolExecutor(1, context, initializer=_start, initargs=(method, size))
 
 
 _side: Side  # of a side's process
@@ -195,7 +195,6 @@ _side: Side  # of a side's process
 
 def _start(method: str, size: str) -> None:
     global _side
-    quieten_libraries()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _side = Side(method, size)
 

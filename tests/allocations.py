@@ -19,7 +19,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_ft.memory.storage import storage_bytes
 
 
-class NewTensors(TorchDispatchMode):
+class _Outputs(TorchDispatchMode):
+    """Shows each tensor that an operation gives out to `see`."""
+
+    def see(self, func: Any, tensor: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.see(func, tensor)
+        return out
+
+
+class NewTensors(_Outputs):
     """Collects (operation, shape) of the new tensors that have one of `shapes`.
 
     A view of a tensor in `known` is not new.
@@ -31,31 +47,20 @@ class NewTensors(TorchDispatchMode):
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
         self.found: set[tuple[str, tuple[int, ...]]] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) in self.shapes:
-                storage = tensor.untyped_storage().data_ptr()
-                if storage and storage not in self.known:
-                    self.found.add((str(func), tuple(tensor.shape)))
-        return out
+    def see(self, func: Any, tensor: torch.Tensor) -> None:
+        if tuple(tensor.shape) in self.shapes:
+            storage = tensor.untyped_storage().data_ptr()
+            if storage and storage not in self.known:
+                self.found.add((str(func), tuple(tensor.shape)))
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(_Outputs):
     """Keeps the number of elements of the largest tensor that an operation gives out."""
 
     numel = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
-        return out
+    def see(self, func: Any, tensor: torch.Tensor) -> None:
+        self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
 
 
 class PeakAllocated:

@@ -53,10 +53,11 @@ class StartTable(Callback):
         )
         tables = [table]
         tables += [optimizer_table(optimizer) for optimizer in trainer.optimizers]
-        reports = getattr(trainer.datamodule, "reports", None)  # type: ignore[attr-defined]
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        reports = getattr(datamodule, "reports", None)
         if isinstance(reports, Mapping):
             data = {name: str(report) for name, report in reports.items()}
-            tables.append(_pairs("data", {**data, **_extent(trainer)}))
+            tables.append(_pairs("data", {**data, **_extent(trainer, datamodule)}))
         Console().print(Group(*tables))
 
 
@@ -132,9 +133,9 @@ def final_panel(summary: Mapping[str, Any]) -> Panel:
     return Panel(_pairs(None, shown), title=escape(str(status)), border_style=style, expand=False)
 
 
-def _extent(trainer: Trainer) -> dict[str, str]:
+def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
     """How far the run goes through the data, where the data module says what a row is."""
-    rows = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+    rows = getattr(datamodule, "batch_size", None)
     steps, batches = trainer.max_steps, trainer.num_training_batches
     if rows is None or steps < 0:
         return {}

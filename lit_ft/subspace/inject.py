@@ -134,6 +134,7 @@ def layer_group(name: str, layer: SubspaceLayer) -> str:
 
 def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
     embeddings, heads = _embeddings(model), _heads(model)
+    of_tokens = embeddings | heads
     known = {
         name: module
         for name, module in model.named_modules()
@@ -156,7 +157,7 @@ def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
             or (target == "head" and module in heads)
             or (
                 target not in ("all", "embeddings", "head")
-                and module not in embeddings | heads
+                and module not in of_tokens
                 and re.search(TARGETS.get(target, target), name)
             )
         }
@@ -270,6 +271,6 @@ def _of_transformers(model: nn.Module, getter: str) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            with suppress(NotImplementedError):  # it has none
+            with suppress(NotImplementedError):  # a part without embeddings
                 found.add(getattr(part, getter)())
     return found - {None}
