@@ -186,10 +186,12 @@ def _remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
         told = ("in loading state_dict for", "is of another model or adapter")
         if resume is None or not any(part in str(error) for part in told):
             raise
-        subspaces = ".basis" in str(error)
-        missing = "Missing key" in str(error)
-        made_with = "without GaLore" if missing else "with optim=galore*"
-        what = f"was made {made_with}" if subspaces else "is of another model or adapter"
+        what = "is of another model or adapter"
+        if ".basis" in str(error):
+            what = "has subspaces of layers that this run trains whole"
+            if "Missing key" in str(error):
+                what = "has no subspaces of layers that this run trains in one"
+            what += " (another optim, or other galore.targets)"
         raise _not_this_run(f"resume={resume} {what}") from error
 
 

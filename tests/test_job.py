@@ -169,8 +169,9 @@ def test_a_named_checkpoint_resumes_in_another_folder(job, tmp_path):
 @pytest.mark.parametrize(
     ("first", "then", "named"),
     [
-        ("optim=galore_subspace", "optim=adamw", r"made with optim=galore\*"),
-        ("optim=adamw", "optim=galore_subspace", "made without GaLore"),
+        ("optim=galore_subspace", "optim=adamw", "has subspaces .* trains whole"),
+        ("optim=adamw", "optim=galore_subspace", "no subspaces .* trains in one"),
+        ("galore.targets=[mlp]", "galore.targets=[attention]", r"other galore\.targets"),
         ("optim=adamw", "optim=sgd", "one of AdamW, not SGD"),
         ("optim=galore_subspace", "optim=galore_subspace_8bit", "one of AdamW, not AdamW8bit"),
         ("optim=adamw", "adapter=lora", "of another model or adapter"),
