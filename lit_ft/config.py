@@ -34,9 +34,10 @@ def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> 
 
 
 def refuse_without_class(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if settings of a callback or a logger have no `_target_` to be settings of.
+    """Raise ValueError if there are settings of what was not chosen, which nothing would read.
 
-    `+callbacks.samples.x=1` makes such an entry where no choice brings `samples`.
+    `+callbacks.samples.x=1` makes such an entry where no choice brings `samples`, `+galore.rank=64`
+    beside optim=adamw, `+adapter.r=8` without an adapter.
     """
     for group in ("callbacks", "logger"):
         entries = config.get(group) or {}
@@ -49,6 +50,10 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
                     f"+{group}.{name}._target_=package.Class, or leave {group}.{name} out. "
                     f"There are: {', '.join(there) or 'none'}."
                 )
+    if config.get("adapter") is not None and not _names_class(config["adapter"]):
+        raise ValueError("There are settings of an adapter and none was chosen: add adapter=lora.")
+    if config.get("galore") is not None and "galore" not in (config.get("callbacks") or {}):
+        raise ValueError("There are settings of GaLore and no GaLore: add optim=galore_subspace.")
 
 
 def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
@@ -78,6 +83,8 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
             continue
         node, parents = known, list[str]()
         for name in key.split("."):
+            if node is None:
+                lines.append(_not_chosen(key, parents[0], Path(config_dir)))
             if not isinstance(node, Mapping):
                 break
             if name not in node:
@@ -95,6 +102,14 @@ def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
     where = f" in {parent}" if parent else ""
     listed = ", ".join(sorted(names))
     return f"\n{key}: there is no '{name}'{where}.{hint}\n  Names: {listed}\n"
+
+
+def _not_chosen(key: str, group: str, config_dir: Path) -> str:
+    """Name the choices that have settings of a group of which nothing is chosen."""
+    bringing = [p for p in config_dir.glob("*/*.yaml") if f"- /{group}:" in p.read_text()]
+    files = bringing or [p for p in (config_dir / group).glob("*.yaml") if p.stem != "none"]
+    choices = sorted(f"{path.parent.name}={path.stem}" for path in files)
+    return f"\n{key}: nothing that was chosen has it. Choose one of {', '.join(choices)}\n"
 
 
 def _names_class(entry: Any) -> bool:

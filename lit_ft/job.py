@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
     ExportHF,
-    GaLore,
     LastCheckpoint,
     SampleGenerations,
     StopOnSignal,
@@ -30,8 +27,15 @@ from lit_ft.datamodule import InstructionDataModule
 from lit_ft.memory import optimizer_state_bytes, peak_bytes
 from lit_ft.models.size import model_size
 from lit_ft.module import CausalLMModule
+from lit_ft.remedies import (
+    errors_of_starting_loaders,
+    not_this_run,
+    optimizer_name,
+    remedies_for_another_run,
+    remedies_for_out_of_memory,
+)
 from lit_ft.replacing import whole_at
-from lit_ft.summary import RunSummary, status_of
+from lit_ft.summary import RunSummary
 
 
 def fine_tune(
@@ -57,14 +61,14 @@ def fine_tune(
         auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
-    recorder = _Recorder(summary, _optimizer_name(module), datamodule.source_names)
+    recorder = _Recorder(summary, optimizer_name(module), datamodule.source_names)
     callbacks_of(trainer).extend([recorder, StopOnSignal()])
     if auto_batch_size:
         callbacks_of(trainer).insert(0, AutoBatchSize())
     with (
-        _remedies_for_out_of_memory(module, datamodule, trainer),
-        _remedies_for_another_run(resume),
-        _errors_of_starting_loaders(),
+        remedies_for_out_of_memory(module, datamodule, trainer),
+        remedies_for_another_run(resume),
+        errors_of_starting_loaders(),
     ):
         if resume is None or validate_only:
             [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
@@ -150,76 +154,6 @@ def _keep_if_best(trainer: Trainer, val_loss: float) -> None:
         trainer.save_checkpoint(Path(str(best.dirpath)) / "best.ckpt", weights_only=True)
 
 
-@contextmanager
-def _remedies_for_out_of_memory(
-    module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
-) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if status_of(error) != "out_of_memory":
-            raise
-        galore = find_callback(trainer, GaLore)
-        in_8_bits = "8bit" in _optimizer_name(module)
-        quantised = getattr(module.source, "quantization_config", None) is not None
-        remedies = {
-            f"data.batch_size={datamodule.batch_size // 2} with twice the "
-            "trainer.accumulate_grad_batches": datamodule.batch_size > 1,
-            "module.activation_checkpointing=true": not module.activation_checkpointing,
-            f"data.max_length below {datamodule.max_length}": True,
-            "optim=galore_subspace_8bit": module.adapter is None and not (galore and in_8_bits),
-            f"galore.rank below {galore.rank if galore else 0}": galore is not None,
-            "adapter=lora": module.adapter is None,
-            "adapter=qlora": module.adapter is not None and not quantised,
-        }
-        settings = ", ".join(setting for setting, applies in remedies.items() if applies)
-        raise torch.OutOfMemoryError(
-            f"{error}\nSettings that need less memory: {settings}."
-        ) from error
-
-
-@contextmanager
-def _remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        told = ("in loading state_dict for", "is of another model or adapter")
-        if resume is None or not any(part in str(error) for part in told):
-            raise
-        what = "is of another model or adapter"
-        if ".basis" in str(error):
-            what = "has subspaces of layers that this run trains whole"
-            if "Missing key" in str(error):
-                what = "has no subspaces of layers that this run trains in one"
-            what += " (another optim, or other galore.targets)"
-        raise _not_this_run(f"resume={resume} {what}") from error
-
-
-@contextmanager
-def _errors_of_starting_loaders() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # of Lightning's tidying up behind a loader that did not start
-        first = error.__context__
-        if first is None or "iter(combined_loader)" not in str(error):
-            raise
-        raise first from None
-
-
-def _not_this_run(what: str) -> MisconfigurationException:
-    return MisconfigurationException(
-        f"{what}: repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them), "
-        "or start afresh from the weights that it exported: model=pretrained "
-        "model.name_or_path=RUN_DIR/export"
-    )
-
-
-def _optimizer_name(module: CausalLMModule) -> str:
-    """Return the class's name, which stands for the layout of an optimizer's state."""
-    name = getattr(getattr(module.optimizer, "func", module.optimizer), "__name__", "")
-    return str(name).removeprefix("Paged")  # the same state, elsewhere
-
-
 class _Recorder(Callback):
     """Fills the summary while the trainer has the objects at hand, failed runs included.
 
@@ -243,7 +177,7 @@ class _Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         made_with = state_dict.get("optimizer", self.optimizer)
         if made_with != self.optimizer:
-            raise _not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
+            raise not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
         data = state_dict.get("data", self.data)
         if data != self.data:
             rank_zero_warn(

@@ -65,6 +65,9 @@ class CausalLMModule(LightningModule):
             weights.
     """
 
+    # Of sharded models the weights come one by one, after `shard_model`: callbacks may meet none.
+    loads_after_sharding = True
+
     def __init__(
         self,
         model: ModelSource,

@@ -78,9 +78,8 @@ def cells() -> Iterator[Cell]:
         yield Cell(*values)
 
 
-@cache
-def refusal(cell: Cell) -> str | None:
-    """Return what the validators say, asked in Lightning's order; None: it trains."""
+def module_and_trainer(cell: Cell) -> tuple[CausalLMModule, Trainer]:
+    """Return what the combination trains with, of which nothing is set up."""
     optim = _objects("optim", cell.optim)
     module = CausalLMModule(
         _objects("adapter", cell.adapter)["model"],
@@ -88,12 +87,18 @@ def refusal(cell: Cell) -> str | None:
         groups=optim["groups"],
         adapter=_objects("adapter", cell.adapter)["adapter"],
     )
-    callbacks = [*optim["callbacks"], *_objects("update", cell.update)["callbacks"]]
     trainer = _trainer(cell.strategy, cell.accumulate, cell.clip)
-    callbacks_of(trainer)[:] = callbacks
+    callbacks_of(trainer)[:] = [*optim["callbacks"], *_objects("update", cell.update)["callbacks"]]
     module.trainer = trainer
+    return module, trainer
+
+
+@cache
+def refusal(cell: Cell) -> str | None:
+    """Return what the validators say, asked in Lightning's order; None: it trains."""
+    module, trainer = module_and_trainer(cell)
     try:
-        for callback in callbacks:
+        for callback in callbacks_of(trainer):
             callback.setup(trainer, module, "fit")
         module.setup("fit")
     except MisconfigurationException as error:

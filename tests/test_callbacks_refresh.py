@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples.other_project import Regression
 from lit_ft.callbacks import GaLore, SubspaceRefresh
 from lit_ft.subspace import Refresh
-from lit_ft.subspace.projectors import Oja, Random, SubspaceIteration
+from lit_ft.subspace.projectors import SVD, Random, SubspaceIteration
 from tests.running import CONF
 from tests.test_callbacks_galore import StopAt
 from tests.test_module import batch_of, loader, module_of, trainer_of
@@ -217,7 +217,7 @@ def test_after_training_nothing_is_asked_for(tmp_path):
         assert layer.energy.grad is None
 
 
-@pytest.mark.parametrize("projector", [SubspaceIteration(every=1), Oja(every=1)])
+@pytest.mark.parametrize("projector", [SubspaceIteration(every=1), SVD(every=1)])
 def test_an_adaptive_run_stopped_and_resumed_equals_uninterrupted(tmp_path, projector):
     def run(stop=None, **options):
         callbacks = [

@@ -56,6 +56,32 @@ def test_a_mistyped_name_brings_the_name_that_is_there(override, suggested):
     assert suggested in said.partition("Did you mean ")[2].partition("?")[0]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "choice"),
+    [
+        (["optim=adamw", "galore.rank=64"], "optim=galore_subspace,"),
+        (["adapter.r=8"], "adapter=lora,"),
+    ],
+)
+def test_settings_of_what_is_not_chosen_name_the_choices_that_have_them(overrides, choice):
+    said = names_near(overrides, config_dir=CONF)
+    assert said.startswith(f"\n{overrides[-1].partition('=')[0]}: ")
+    assert choice in said
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"galore": {"rank": 64}, "callbacks": {}}, "optim=galore_subspace"),
+        ({"galore": {"rank": 64}, "callbacks": None}, "optim=galore_subspace"),
+        ({"adapter": {"r": 8}}, "adapter=lora"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(config, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        refuse_without_class(config)
+
+
 def test_names_that_are_there_bring_nothing():
     overrides = [
         "strategy=ddp",

@@ -19,6 +19,7 @@ from tests.test_subspace_step import Run, batches
         ({"rank": 0}, "rank=0"),
         ({"rank": -3}, "rank=-3"),
         ({"rank": 1.5}, "rank=1.5"),
+        ({"side": "Right"}, "side=Right: give right or left"),
         ({"targets": "nonsense"}, "nonsense"),
         ({"targets": ["head"]}, "embed_tokens shares its weight with lm_head"),
     ],

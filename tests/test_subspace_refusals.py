@@ -25,6 +25,8 @@ from tests.test_subspace_step import NEVER, Run, batches
         (torch.optim.RMSprop, {"weight_decay": 0.1}, "weight_decay=0"),
         (Adafactor, {"lr": None, "scale_parameter": False}, "relative_step=False"),
         (type("Lamb", (AdamW,), {}), {}, "LAMB scales"),
+        (type("FusedLAMB", (AdamW,), {}), {}, "LAMB scales"),
+        (type("SAM", (AdamW,), {}), {}, "copies of the parameters"),
     ],
 )
 def test_optimizers_that_need_the_weight_are_refused(optimizer, options, named):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import (
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -34,6 +40,7 @@ from lit_ft.subspace import (
     inject,
     keep_out_of_broadcasts,
     subspace_layers,
+    targeted,
 )
 from lit_ft.subspace.layer import Side
 from lit_ft.subspace.projectors import Oja, Projector
@@ -100,14 +107,18 @@ class GaLore(Callback):
             MisconfigurationException: The module trains an adapter, or its weights will be shared
                 among ranks in a way that this cannot follow.
         """
-        if self._module is pl_module:
-            return
-        self.steps = None  # the callback has trained another module
-        if any(isinstance(callback, LearningRateFinder) for callback in callbacks_of(trainer)):
+        callbacks = callbacks_of(trainer)
+        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
             raise MisconfigurationException(
                 "Lightning's learning rate finder trains without callbacks, and without GaLore its "
                 "parameters move no weight: find the rate without GaLore. It means the same."
             )
+        for callback in takewhile(lambda callback: callback is not self, callbacks):
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                name = type(callback).__name__
+                raise MisconfigurationException(
+                    f"{name} copies the module as it is before GaLore: list GaLore before {name}."
+                )
         if isinstance(getattr(pl_module, "adapter", None), PeftConfig):
             raise MisconfigurationException(
                 "An adapter's few weights need no subspace: use adapter=none with GaLore, or "
@@ -120,6 +131,11 @@ class GaLore(Callback):
             raise MisconfigurationException(
                 f"GaLore is for one device, DDP or FSDP2, not {type(strategy).__name__}."
             )
+        if self._module is pl_module:
+            assert self.steps is not None
+            self.steps.freeze_weights()
+            return
+        self.steps = None  # the callback has trained another module
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             self._inject(pl_module)
             return
@@ -170,7 +186,7 @@ class GaLore(Callback):
             side=self.side,
             seed=self.seed,
             # CausalLMModule's weights come one by one, after the model is sharded.
-            allow_meta=hasattr(module, "source"),
+            allow_meta=getattr(module, "loads_after_sharding", False),
         )
         keep_out_of_broadcasts(module)
         self.steps = SubspaceStep(
@@ -204,6 +220,19 @@ class GaLore(Callback):
                 raise MisconfigurationException(
                     f"{name} was injected with rank {layer.rank}, GaLore has rank={self.rank}: "
                     "give both the same."
+                )
+            if layer.side != self.side and not layer.rows_are_tokens:
+                raise MisconfigurationException(
+                    f"{name} was injected with side={layer.side}, GaLore has side={self.side}: "
+                    "give both the same."
+                )
+        if found:
+            wanted = targeted(model, self.targets)
+            injected = {n for n, m in model.named_modules() if isinstance(m, SubspaceLayer)}
+            if differing := sorted(injected ^ wanted.keys()):
+                raise MisconfigurationException(
+                    f"inject() and GaLore have other targets, such as {differing[0]}: give both "
+                    "the same."
                 )
         return found
 
@@ -245,7 +274,7 @@ class GaLore(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the model's own tensors."""
-        made_with = {"rank": self.rank, "side": self.side, "projector": repr(self.projector)}
+        made_with = {"rank": self.rank, "side": self.side, "projector": self._rule}
         steps = None if self.steps is None else self.steps.state_dict()
         return {"made_with": made_with, "steps": steps}
 
@@ -256,8 +285,8 @@ class GaLore(Callback):
             MisconfigurationException: It was made with another rank, side or projector.
         """
         for name, saved in state_dict["made_with"].items():
-            current = getattr(self, name)
-            if (current if isinstance(current, int | str) else repr(current)) != saved:
+            current = self._rule if name == "projector" else getattr(self, name)
+            if current != saved:
                 raise MisconfigurationException(
                     f"The checkpoint was made with {name}={saved}, this run has {name}={current}: "
                     "its bases and moments do not fit. Set the same, or start from its exported "
@@ -265,6 +294,11 @@ class GaLore(Callback):
                 )
         if self.steps is not None and state_dict["steps"] is not None:
             self.steps.load_state_dict(state_dict["steps"])
+
+    @property
+    def _rule(self) -> str:
+        """The projector, but for how often it moves: another interval starts its turns anew."""
+        return re.sub(r"every=\d+(, )?", "", repr(self.projector))
 
     def _detach(self, module: LightningModule) -> None:
         for name, own in self._wrapped.items():

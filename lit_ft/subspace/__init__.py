@@ -9,6 +9,7 @@ from lit_ft.subspace.inject import (
     keep_out_of_broadcasts,
     layer_group,
     subspace_layers,
+    targeted,
 )
 from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
 from lit_ft.subspace.schedule import Refresh
@@ -23,4 +24,5 @@ __all__ = [
     "keep_out_of_broadcasts",
     "layer_group",
     "subspace_layers",
+    "targeted",
 ]

@@ -15,12 +15,19 @@ from lit_ft.rounding import keyed_generator
 from lit_ft.subspace.layer import SubspaceLayer
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
 from lit_ft.subspace.observation import Observation, Stretch, overlap
-from lit_ft.subspace.projectors import SVD, Evidence, Projector, SubspaceIteration
+from lit_ft.subspace.projectors import (
+    SVD,
+    Evidence,
+    Oja,
+    Online,
+    Projector,
+    SubspaceIteration,
+)
 from lit_ft.subspace.schedule import Refresh, Turns
 
 log = logging.getLogger(__name__)
 
-# Rounds of power iteration that take the random start to the data, one a step.
+# Rounds of power iteration that take a random start to the data: a layer's first moves, one a step.
 _START_ROUNDS = 3
 
 
@@ -50,7 +57,9 @@ class Bases:
         self.turns = self._turns(refresh, step=0)
         self._indices = {name: index for index, name in enumerate(layers)}
         self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
-        self._overlaps: dict[str, Tensor] = {}  # of the bases that move at this step
+        in_rounds = projector.evidence is Evidence.SKETCH
+        self._starts = dict.fromkeys(layers, _START_ROUNDS if in_rounds else 0)  # that are left
+        self._moved: dict[str, Tensor | None] = {}  # at this step, with the overlap if it is seen
         self._said: set[type] = set()
 
     def reschedule(self, refresh: Refresh, *, step: int) -> None:
@@ -62,7 +71,7 @@ class Bases:
     def prepare(self, step: int) -> None:
         """Ask the coming window for what its moves will look at."""
         for name, layer in self.layers.items():
-            evidence = self._evidence(name, step)
+            evidence = self.evidence(name, step)
             layer.basis.requires_grad_(evidence is Evidence.SKETCH)
             layer.weight.requires_grad_(evidence is Evidence.GRADIENT)
 
@@ -77,6 +86,13 @@ class Bases:
                     layer.basis.grad = torch.zeros_like(layer.basis)
                 evidence.append(layer.basis.grad)
         self.all_reduce(evidence)
+
+    def evidence(self, name: str, step: int) -> Evidence:
+        """Return what the layer's move at `step` looks at, or would; NOTHING if it has none."""
+        if self._starts[name] == _START_ROUNDS and self.projector.starts_from_svd:
+            return Evidence.GRADIENT
+        due = self._starts[name] > 0 or self.turns.is_due(name, step)
+        return self.projector.evidence if due else Evidence.NOTHING
 
     def move_to_gradient(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, gradient: Tensor, *, step: int
@@ -98,9 +114,9 @@ class Bases:
             name: The layer's.
             step: That was taken.
         """
-        evidence, layer = self._evidence(name, step), self.layers[name]
+        evidence, layer = self.evidence(name, step), self.layers[name]
         if evidence is Evidence.SKETCH and layer.basis.grad is not None:
-            starting = step < _START_ROUNDS and not self.projector.starts_from_svd
+            starting = self._starts[name] and not self.projector.starts_from_svd
             rule: Projector = SubspaceIteration() if starting else self.projector
             self._move(optimizer, group, name, rule, layer.basis.grad, step=step)
         elif evidence is Evidence.NOTHING and self.turns.is_due(name, step):
@@ -108,29 +124,29 @@ class Bases:
         layer.forget_evidence()
 
     def pass_turns_on(self, step: int) -> None:
-        """End `step`: who has moved waits for the next turn."""
-        seen: dict[str, float] = {}
-        if self.turns.refresh.adaptive and self._overlaps and not self._is_starting(step):
-            values = torch.stack(list(self._overlaps.values()))
+        """End `step`: who has moved waits for the next turn; who could not keeps this one."""
+        overlaps = {name: seen for name, seen in self._moved.items() if seen is not None}
+        starting = any(self._starts[name] for name in self._moved)
+        rests: dict[str, float] = dict.fromkeys(self._moved, 0.0)
+        if self.turns.refresh.adaptive and overlaps and not starting:
+            values = torch.stack(list(overlaps.values()))
             if self.all_reduce is not None:  # no rank may come to another decision
                 self.all_reduce([values])
-            seen = dict(zip(self._overlaps, values.tolist(), strict=True))
-        self._overlaps.clear()
-        self.turns.pass_on(step, seen)
+            rests |= zip(overlaps, values.tolist(), strict=True)
+        for name in self._moved:
+            self._starts[name] = max(self._starts[name] - 1, 0)
+        self._moved.clear()
+        self.turns.pass_on(step, rests)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the bases themselves."""
-        return {"memory": self._memory, "turns": self.turns.state_dict()}
+        turns = self.turns.state_dict()
+        return {"memory": self._memory, "turns": turns, "starts": dict(self._starts)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, step: int) -> None:
         """Continue from `state_dict`."""
-        self._memory = {
-            name: {
-                key: value.to(self.layers[name].basis.device) if value.ndim else value
-                for key, value in memory.items()
-            }
-            for name, memory in state["memory"].items()
-        }
+        self._memory = {name: dict(memory) for name, memory in state["memory"].items()}
+        self._starts = dict(state["starts"])
         self.turns.load_state_dict(state["turns"], step)
 
     def _move(
@@ -143,23 +159,28 @@ class Bases:
         *,
         step: int,
     ) -> None:
-        layer = self.layers[name]
+        layer, memory = self.layers[name], self._memory[name]
+        # A run that goes on loads it before Lightning takes the module to its device.
+        memory |= {k: v.to(layer.basis) for k, v in memory.items() if v.ndim}
         measured = self._is_measured(name, step)
         move = Stretch(layer.basis.device) if measured else None
         moved = rule.move(
             layer.basis.detach(),
             evidence,
-            state=self._memory[name],
-            decay=group["lr"] / group.get("initial_lr", group["lr"]) if group["lr"] else 0.0,
+            state=memory,
+            decay=_share_of_peak(group),
             generator=keyed_generator(layer.basis.device, self.seed, step, self._indices[name], 1),
         )
         if self.projector.rotates_moments:
             rotation = change_of_basis(layer.basis.detach(), moved)
             rotation = rotation.to(layer.delta.device)  # where offloaded moments are
-            if not rotate_moments(optimizer.state[layer.delta], group, rotation):
+            of_bitsandbytes = getattr(optimizer, "optimizer_name", "")
+            state = optimizer.state[layer.delta]
+            if not rotate_moments(state, group, rotation, name=of_bitsandbytes):
                 self._say_once(optimizer)
+        self._moved[name] = None
         if move is not None:
-            self._overlaps[name] = turned = overlap(layer.basis.detach(), moved)
+            self._moved[name] = turned = overlap(layer.basis.detach(), moved)
             self.observation.see_move(name, turned=turned, move=move.end())
         layer.basis.copy_(moved)
 
@@ -171,25 +192,21 @@ class Bases:
         if remaining is None:
             return False
         # Of a layer's moves before a reading the last one counts.
-        starting_still = self._is_starting(step) and step + 1 < _START_ROUNDS
-        next_move = step + 1 if starting_still else self.turns.after(name, step)
+        next_move = step + 1 if self._starts[name] > 1 else self.turns.after(name, step)
         return next_move >= step + remaining
-
-    def _evidence(self, name: str, step: int) -> Evidence:
-        if step == 0 and self.projector.starts_from_svd:
-            return Evidence.GRADIENT
-        due = self._is_starting(step) or self.turns.is_due(name, step)
-        return self.projector.evidence if due else Evidence.NOTHING
-
-    def _is_starting(self, step: int) -> bool:
-        """Whether the bases are still on their way from the random start to the data."""
-        return step < _START_ROUNDS and self.projector.evidence is Evidence.SKETCH
 
     def _turns(self, refresh: Refresh, *, step: int) -> Turns:
         if self.compiled and refresh.adaptive:
             raise ValueError(
                 "Of a compiled model the bases move together, and adaptive=True lets each have its "
                 "own turns, with a graph for each set of them: leave out one of the two."
+            )
+        if refresh.adaptive and isinstance(self.projector, Oja | Online):
+            name = type(self.projector).__name__
+            raise ValueError(
+                f"adaptive=True lets layers wait whose moves turn their bases little, and {name}'s "
+                "small steps always do: use SubspaceIteration, that is optim=galore, or leave "
+                "adaptive out."
             )
         if self.compiled:
             refresh = replace(refresh, stagger=False)
@@ -205,3 +222,10 @@ class Bases:
                 "The state of %s has no rule for a change of basis: it is left as it is.",
                 type(optimizer).__name__,
             )
+
+
+def _share_of_peak(group: dict[str, Any]) -> float:
+    """Return the group's learning rate over the highest that its schedule names."""
+    # OneCycleLR starts from `initial_lr` and goes up to `max_lr`.
+    peak = max(group["lr"], group.get("initial_lr", 0), group.get("max_lr", 0))
+    return float(group["lr"] / peak) if peak else 0.0

@@ -64,6 +64,8 @@ def inject(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank}: give a positive whole number, such as 128.")
+    if side not in ("right", "left"):
+        raise ValueError(f"side={side}: give right or left.")
     if not targets:
         raise ValueError("targets is empty: give all, or leave GaLore out.")
     if any("lora_" in name for name, _ in model.named_parameters()):
@@ -71,7 +73,7 @@ def inject(
             "The model has a LoRA adapter, whose few weights need no subspace: "
             "use adapter=none with GaLore, or optim=adamw with the adapter."
         )
-    chosen = _chosen(model, [targets] if isinstance(targets, str) else list(targets))
+    chosen = targeted(model, targets)
     _refuse_half_tied(model, chosen)
     for name, module in chosen.items():
         _refuse_untrainable(name, module, allow_meta=allow_meta)
@@ -132,7 +134,13 @@ def layer_group(name: str, layer: SubspaceLayer) -> str:
     return next((group for group, pattern in TARGETS.items() if re.search(pattern, name)), "other")
 
 
-def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
+def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers by name that `targets` means, see `inject`; in a subspace or not.
+
+    Raises:
+        ValueError: A target matches nothing.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
     embeddings, heads = _embeddings(model), _heads(model)
     of_tokens = embeddings | heads
     known = {
@@ -141,6 +149,7 @@ def _chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
         if isinstance(getattr(module, "weight", None), nn.Parameter)  # not what weight_norm makes
         and (
             type(module) is nn.Linear
+            or isinstance(module, SubspaceLayer)
             or SubspaceConv1D.fits(module)
             # Of a transformer the token embedding alone: positions are few, and looked up once for
             # all sequences of a batch, so that no gradient a sequence exists.

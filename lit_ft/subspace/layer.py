@@ -50,7 +50,8 @@ class SubspaceLayer(nn.Module):
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         self.weight.requires_grad_(False)
         self.delta = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
-        start = torch.randn(cols, rank, dtype=dtype, generator=generator)
+        # On the CPU, where its generator is: Lightning builds modules with a GPU as the default.
+        start = torch.randn(cols, rank, dtype=dtype, generator=generator, device="cpu")
         self.register_buffer("basis", torch.linalg.qr(start).Q.T.contiguous().to(device))
         self.energy = torch.zeros(2, dtype=dtype, device=device)
 
@@ -65,7 +66,8 @@ class SubspaceLayer(nn.Module):
         for tensor in (*small.values(), self.energy):
             moved = fn(tensor.detach())
             if moved.itemsize < tensor.itemsize:
-                moved = tensor.detach().to(moved.device)
+                dtype = torch.promote_types(moved.dtype, torch.float32)
+                moved = tensor.detach().to(moved.device, dtype)
             if is_sharded(tensor):  # its `.data` does not reach the rows that it holds
                 if (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
                     torch.utils.swap_tensors(tensor, nn.Parameter(moved))  # type: ignore[no-untyped-call]

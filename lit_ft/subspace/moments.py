@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lit_ft.eight_bit import as_float
 from lit_ft.row_pieces import row_pieces, rows_of
@@ -43,20 +44,34 @@ def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
     return turned, turned.square().addmm_(variance, rotation.square()).abs_()
 
 
-def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tensor) -> bool:
+def rotate_moments(
+    state: dict[str, Any], group: dict[str, Any], rotation: Tensor, *, name: str = ""
+) -> bool:
     """Turn one parameter's optimizer state in place by `rotation` C [r, r].
 
     Each row turns by itself, so of sharded state each rank turns what it holds.
 
     Knows torch's AdamW, SGD and Muon momentum, transformers' Adafactor, lit_ft's 8-bit AdamW, and
-    bitsandbytes' AdamW and Lion, with 8-bit state or without.
+    bitsandbytes' optimizers of one state and its AdamW, in 8 bits or not.
+
+    Args:
+        state: Of the parameter S [rows, r].
+        group: That the parameter is in.
+        rotation: C.
+        name: Of bitsandbytes' optimizers their `optimizer_name`: what `state1` is hangs on it.
 
     Returns:
-        Whether there is a rule for this state; an empty state needs none.
+        Whether there is a rule for this state, which is left as it is if not; an empty one needs
+        none.
     """
+    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
+    has_maxima = bool({"max_exp_avg_sq", "exp_inf"} & state.keys())
+    holds_two_means = name == "ademamix"  # in one tensor
+    if has_maxima or holds_two_means or any(map(is_traceable_wrapper_subclass, tensors)):
+        return False
     if "exp_avg" in state and "exp_avg_sq" in state:
         _turn_pair(state, "exp_avg", "exp_avg_sq", group["betas"], rotation)
-        return "max_exp_avg_sq" not in state
+        return True
     if "exp_avg_sq_col" in state:  # row sums [rows] stay, column sums [r] turn like squares
         _write(state, "exp_avg_sq_col", _read(state, "exp_avg_sq_col") @ rotation.square())
         if "exp_avg" in state:
@@ -65,10 +80,13 @@ def rotate_moments(state: dict[str, Any], group: dict[str, Any], rotation: Tenso
     if "state1" in state and state.get("state2") is not None:
         _turn_pair(state, "state1", "state2", group["betas"], rotation)
         return True
-    for name in ("state1", "momentum_buffer", "exp_avg"):
-        if state.get(name) is not None:
-            _write(state, name, _read(state, name) @ rotation)
-            return "exp_inf" not in state  # Adamax's maximum has no rule
+    if "state1" in state and name in ("rmsprop", "adagrad"):  # of squares
+        _write(state, "state1", _read(state, "state1") @ rotation.square())
+        return True
+    for key in ("state1", "momentum_buffer", "exp_avg"):
+        if state.get(key) is not None:
+            _write(state, key, _read(state, key) @ rotation)
+            return True
     return not state
 
 

@@ -19,8 +19,9 @@ _NEEDS_THE_WEIGHT = {
     "transformers' Adafactor with scale_parameter=False, or AdamW",
     r"\.LBFGS": "LBFGS keeps copies of the parameters: use AdamW",
     r"\.(?i:lars)": "LARS scales its step by the parameter's norm: use AdamW",
-    r"\.(?i:lamb)": "LAMB scales its step by the parameter's norm: use AdamW",
+    r"(?i:lamb)(\d+bit)?$": "LAMB scales its step by the parameter's norm: use AdamW",
     r"\.(Prodigy|DAdapt)": "it measures the distance from the first parameters: use AdamW",
+    r"\.(A?SAM|Lookahead)$": "it steps from and to copies of the parameters: use AdamW",
     r"ScheduleFree": "schedule-free optimizers keep copies of the parameters: use AdamW",
 }
 
@@ -66,6 +67,16 @@ def refuse_float16(name: str, weight: Tensor) -> None:
         raise ValueError(
             f"{name} has float16 weights, which lose small updates: use bfloat16, or "
             "precision=16-mixed, which keeps them in float32."
+        )
+
+
+def refuse_resized(name: str, layer: SubspaceLayer) -> None:
+    """Raise ValueError for a layer whose weight has got another number of rows or columns."""
+    rows, cols = layer.moving_weight.shape
+    if (len(layer.delta), layer.basis.shape[1]) != (rows, cols):
+        raise ValueError(
+            f"{name} is [{rows}, {cols}] now and went into its subspace with {len(layer.delta)} "
+            f"rows and {layer.basis.shape[1]} columns: resize embeddings before GaLore."
         )
 
 

@@ -101,15 +101,15 @@ class Turns:
         return step + self.interval[name]
 
     def pass_on(self, step: int, overlaps: Mapping[str, float]) -> None:
-        """End `step`: the layers whose turn it was take their next one.
+        """End `step`: the layers that moved when it was their turn take their next one.
 
         Args:
             step: The step that ends.
             overlaps: Of the layers that moved, between their last two bases; only an adaptive
-                schedule looks at them.
+                schedule looks at the numbers.
         """
-        for name in [name for name in self.next if self.is_due(name, step)]:
-            rests = overlaps.get(name, 0.0) >= self.refresh.threshold
+        for name in [name for name in overlaps if self.is_due(name, step)]:
+            rests = overlaps[name] >= self.refresh.threshold
             if self.refresh.adaptive and rests:
                 self.interval[name] = min(
                     2 * self.interval[name], self.refresh.longest * self.every

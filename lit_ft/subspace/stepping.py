@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from lit_ft.subspace.bases import Bases
 from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
 from lit_ft.subspace.observation import Observation
-from lit_ft.subspace.projectors import Projector
+from lit_ft.subspace.projectors import Evidence, Projector
 from lit_ft.subspace.refusals import (
     refuse_float16,
     refuse_non_finite,
+    refuse_resized,
     refuse_sharding,
     refuse_unfit,
 )
@@ -100,11 +101,16 @@ class SubspaceStep:
         Raises:
             ValueError: The optimizer does not hold the layers' deltas (it was built before
                 `inject`), or cannot train what is zero before each step; or the projector needs
-                whole gradients of a sharded weight, or a weight has become float16.
+                whole gradients of a sharded weight, or a weight has become float16 or has got
+                another number of rows.
         """
+        if self._attached:
+            raise ValueError("The steps follow an optimizer already: call stop() before another.")
         refuse_unfit(optimizer)
+        self.freeze_weights()
         for name, layer in self.layers.items():
             refuse_float16(name, layer.weight)
+            refuse_resized(name, layer)
         refuse_sharding(self.layers, forms_gradients=self.bases.projector.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
@@ -143,12 +149,13 @@ class SubspaceStep:
                 {name: layer.delta.grad for _, name, layer in self._stepped(optimizer)}, self.step
             )
         for group, name, layer in self._stepped(optimizer):
-            gradient = layer.weight.grad
-            if gradient is None and self.all_reduce is not None and layer.weight.requires_grad:
+            gradient, layer.weight.grad = layer.weight.grad, None
+            if self.bases.evidence(name, self.step) is not Evidence.GRADIENT:
+                continue  # a callback that unfreezes the model has asked for it
+            if gradient is None and self.all_reduce is not None:
                 gradient = torch.zeros_like(layer.weight)
             if gradient is None:
                 continue
-            layer.weight.grad = None
             if self.all_reduce is not None:
                 self.all_reduce([gradient])
             gradient = gradient.mT if layer.views_transposed else gradient
@@ -164,9 +171,11 @@ class SubspaceStep:
         if overflow is not None and overflow.item():
             self.begin_window()
             return
+        stepped = self._stepped(optimizer)
+        if not stepped:  # a training step without a loss
+            return
         if self.step == 0:
             self._warn_of_idle_layers()
-        stepped = self._stepped(optimizer)
         self.bases.reduce_evidence(layer for _, _, layer in stepped)
         for group, name, layer in stepped:
             scale = layer.matching_scale if isinstance(self.scale, str) else self.scale
@@ -194,13 +203,20 @@ class SubspaceStep:
             self.bases.prepare(self.step)
 
     def stop(self) -> None:
-        """Ask for no more sketches or gradients."""
+        """Ask for no more sketches, and leave layers whose weights whoever comes next can train."""
         self._attached = False
         self.observation.await_reading(None)
         for layer in self.layers.values():
             layer.basis.requires_grad_(False)
-            layer.weight.requires_grad_(False)
+            layer.delta.requires_grad_(False)
+            layer.weight.requires_grad_(True)
             layer.forget_evidence()
+
+    def freeze_weights(self) -> None:
+        """Let the layers move through their deltas again, after `stop`."""
+        for layer in self.layers.values():
+            layer.weight.requires_grad_(False)
+            layer.delta.requires_grad_(True)
 
     def _stepped(self, optimizer: Optimizer) -> list[tuple[dict[str, Any], str, SubspaceLayer]]:
         return [
