@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.observation import overlap, squared_update
-from lit_ft.subspace.projectors import Oja, Online
+from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
 from tests.test_subspace_step import Run, assert_equal, batches
 
 
@@ -116,8 +116,8 @@ def test_the_host_waits_once_a_reading_and_once_a_step_of_adaptive_moves(
             assert waits <= 1
 
     fixed = replace(refresh, adaptive=False)
-    never = list(waits_of(Run(Oja(every=1), refresh=fixed), watch=False))
-    seen = list(waits_of(Run(Oja(every=1), refresh=refresh), watch=watch))
+    never = list(waits_of(Run(SubspaceIteration(every=1), refresh=fixed), watch=False))
+    seen = list(waits_of(Run(SubspaceIteration(every=1), refresh=refresh), watch=watch))
     assert [b - a for a, b in zip(never, seen, strict=True)] == more
 
 

@@ -26,7 +26,7 @@ def only_optimizer(trainer: Trainer, follower: Callback) -> Optimizer:
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
             f"{type(follower).__name__} follows one optimizer; this module builds "
-            f"{len(trainer.optimizers)}."
+            f"{len(trainer.optimizers)}: let it build one, of several parameter groups."
         )
     return trainer.optimizers[0]
 

@@ -171,7 +171,7 @@ class Hub:
             except Exception as error:  # the library's own, fsspec's, pyarrow's and the network's
                 raise ValueError(
                     f"{self.name}: neither a local file nor a dataset that can be loaded "
-                    f"({type(error).__name__}: {error})"
+                    f"({type(error).__name__}: {error}). A private dataset needs `hf auth login`."
                 ) from error
         return self._dataset
 

@@ -52,7 +52,8 @@ class SubspaceLayer(nn.Module):
         self.delta = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
         # On the CPU, where its generator is: Lightning builds modules with a GPU as the default.
         start = torch.randn(cols, rank, dtype=dtype, generator=generator, device="cpu")
-        self.register_buffer("basis", torch.linalg.qr(start).Q.T.contiguous().to(device))
+        basis = torch.linalg.qr(start).Q.T.clone(memory_format=torch.contiguous_format)
+        self.register_buffer("basis", basis.to(device))
         self.energy = torch.zeros(2, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -69,7 +69,8 @@ def _message(turn: Any, place: str) -> Message:
             raise ValueError(f"{place} needs a string {key!r}, found {turn.get(key)!r:.60}")
     if turn[role_key] not in ROLES:
         raise ValueError(
-            f"{place} has the unknown role {turn[role_key]!r}; known roles are {', '.join(ROLES)}"
+            f"{place} has the unknown role {turn[role_key]!r}; known roles are {', '.join(ROLES)}: "
+            "rename it in the file"
         )
     _refuse_silent_loss(turn, place)
     return Message(role=ROLES[turn[role_key]], content=turn[content_key])

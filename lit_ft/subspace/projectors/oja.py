@@ -41,7 +41,7 @@ class Oja(Projector):
     """Online subspace descent on orthonormal bases, the stateless form.
 
     Every fourth step is often enough: in a run of 80 on SmolLM2 the loss was that of moving at each
-    step, for a quarter of the cost (benchmarks/results/quality.jsonl).
+    step, for a quarter of the cost (benchmarks/results/quality_variants.jsonl).
 
     Attributes:
         step_size: η is `step_size` √r.
