@@ -45,9 +45,11 @@ def test_a_fit_without_galore_trains_what_galore_has_trained_before(tmp_path):
         assert not layer.delta.any()
 
 
-def test_galore_goes_on_after_a_fit_without_it(tmp_path):
+@pytest.mark.parametrize("same", [True, False])
+def test_galore_goes_on_after_a_fit_without_it(tmp_path, same):
     module, galore = adamw_module(), GaLore(rank=4, projector=NEVER)
-    for callbacks in ([galore], [], [galore]):
+    again = galore if same else GaLore(rank=4, projector=NEVER)
+    for callbacks in ([galore], [], [again]):
         before = matrices(module) if module.model is not None else {}
         fit(tmp_path, module, *callbacks)
     for name, layer in subspace_layers(module.model).items():

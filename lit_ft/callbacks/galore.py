@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from peft import PeftConfig
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.callbacks.lookup import callbacks_of, loss_scaler, only_optimizer
-from lit_ft.parallel import TensorParallelStrategy
-from lit_ft.sharding import is_sharded
+from lit_ft.callbacks.galore_refusals import (
+    refuse_module_or_strategy,
+    refuse_other_callbacks,
+    refuse_other_layers,
+)
+from lit_ft.callbacks.lookup import loss_scaler, only_optimizer
 from lit_ft.subspace import (
     MATCH_ADAMW,
     Refresh,
-    SubspaceLayer,
     SubspaceStep,
     inject,
     keep_out_of_broadcasts,
     subspace_layers,
-    targeted,
 )
 from lit_ft.subspace.layer import Side
 from lit_ft.subspace.projectors import Oja, Projector
@@ -107,30 +95,8 @@ class GaLore(Callback):
             MisconfigurationException: The module trains an adapter, or its weights will be shared
                 among ranks in a way that this cannot follow.
         """
-        callbacks = callbacks_of(trainer)
-        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
-            raise MisconfigurationException(
-                "Lightning's learning rate finder trains without callbacks, and without GaLore its "
-                "parameters move no weight: find the rate without GaLore. It means the same."
-            )
-        for callback in takewhile(lambda callback: callback is not self, callbacks):
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-                name = type(callback).__name__
-                raise MisconfigurationException(
-                    f"{name} copies the module as it is before GaLore: list GaLore before {name}."
-                )
-        if isinstance(getattr(pl_module, "adapter", None), PeftConfig):
-            raise MisconfigurationException(
-                "An adapter's few weights need no subspace: use adapter=none with GaLore, or "
-                "optim=adamw with the adapter."
-            )
-        strategy = trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            self._check_sharding(trainer, pl_module)
-        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-            raise MisconfigurationException(
-                f"GaLore is for one device, DDP or FSDP2, not {type(strategy).__name__}."
-            )
+        refuse_other_callbacks(trainer, self)
+        refuse_module_or_strategy(trainer, pl_module, self.projector)
         if self._module is pl_module:
             assert self.steps is not None
             self.steps.freeze_weights()
@@ -155,31 +121,12 @@ class GaLore(Callback):
             self._wrapped["shard_model"] = _after(inject_once, shard_model)
         vars(pl_module).update(self._wrapped)
 
-    def _check_sharding(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse what does not work where each rank holds a part of the weights."""
-        mesh = module.device_mesh
-        cuts_layers = isinstance(mesh, DeviceMesh) and mesh["tensor_parallel"].size() > 1
-        if cuts_layers or isinstance(trainer.strategy, TensorParallelStrategy):
-            raise MisconfigurationException(
-                "GaLore works with sharded data parallelism, not with tensor parallelism: use "
-                "strategy=fsdp, that is FSDP2Strategy(), or optim=adamw, that is no GaLore."
-            )
-        if trainer.precision == "bf16-true":
-            raise MisconfigurationException(
-                "FSDP2 wants one type of numbers in a block, and beside bfloat16 weights GaLore's "
-                "small parameters are float32: use trainer.precision=bf16-mixed."
-            )
-        if self.projector.forms_gradients:
-            raise MisconfigurationException(
-                f"{type(self.projector).__name__} takes bases from whole gradients, and where "
-                "weights are sharded no rank has one: use optim=galore, optim=galore_subspace, or "
-                "strategy=ddp."
-            )
-
     def _inject(self, module: LightningModule) -> None:
         target = getattr(module, "model", None)
         model = target if isinstance(target, torch.nn.Module) else module
-        layers = self._found(model) or inject(
+        layers = subspace_layers(model)  # the module may have injected them itself
+        refuse_other_layers(model, layers, rank=self.rank, side=self.side, targets=self.targets)
+        layers = layers or inject(
             model,
             rank=self.rank,
             targets=self.targets,
@@ -198,6 +145,7 @@ class GaLore(Callback):
             seed=self.seed,
             all_reduce=_average,
         )
+        self.steps.freeze_weights()  # which an earlier callback has left to train
         self._module = module
         small = sum(layer.delta.numel() for layer in layers.values())
         whole = sum(layer.weight.numel() for layer in layers.values())
@@ -205,36 +153,6 @@ class GaLore(Callback):
             f"GaLore: {whole:,} weights of {len(layers)} layers move through {small:,} parameters "
             f"({small / whole:.1%}), rank {self.rank}, {self.projector}."
         )
-
-    def _found(self, model: torch.nn.Module) -> dict[str, SubspaceLayer]:
-        """Return the layers that the module has injected itself."""
-        found = subspace_layers(model)
-        if not found and any(is_sharded(weight) for weight in model.parameters()):
-            raise MisconfigurationException(
-                "The model was sharded before GaLore's layers were in it: shard in a method "
-                "shard_model, which configure_model calls, or call lit_ft.subspace.inject(model, "
-                f"rank={self.rank}) in configure_model before fully_shard."
-            )
-        for name, layer in found.items():
-            if layer.rank != min(self.rank, *layer.weight.shape):
-                raise MisconfigurationException(
-                    f"{name} was injected with rank {layer.rank}, GaLore has rank={self.rank}: "
-                    "give both the same."
-                )
-            if layer.side != self.side and not layer.rows_are_tokens:
-                raise MisconfigurationException(
-                    f"{name} was injected with side={layer.side}, GaLore has side={self.side}: "
-                    "give both the same."
-                )
-        if found:
-            wanted = targeted(model, self.targets)
-            injected = {n for n, m in model.named_modules() if isinstance(m, SubspaceLayer)}
-            if differing := sorted(injected ^ wanted.keys()):
-                raise MisconfigurationException(
-                    f"inject() and GaLore have other targets, such as {differing[0]}: give both "
-                    "the same."
-                )
-        return found
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
