@@ -83,7 +83,7 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
             continue
         node, parents = known, list[str]()
         for name in key.split("."):
-            if node is None:
+            if node is None and parents[-1] in groups and len(parents) == 1:
                 lines.append(_not_chosen(key, parents[0], Path(config_dir)))
             if not isinstance(node, Mapping):
                 break

@@ -89,6 +89,7 @@ def test_names_that_are_there_bring_nothing():
         "optim.lr=1",
         "model=tiny",
         "model.config.hidden_size=32",  # of the chosen model, not of the default one
+        "data.val_path.x=1",  # a value, not a choice that was not made
         "+new.name=1",
         "~callbacks.samples",
         "hydra.verbose=true",

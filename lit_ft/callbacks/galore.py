@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -216,7 +215,9 @@ class GaLore(Callback):
     @property
     def _rule(self) -> str:
         """The projector, but for how often it moves: another interval starts its turns anew."""
-        return re.sub(r"every=\d+(, )?", "", repr(self.projector))
+        settings = {k: v for k, v in vars(self.projector).items() if k != "every"}
+        listed = ", ".join(f"{name}={value}" for name, value in settings.items())
+        return f"{type(self.projector).__name__}({listed})"
 
     def _detach(self, module: LightningModule) -> None:
         for name, own in self._wrapped.items():

@@ -15,14 +15,7 @@ from lit_ft.rounding import keyed_generator
 from lit_ft.subspace.layer import SubspaceLayer
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
 from lit_ft.subspace.observation import Observation, Stretch, overlap
-from lit_ft.subspace.projectors import (
-    SVD,
-    Evidence,
-    Oja,
-    Online,
-    Projector,
-    SubspaceIteration,
-)
+from lit_ft.subspace.projectors import SVD, Evidence, Projector, SubspaceIteration
 from lit_ft.subspace.schedule import Refresh, Turns
 
 log = logging.getLogger(__name__)
@@ -201,7 +194,7 @@ class Bases:
                 "Of a compiled model the bases move together, and adaptive=True lets each have its "
                 "own turns, with a graph for each set of them: leave out one of the two."
             )
-        if refresh.adaptive and isinstance(self.projector, Oja | Online):
+        if refresh.adaptive and not self.projector.renews:
             name = type(self.projector).__name__
             raise ValueError(
                 f"adaptive=True lets layers wait whose moves turn their bases little, and {name}'s "

@@ -23,12 +23,14 @@ class Projector(ABC):
 
     Attributes:
         evidence: What `move` is given.
+        renews: Whether a move finds the basis anew; after a small step it always looks at rest.
         starts_from_svd: Whether the first basis comes from an SVD of the first gradient.
         every: Optimizer steps between two moves of the same layer's basis.
         rotates_moments: Whether the optimizer's moments follow the basis.
     """
 
     evidence: ClassVar[Evidence]
+    renews: ClassVar[bool] = True
     starts_from_svd: bool = False
     every: int
     rotates_moments: bool

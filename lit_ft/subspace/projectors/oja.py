@@ -48,6 +48,7 @@ class Oja(Projector):
     """
 
     evidence: ClassVar[Evidence] = Evidence.SKETCH
+    renews: ClassVar[bool] = False
     step_size: float = 0.1
     every: int = 4
     rotates_moments: bool = True

@@ -42,6 +42,7 @@ class Online(Projector):
     """
 
     evidence: ClassVar[Evidence] = Evidence.SKETCH
+    renews: ClassVar[bool] = False
     lr: float = 0.005
     penalty: float = 0.0
     starts_from_svd: bool = False
