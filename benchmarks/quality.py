@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from composed import composed, module_and_data
 from hydra.utils import instantiate
 from rich.console import Console
@@ -129,6 +128,7 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
     )
     began = time.monotonic()
     trainer.fit(module, data)
+    train_loss = float(trainer.callback_metrics["train_loss"])  # validate() forgets it
     trainer.limit_val_batches = 1.0
     [metrics] = trainer.validate(module, data, verbose=False)
     return {
@@ -137,7 +137,7 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
         "seed": seed,
         "val_loss": metrics["val_loss"],
         "initial_val_loss": _initial_loss(config, options),
-        "train_loss": float(trainer.callback_metrics.get("train_loss", torch.nan)),
+        "train_loss": train_loss,
         "tokens": throughput.tokens,
         "tokens_per_second": throughput.tokens_per_second,
         "seconds": time.monotonic() - began,
