@@ -17,6 +17,7 @@ from lit_ft.labels import IGNORED
 from lit_ft.sharding import is_sharded
 
 _CHUNK_TOKENS = 256
+_FLOAT16_UNIT = 64.0  # nats: float16 ends at 65,504, which 32 texts of 1,024 tokens can reach
 
 
 class TokenLoss(Protocol):
@@ -63,6 +64,7 @@ def chunked_cross_entropy(
     if chunk_tokens is None and hidden.device.type == "cpu":
         chunk_tokens = _CHUNK_TOKENS
     policy: Literal["compact", "auto"] = "compact" if states.dtype == torch.float32 else "auto"
+    unit = _FLOAT16_UNIT if states.dtype == torch.float16 else 1.0
     summed = partial(
         linear_cross_entropy,
         target=targets,
@@ -70,6 +72,7 @@ def chunked_cross_entropy(
         # rounded that way, but where there is none to compute, exact terms cost nothing.
         reduction="sum" if torch.is_grad_enabled() else "none",
         ignore_index=IGNORED,
+        weight=None if unit == 1.0 else weight.new_full(weight.shape[:1], 1.0 / unit),
         options=LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens, acc_policy=policy),
     )
     loss: Tensor
@@ -77,7 +80,7 @@ def chunked_cross_entropy(
         loss = _Repeatable.apply(summed, states, weight, bias)  # type: ignore[no-untyped-call]
     else:
         loss = summed(states, weight, linear_bias=bias)
-    return loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
+    return loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32)) * unit
 
 
 def cross_entropy_through(

@@ -157,8 +157,12 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer on the groups, and its schedule for the trainer's number of steps."""
-        optimizer = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
+        optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
         optimizer = stepped_in_pieces(stochastically_rounded(optimizer, seed=self.seed))
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            # A fused optimizer would take float16's loss scale away in its kernel, after clipping:
+            # now the trainer does, before.
+            optimizer._step_supports_amp_scaling = False
         if self.schedule is None or getattr(optimizer, "sets_own_learning_rate", False):
             return optimizer
         scheduler = self.schedule(optimizer, self.trainer.estimated_stepping_batches)

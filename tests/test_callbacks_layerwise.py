@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import AdamW
@@ -20,7 +19,7 @@ from lit_ft.parallel import FSDP2Strategy
 from lit_ft.subspace.projectors import SVD
 from tests.running import CONF, run_job
 from tests.test_job import same
-from tests.test_module import batch_of, loader, module_of, trainer_of
+from tests.test_module import batch_of, float16, loader, module_of, trainer_of
 
 OPTIMIZERS = sorted(path.stem for path in (CONF / "optim").glob("*.yaml"))
 JOB = [
@@ -197,13 +196,12 @@ def test_a_loss_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
 
 
 def test_under_a_loss_scaler_updates_are_ordinary_and_said_so(tmp_path: Path, caplog) -> None:
-    float16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     callback = LayerwiseUpdate(min_grad_bytes=0)
     batch = [torch.randn(8, 32), torch.randn(8, 8)]
     module = OneGroup()
     before = module.net[0].weight.detach().clone()
     with caplog.at_level("INFO"):
-        trainer_of(tmp_path, plugins=[float16], callbacks=[callback]).fit(
+        trainer_of(tmp_path, plugins=[float16(2.0**16)], callbacks=[callback]).fit(
             module, loader(batch, batch)
         )
     assert "loss scaler" in caplog.text

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch._dynamo.utils import counters
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 from lit_ft.callbacks import GaLore, SubspaceRefresh
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
-from tests.test_module import batch_of, module_of, trainer_of
+from tests.test_module import batch_of, float16, module_of, trainer_of
 
 GOOD, INF = torch.ones(()), torch.tensor(torch.inf)
 
@@ -95,10 +94,7 @@ def train(
     module = kind(**options)
     plugins = []
     if scale is not None:
-        plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))]
-    callbacks = [galore, states]
-    if log_every is not None:
-        callbacks.append(SubspaceRefresh(every_n_steps=log_every))
+        plugins = [float16(scale)]
     trainer = trainer_of(
         folder,
         plugins=plugins,

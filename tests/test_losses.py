@@ -135,6 +135,25 @@ def test_a_validation_loss_in_bfloat16_is_not_rounded_to_three_digits():
     torch.testing.assert_close(chunked, whole, rtol=2e-4, atol=0)
 
 
+@pytest.mark.parametrize("repeatable", [False, True])
+def test_a_sum_beyond_float16_is_finite_and_so_are_its_gradients(repeatable):
+    hidden = torch.randn(8, 1025, 16, requires_grad=True)
+    weight = (20 * torch.randn(32, 16)).requires_grad_()
+    labels = torch.randint(32, (8, 1025))
+    logits = (hidden[:, :-1] @ weight.T).reshape(-1, 32)
+    whole = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+    assert whole > torch.finfo(torch.float16).max
+    with torch.autocast("cpu", torch.float16):
+        loss = chunked_cross_entropy(hidden, weight, labels, repeatable=repeatable)
+    torch.testing.assert_close(loss, whole, rtol=1e-3, atol=0)
+    for ours, exact in zip(
+        torch.autograd.grad(loss / 1024, [hidden, weight]),
+        torch.autograd.grad(whole / 1024, [hidden, weight]),
+        strict=True,
+    ):
+        assert (ours - exact).norm() < 1e-2 * exact.norm()
+
+
 @pytest.mark.parametrize("loss", [ChunkedCrossEntropy(), ModelLoss()])
 def test_packed_examples_have_the_loss_that_they_have_alone(loss):
     """In training mode: with a cache, transformers would not look for the borders."""

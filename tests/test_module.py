@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
 from torch.utils.data import DataLoader
@@ -51,6 +52,10 @@ def batch_of(lengths, seed=0, width=12):
     mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
     labels = ids.masked_fill((mask == 0) | (torch.arange(width) < 2), IGNORED)
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def float16(scale):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))
 
 
 def rows(batch, start, stop):
@@ -201,6 +206,22 @@ def test_the_schedule_reaches_the_weights(tmp_path):
     for name, weight in one.items():
         assert torch.equal(three[name], weight)
         assert not torch.equal(moved[name], weight)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_under_a_loss_scaler_a_fused_optimizer_clips_the_gradient_itself(tmp_path, algorithm):
+    weights = []
+    for fused in (False, True):
+        module = module_of(optimizer=partial(torch.optim.SGD, lr=0.1, fused=fused))
+        trainer_of(
+            tmp_path,
+            plugins=[float16(2.0**12)],
+            gradient_clip_val=0.01,
+            gradient_clip_algorithm=algorithm,
+        ).fit(module, loader(*[batch_of([12, 5])] * 2))
+        weights.append(module.model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6)
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
