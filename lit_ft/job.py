@@ -76,7 +76,9 @@ def fine_tune(
         if not validate_only:
             trainer.fit(module, datamodule, ckpt_path=resume)
             [metrics] = trainer.validate(module, datamodule, verbose=False)
-            _keep_if_best(trainer, metrics["val_loss"])
+            best = find_callback(trainer, BestCheckpoint)
+            if best is not None:
+                best.keep_if_best(trainer)
     summary.update(val_loss=metrics["val_loss"], val_perplexity=metrics["val_perplexity"])
     _report(trainer, summary)
     return metrics["val_loss"]
@@ -143,15 +145,6 @@ def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> i
     per_step = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     limits = [trainer.max_steps * per_step, datamodule.max_val_examples]
     return min(limit for limit in limits if limit is not None)
-
-
-def _keep_if_best(trainer: Trainer, val_loss: float) -> None:
-    # This validation comes after `fit`, where Lightning's checkpoint callbacks look away.
-    best = find_callback(trainer, BestCheckpoint)
-    if best is None:
-        return
-    if best.best_model_score is None or val_loss < best.best_model_score:
-        trainer.save_checkpoint(Path(str(best.dirpath)) / "best.ckpt", weights_only=True)
 
 
 class _Recorder(Callback):

@@ -116,7 +116,7 @@ def test_validation_keeps_its_interval_in_optimizer_steps(memory, tmp_path):
     memory(61)
     job = [*JOB, "trainer.max_steps=5", "auto_batch_size=true", "trainer.val_check_interval=12"]
     run_job(tmp_path, *job, "logger=csv")
-    rows = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    rows = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
     steps = [
         int(row.split(",")[names.index("step")])

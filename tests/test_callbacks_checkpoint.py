@@ -133,7 +133,7 @@ def test_the_best_weights_are_kept_alone(tmp_path):
     state = load(tmp_path / "best.ckpt")
     assert state["global_step"] == 4
     assert "optimizer_states" not in state
-    assert os.listdir(tmp_path) == ["best.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "best.json"]
     assert best.best_model_score == 1.0
 
 
@@ -142,6 +142,27 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path):
     options = {"limit_val_batches": 1, "val_check_interval": 1, "max_steps": 4}
     fit(tmp_path, [BestCheckpoint(tmp_path)], Plain(losses), **options)
     assert load(tmp_path / "best.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize("mode, worse, better", [("min", 2.0, 0.5), ("max", 0.5, 2.0)])
+def test_a_resumed_run_goes_on_from_a_best_that_came_after_its_state(tmp_path, mode, worse, better):
+    """As a validation behind `fit` does: the last state was saved before it."""
+
+    def run(max_steps, loss, **options):
+        callbacks = [LastCheckpoint(tmp_path), BestCheckpoint(tmp_path, mode=mode)]
+        module = Plain([loss])
+        trainer = fit(tmp_path, callbacks, module, max_steps=max_steps, **options)
+        trainer.limit_val_batches = 1
+        trainer.validate(module, DataLoader(RandomDataset(32, 1)), verbose=False)
+        callbacks[1].keep_if_best(trainer)
+        return load(tmp_path / "best.ckpt")["global_step"]
+
+    last = tmp_path / "last.ckpt"
+    assert run(2, 1.0) == 2
+    assert run(4, worse, ckpt_path=last) == 2
+    assert run(6, float("nan"), ckpt_path=last) == 2
+    assert run(8, better, ckpt_path=last) == 8
+    assert run(1, worse) == 1  # a new run in the same folder
 
 
 @pytest.fixture

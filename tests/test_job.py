@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import signal
@@ -271,6 +272,17 @@ def test_the_best_checkpoint_counts_the_last_validation(job, tmp_path):
     assert summary["val_loss"] < summary["initial_val_loss"]
     weights, last = (state(tmp_path / "run", name)[0] for name in ("best", "last"))
     assert all(torch.equal(weights[name], last[name]) for name in last)
+
+
+def test_a_resumed_run_keeps_what_its_csv_logger_wrote(job, tmp_path):
+    for end in (2, 4):
+        options = ["resume=auto", "logger=csv", "trainer.log_every_n_steps=1"]
+        job("run", f"trainer.max_steps={end}", *options)
+    steps = []
+    for version in ("version_0", "version_1"):
+        with (tmp_path / "run" / "csv" / version / "metrics.csv").open() as file:
+            steps += [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
+    assert steps == [0, 1, 2, 3]
 
 
 def test_resuming_takes_what_a_killed_save_has_left_whole_and_never_a_half(tmp_path, caplog):

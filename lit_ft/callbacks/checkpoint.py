@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -71,10 +73,10 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the weights of the best validation in `best.ckpt`.
+    """Keep the weights of the best validation in `best.ckpt`, and its result in `best.json`.
 
     A validation whose result is not finite is never the best. Resuming in the same folder goes on
-    from the best so far.
+    from the best so far, also from one that came after the state that is resumed.
 
     Args:
         dirpath: folder of the file.
@@ -100,3 +102,30 @@ class BestCheckpoint(ModelCheckpoint):
         if not trainer.strategy.reduce_boolean_decision(finite):
             return False
         return super().check_monitor_top_k(trainer, current)
+
+    def keep_if_best(self, trainer: Trainer) -> None:
+        """Compare what `trainer.validate` has found after `fit`, where Lightning looks away."""
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor in candidates:
+            self._save_monitor_checkpoint(trainer, candidates)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best so far."""
+        found = self._found()
+        best = json.loads(found.read_text()) if found.is_file() else {}
+        if state_dict.get("dirpath") == self.dirpath and self.monitor in best:
+            score = torch.tensor(best[self.monitor])
+            path = str(found.with_name("best.ckpt"))
+            state_dict = {**state_dict, "best_model_score": score, "kth_value": score}
+            state_dict |= {"best_model_path": path, "kth_best_model_path": path}
+            state_dict["best_k_models"] = {path: score}
+        super().load_state_dict(state_dict)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero and self.best_model_score is not None:
+            best = {self.monitor: self.best_model_score.item(), "step": trainer.global_step}
+            self._found().write_text(json.dumps(best) + "\n")
+
+    def _found(self) -> Path:
+        return Path(str(self.dirpath)) / "best.json"

@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -94,7 +95,10 @@ class StopOnSignal(Callback):
     def _stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._step_is_complete:
             return
-        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+        own = torch.tensor(self._received or 0, device=trainer.strategy.root_device)
+        # One answer on all ranks, or those without a signal would wait for the others for ever.
+        received = int(trainer.strategy.reduce(own, reduce_op="max"))
+        if not received:
             return
         for callback in callbacks_of(trainer):
             if isinstance(callback, LastCheckpoint):
@@ -102,10 +106,9 @@ class StopOnSignal(Callback):
                 rank_zero_info(
                     f"Stopped at step {trainer.global_step}; its state: {callback.last_model_path}"
                 )
-        if self._received == signal.SIGINT:
+        if received == signal.SIGINT:
             raise KeyboardInterrupt
-        warned = self._received is not None and self._received == _WARNING
-        if trainer.strategy.reduce_boolean_decision(warned, all=False) and self._on_warning:
+        if received == _WARNING and self._on_warning:
             self._on_warning(_WARNING, None)
         raise SIGTERMException
 

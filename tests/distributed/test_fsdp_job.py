@@ -120,19 +120,22 @@ def test_layers_streamed_from_the_host_train_the_same_weights(tmp_path):
     torch.testing.assert_close(ends[1]["state_dict"], ends[0]["state_dict"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize(
+    "strategy, number, status",
+    [("fsdp", signal.SIGTERM, 143), ("ddp", signal.SIGTERM, 143), ("ddp", signal.SIGINT, 130)],
+)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_stops_and_saves(rank, strategy, tmp_path):
+def test_a_signal_to_one_rank_stops_and_saves(rank, strategy, number, status, tmp_path):
     process = start(*JOB, f"run_dir={tmp_path}", f"strategy={strategy}", "trainer.max_steps=4000")
     for line in process.stdout:
         if "step 5/" in line:
             break
     [other] = psutil.Process(process.pid).children()
-    os.kill((process.pid, other.pid)[rank], signal.SIGTERM)
+    os.kill((process.pid, other.pid)[rank], number)
     began = time.monotonic()
     output, _ = process.communicate(timeout=60)
     assert time.monotonic() - began < 30
-    assert process.returncode == 143, output
+    assert process.returncode == status, output
     assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
     assert whole(tmp_path / "checkpoints" / "last.ckpt")
 
