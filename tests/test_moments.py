@@ -9,7 +9,7 @@ from torchao.optim import AdamW8bit
 from transformers.optimization import Adafactor
 
 from lit_ft.optim import RowwiseAdamW8bit
-from lit_ft.subspace.moments import rotate_moments
+from lit_ft.subspace.moments import change_of_basis, rotate_moments
 
 ROWS, RANK = 16, 32
 
@@ -62,6 +62,41 @@ def test_squares_stay_squares():
     assert (optimizer.state[weight]["state1"] >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamW, {}),
+        (Adafactor, {"scale_parameter": False, "relative_step": False}),
+        (bnb.optim.AdamW, {}),
+        (bnb.optim.RMSprop, {"momentum": 0.0}),
+    ],
+)
+@pytest.mark.parametrize("every", [1, 10])
+def test_steps_keep_their_size_while_bases_come_and_go(kind, options, every):
+    """Noise is as large in one direction as in another, and so are the steps that it makes."""
+    torch.manual_seed(0)
+    width, sizes = 8 * RANK, {}
+    for moves in (False, True):
+        weight = nn.Parameter(torch.zeros(ROWS, RANK))
+        optimizer = kind([weight], lr=1.0, weight_decay=0.0, **options)
+        basis, steps = basis_of(width), []
+        for step in range(100):
+            weight.grad = torch.randn(ROWS, width) @ basis.T
+            before = weight.detach().clone()
+            optimizer.step()
+            steps.append((weight.detach() - before).square().mean())
+            if moves and step % every == 0:
+                basis, old = basis_of(width), basis
+                assert turn(optimizer, weight, change_of_basis(old, basis))
+        sizes[moves] = torch.stack(steps[20:]).mean().sqrt()
+    # Momentum that the new basis cannot express is lost: somewhat smaller they may be.
+    assert 0.4 < sizes[True] / sizes[False] < 1.1
+
+
+def basis_of(width):
+    return torch.linalg.qr(torch.randn(width, RANK)).Q.T
+
+
 def values(state):
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     return {
@@ -76,6 +111,7 @@ def values(state):
         lambda weights: AdamW(weights, amsgrad=True),
         torch.optim.Adamax,
         RMSprop,
+        lambda weights: RMSprop(weights, momentum=0.9, centered=True),
         bnb.optim.AdEMAMix,
         AdamW8bit,
     ],

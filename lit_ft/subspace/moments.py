@@ -33,6 +33,7 @@ def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
 
     m C for the mean; for the square the variance, taken as uncorrelated, goes through C∘² and the
     mean's square through C: |(v − m²) C∘² + (m C)²|. LDAdam, arXiv:2410.16103, section 3.2.
+    To this comes what v expects of `unseen` directions.
 
     Args:
         mean: m̂ [rows, r].
@@ -41,7 +42,24 @@ def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
     """
     turned = mean @ rotation
     variance = torch.addcmul(square, mean, mean, value=-1)
-    return turned, turned.square().addmm_(variance, rotation.square()).abs_()
+    known = turned.square().addmm_(variance, rotation.square()).abs_()
+    return turned, known.add_(unseen(square, rotation))
+
+
+def unseen(square: Tensor, rotation: Tensor) -> Tensor:
+    """Return the second moment that is to be expected where the old basis did not reach.
+
+    Of new direction j a share 1 − Σᵢ C²ᵢⱼ is orthogonal to the old basis. The gradient there is
+    no smaller for not having been looked at; at zero, AdamW's steps would be too large by the
+    square root of the overlap until v has filled up, in hundreds of steps. It is taken to be as
+    large as in the old directions on average.
+
+    Args:
+        square: v [..., r] in the old basis.
+        rotation: C [r, r].
+    """
+    share = (1 - rotation.square().sum(0)).clamp_(min=0)
+    return square.mean(-1, keepdim=True) * share
 
 
 def rotate_moments(
@@ -73,7 +91,7 @@ def rotate_moments(
         _turn_pair(state, "exp_avg", "exp_avg_sq", group["betas"], rotation)
         return True
     if "exp_avg_sq_col" in state:  # row sums [rows] stay, column sums [r] turn like squares
-        _write(state, "exp_avg_sq_col", _read(state, "exp_avg_sq_col") @ rotation.square())
+        _write(state, "exp_avg_sq_col", _squares(_read(state, "exp_avg_sq_col"), rotation))
         if "exp_avg" in state:
             _write(state, "exp_avg", _read(state, "exp_avg") @ rotation)
         return True
@@ -81,13 +99,19 @@ def rotate_moments(
         _turn_pair(state, "state1", "state2", group["betas"], rotation)
         return True
     if "state1" in state and name in ("rmsprop", "adagrad"):  # of squares
-        _write(state, "state1", _read(state, "state1") @ rotation.square())
+        _write(state, "state1", _squares(_read(state, "state1"), rotation))
         return True
+    if {"square_avg", "grad_avg"} & state.keys():  # RMSprop's, which may have a momentum beside
+        return False
     for key in ("state1", "momentum_buffer", "exp_avg"):
         if state.get(key) is not None:
             _write(state, key, _read(state, key) @ rotation)
             return True
     return not state
+
+
+def _squares(square: Tensor, rotation: Tensor) -> Tensor:
+    return square @ rotation.square() + unseen(square, rotation)
 
 
 def _turn_pair(
