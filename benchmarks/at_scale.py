@@ -40,7 +40,7 @@ from lit_ft.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "at_scale.json"
 RANKS_A_NODE = 8
-HELD = ("weights", "bases", "gradients", "optimizer_state")
+HELD = ("weights", "bases", "sketches", "gradients", "optimizer_state")
 LLAMA_70B = {
     "vocab_size": 128256,
     "hidden_size": 8192,
@@ -79,11 +79,13 @@ def step_on_this_rank(
     with Ledger() as ledger:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients = sum(local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
+        sketches = sum(la.basis.grad.nbytes for la in layers.values() if la.basis.grad is not None)
         optimizer.step()
     bases = sum(layer.basis.nbytes for layer in layers.values())  # whole on every rank
     return {
         "weights": weight_bytes(model) - bases,
         "bases": bases,
+        "sketches": sketches,  # of all layers in the first three steps, later of those that move
         "gradients": gradients,
         "optimizer_state": optimizer_state_bytes(optimizer),
         "sent": dict(ledger.bytes),

@@ -97,7 +97,8 @@ class Side:
         else:
             self.optimizer = AdamW(trainable, lr=1e-5, fused=True)
         if layers:
-            SubspaceStep(layers, PROJECTORS[method]).attach(self.optimizer)
+            self.steps = SubspaceStep(layers, PROJECTORS[method])
+            self.steps.attach(self.optimizer)
         self.beside = 0
         self.layers = layers
 
@@ -109,6 +110,8 @@ class Side:
         (loss / self.ids.numel()).backward()
         if not self.beside:
             self.beside = self._gradient_bytes()
+        if self.layers:
+            self.steps.before_step(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Step(time.perf_counter() - began, refreshed)

@@ -86,7 +86,7 @@ def test_a_transformer_anywhere_in_a_module_is_known_for_what_it_is(tmp_path):
     around = Around()
     layers = inject(around, rank=4)
     head = layers["llm.lm_head"]
-    assert isinstance(head, SubspaceHead) and head.matching_scale == 1
+    assert isinstance(head, SubspaceHead) and head.rows_are_tokens
     for part in (around.llm, around.llm.model):
         part.save_pretrained(tmp_path)
         saved = load_file(tmp_path / "model.safetensors")

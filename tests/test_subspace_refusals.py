@@ -21,6 +21,8 @@ from tests.test_subspace_step import NEVER, Run, batches
         (torch.optim.Adam, {"weight_decay": 0.1}, "use AdamW"),
         (SGD, {"weight_decay": 0.1}, "weight_decay=0"),
         (type("OwnSGD", (SGD,), {}), {"weight_decay": 0.1}, "weight_decay=0"),
+        (bnb.optim.PagedAdamW8bit, {}, "AdamW8bit"),
+        (bnb.optim.PagedLion, {}, "AdamW8bit"),
         (bnb.optim.SGD8bit, {"momentum": 0.9, "weight_decay": 0.1}, "weight_decay=0"),
         (torch.optim.RMSprop, {"weight_decay": 0.1}, "weight_decay=0"),
         (Adafactor, {"lr": None, "scale_parameter": False}, "relative_step=False"),

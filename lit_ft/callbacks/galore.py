@@ -54,8 +54,8 @@ class GaLore(Callback):
         projector: How the bases move; None for `Oja()`, online subspace descent.
         targets: Which layers, see `lit_ft.subspace.inject`.
         side: What a basis spans, a layer's inputs ("right") or outputs ("left").
-        scale: α, a number (the paper's 0.25) or "match_adamw", √(cols / rank), and 1 for the
-            embedding and the head.
+        scale: α, a number (the paper's 0.25) or "match_adamw": √(cols / rank), and 1 for the
+            embedding and the head; for SGD 1, for Muon what its norm asks for.
         seed: Of the bases that training starts from, and of stochastic rounding.
     """
 

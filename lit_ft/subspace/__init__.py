@@ -11,7 +11,8 @@ from lit_ft.subspace.inject import (
     subspace_layers,
     targeted,
 )
-from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
+from lit_ft.subspace.layer import SubspaceLayer
+from lit_ft.subspace.scale import MATCH_ADAMW
 from lit_ft.subspace.schedule import Refresh
 from lit_ft.subspace.stepping import SubspaceStep
 

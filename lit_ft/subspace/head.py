@@ -77,7 +77,9 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = torch.zeros_like(delta, dtype=torch.promote_types(delta.dtype, torch.float32))
         sketch = torch.zeros_like(basis) if basis.requires_grad else None
         energies = torch.zeros_like(energy) if energy.requires_grad else None
-        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        grad_weight = None
+        if weight.requires_grad:
+            grad_weight = torch.zeros_like(weight, dtype=gradient.dtype)
         grad_bias = None
         if bias is not None and bias.requires_grad:
             grad_bias = torch.zeros_like(bias, dtype=accumulated)
@@ -111,6 +113,8 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_weight += slope.T @ x
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
         ctx.hidden_dtype, ctx.delta_dtype = hidden.dtype, delta.dtype
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gradient, sketch, energies)
         return loss

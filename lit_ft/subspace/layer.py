@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from lit_ft.rounding import keyed_generator, round_stochastically
 from lit_ft.sharding import first_row, is_sharded, local, whole
 
 Side = Literal["right", "left"]
-MATCH_ADAMW = "match_adamw"
 
 # Rows of a 16-bit weight that are in float32 at a time, rounded by one stream of random bits.
 _ROWS_A_BLOCK = 1024
@@ -100,13 +98,6 @@ class SubspaceLayer(nn.Module):
     def rank(self) -> int:
         """Rows of the basis."""
         return self.basis.shape[0]
-
-    @property
-    def matching_scale(self) -> float:
-        """α = √(cols / r): an update of RMS 1 in S has RMS 1 in α S P too. 1 for tokens' rows."""
-        # Of most tokens a batch says little: their gradients are noise in most coordinates, and
-        # AdamW takes each to full size (benchmarks/results/quality_variants.jsonl).
-        return 1.0 if self.rows_are_tokens else math.sqrt(self.basis.shape[1] / self.rank)
 
     def forget_evidence(self) -> None:
         """Drop what backward passes have left for a move of the basis."""

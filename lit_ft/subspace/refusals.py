@@ -45,6 +45,11 @@ def refuse_unfit(optimizer: Optimizer) -> None:
     """Raise ValueError for an optimizer whose step has no meaning on parameters that are zero."""
     if reason := reason_against(type(optimizer), _NEEDS_THE_WEIGHT):
         raise ValueError(f"GaLore cannot train with this optimizer: {reason}.")
+    if getattr(optimizer, "is_paged", False):
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps its state in memory that a move of a basis cannot "
+            "turn: use AdamW8bit, whose state of a subspace is small as it is."
+        )
     for group in optimizer.param_groups:
         if group.get("scale_parameter") or group["lr"] is None:
             raise ValueError(

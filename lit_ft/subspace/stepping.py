@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_ft.subspace.bases import Bases
-from lit_ft.subspace.layer import MATCH_ADAMW, SubspaceLayer
+from lit_ft.subspace.layer import SubspaceLayer
 from lit_ft.subspace.observation import Observation
 from lit_ft.subspace.projectors import Evidence, Projector
 from lit_ft.subspace.refusals import (
@@ -23,6 +23,7 @@ from lit_ft.subspace.refusals import (
     refuse_sharding,
     refuse_unfit,
 )
+from lit_ft.subspace.scale import MATCH_ADAMW, matching_scale
 from lit_ft.subspace.schedule import Refresh
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ class SubspaceStep:
     Args:
         layers: As from `inject`, by name.
         projector: Moves the bases.
-        scale: α, a number, or "match_adamw" for `SubspaceLayer.matching_scale`: the learning rate
-            then means what it means to AdamW on whole weights.
+        scale: α, a number, or "match_adamw" for `matching_scale`: the learning rate then means what
+            it means to the optimizer on whole weights.
         refresh: When the bases move; None for every `projector.every` steps, staggered.
         compiled: torch.compile runs the model, with one graph for each set of layers whose bases
             move at the same step: they are not staggered, which leaves two, and as many again
@@ -178,7 +179,9 @@ class SubspaceStep:
             self._warn_of_idle_layers()
         self.bases.reduce_evidence(layer for _, _, layer in stepped)
         for group, name, layer in stepped:
-            scale = layer.matching_scale if isinstance(self.scale, str) else self.scale
+            scale = self.scale
+            if isinstance(scale, str):
+                scale = matching_scale(layer, optimizer, group)
             self.observation.see_step(name, scale=scale, lr=group["lr"])
             layer.fold(
                 scale=scale,
