@@ -17,6 +17,7 @@ from lit_ft.callbacks import (
     BestCheckpoint,
     ExportHF,
     LastCheckpoint,
+    LayerwiseUpdate,
     SampleGenerations,
     StopOnSignal,
     ThroughputMonitor,
@@ -60,11 +61,18 @@ def fine_tune(
         validate_only: Stop after the first validation (of `resume`'s weights, if given).
         auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
+    if trainer.limit_val_batches == 0:
+        raise MisconfigurationException(
+            "trainer.limit_val_batches=0: a run is judged by its validation; "
+            "data.max_val_examples=8 makes that short."
+        )
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
     recorder = _Recorder(summary, optimizer_name(module), datamodule.source_names)
     callbacks_of(trainer).extend([recorder, StopOnSignal()])
     if auto_batch_size:
         callbacks_of(trainer).insert(0, AutoBatchSize())
+    if not validate_only:
+        _refuse_before_loading(trainer, module)
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),
@@ -147,6 +155,15 @@ def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> i
     return min(limit for limit in limits if limit is not None)
 
 
+def _refuse_before_loading(trainer: Trainer, module: CausalLMModule) -> None:
+    # In `fit` these would come after a model has been loaded and validated.
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, AutoBatchSize):
+            callback.check(trainer)
+        if isinstance(callback, LayerwiseUpdate):
+            callback.check(trainer, module)
+
+
 class _Recorder(Callback):
     """Fills the summary while the trainer has the objects at hand, failed runs included.
 
@@ -190,6 +207,8 @@ class _Recorder(Callback):
         self._record(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.summary.fields["steps"]:
+            self._record(trainer)  # a finished run was resumed, and there was nothing to train
         export = find_callback(trainer, ExportHF)
         if export is not None and export.export_path is not None:
             self.summary.update(export_path=str(export.export_path))

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compatibility import QUANTISED_ARE_NOT_SHARDED, check_optimizer, check_sharding
@@ -92,7 +92,9 @@ class CausalLMModule(LightningModule):
         self.compile_model = compile
         self.seed = seed
         self.model: Any = None  # PreTrainedModel or PeftModel, from configure_model on
-        self.val_mean = MeanMetric()
+        # Not a MeanMetric, which leaves out what is not a number: a validation would look better.
+        self.val_loss_sum = SumMetric(nan_strategy="disable")
+        self.val_targets = SumMetric(nan_strategy="disable")
         self._global_batch = GlobalBatch(self._sum_over_ranks)
         self._unchecked = {"loss", "packing"}
 
@@ -225,20 +227,22 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new token mean."""
-        # bf16-true makes the metric's sums bfloat16, which stand still from 256 targets on.
-        self.val_mean.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
-        # Here, not at the end: `validate` runs in inference mode and `fit` does not, and what was
-        # made in the one cannot be updated in the other.
-        self.val_mean.reset()
+        for metric in (self.val_loss_sum, self.val_targets):
+            # bf16-true makes the metric's sum bfloat16, which stands still from 256 targets on.
+            metric.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
+            # Here, not at the end: `validate` runs in inference mode and `fit` does not, and what
+            # was made in the one cannot be updated in the other.
+            metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the token mean."""
         loss_sum, num_targets = self.loss_sum(batch)
-        self.val_mean.update(loss_sum / max(num_targets, 1), weight=num_targets)
+        self.val_loss_sum.update(loss_sum)
+        self.val_targets.update(num_targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log the token mean over all batches and ranks."""
-        loss = self.val_mean.compute()
+        loss = self.val_loss_sum.compute() / self.val_targets.compute()
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:

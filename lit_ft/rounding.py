@@ -31,6 +31,11 @@ def round_stochastically(x: Tensor, *, generator: torch.Generator) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
+def own_gpu() -> list[int]:
+    """Return this process's GPU, for `torch.random.fork_rng`, which else takes all and warns."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
 def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
     """Return a generator that depends on `key` alone, such as (seed, step, layer)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()

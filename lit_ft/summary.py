@@ -20,6 +20,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ft.memory import is_out_of_memory
+
 SCHEMA_VERSION = 1
 FILE_NAME = "summary.json"
 _PACKAGES = [
@@ -141,11 +143,7 @@ def status_of(error: BaseException | None) -> str:
         error.__context__, KeyboardInterrupt
     ):
         return "interrupted"
-    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    # The CPU allocator raises a plain RuntimeError.
-    if no_memory or "can't allocate memory" in str(error):
-        return "out_of_memory"
-    return "failed"
+    return "out_of_memory" if is_out_of_memory(error) else "failed"
 
 
 def redacted(config: Any) -> Any:

@@ -112,6 +112,16 @@ def test_a_real_measurement_leaves_no_trace_in_the_training(plain, tmp_path, cap
     torch.testing.assert_close(weights(tmp_path), plain[0], rtol=0, atol=1e-5)
 
 
+def test_a_run_of_epochs_takes_the_same_steps(memory, tmp_path):
+    memory(31)
+    job = [*JOB, "trainer.max_steps=-1", "trainer.max_epochs=1", "+trainer.limit_train_batches=12"]
+    before = run_job(tmp_path / "plain", *job)
+    found = run_job(tmp_path / "found", *job, "auto_batch_size=true")
+    # 12 batches are 12 rows in the one, 36 in the other, which makes 2 and 6 steps of 6 rows.
+    assert before["steps"] == 2 and found["steps"] == 6
+    assert found["tokens"] > 2 * before["tokens"]
+
+
 def test_validation_keeps_its_interval_in_optimizer_steps(memory, tmp_path):
     memory(61)
     job = [*JOB, "trainer.max_steps=5", "auto_batch_size=true", "trainer.val_check_interval=12"]

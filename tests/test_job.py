@@ -14,7 +14,7 @@ from hydra.errors import CompactHydraException
 from torch.utils._pytree import tree_flatten
 
 from lit_ft.job import checkpoint_to_resume
-from lit_ft.models import FromConfig, Packaged, export_model
+from lit_ft.models import FromConfig, Packaged, Pretrained, export_model
 from lit_ft.summary import read_summary
 from tests.running import run_job
 from tests.stopping import at
@@ -272,6 +272,27 @@ def test_the_best_checkpoint_counts_the_last_validation(job, tmp_path):
     assert summary["val_loss"] < summary["initial_val_loss"]
     weights, last = (state(tmp_path / "run", name)[0] for name in ("best", "last"))
     assert all(torch.equal(weights[name], last[name]) for name in last)
+
+
+def test_resuming_a_finished_run_says_what_it_has_done(job):
+    trained = job("run", "trainer.max_steps=2")
+    again = job("run", "trainer.max_steps=2", "resume=auto")
+    assert again["steps"] == 2 and again["checkpoint_path"] == trained["checkpoint_path"]
+    assert again["val_loss"] == trained["val_loss"]
+
+
+@pytest.mark.parametrize(
+    "settings, remedy",
+    [
+        (["strategy=ddp", "trainer.devices=2", "update=layerwise"], "strategy=fsdp"),
+        (["trainer.devices=2", "auto_batch_size=true"], "trainer.devices=1"),
+        (["+trainer.limit_val_batches=0"], "data.max_val_examples"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_before_a_model_loads(job, monkeypatch, settings, remedy):
+    monkeypatch.setattr(Pretrained, "load_model", None)  # it is not called
+    with pytest.raises(CompactHydraException, match=remedy):
+        job("run", *settings)
 
 
 def test_a_resumed_run_keeps_what_its_csv_logger_wrote(job, tmp_path):

@@ -264,6 +264,18 @@ def test_validation_inside_fit_follows_validation_before_it(tmp_path):
     assert trainer.callback_metrics["val_loss"].item() < before["val_loss"]
 
 
+def test_one_validation_batch_that_is_not_a_number_is_not_left_out(tmp_path):
+    class Diverges(ChunkedCrossEntropy):
+        def __call__(self, model, inputs, labels):
+            loss = super().__call__(model, inputs, labels)
+            return loss * torch.nan if len(labels) == 2 else loss
+
+    module = module_of(loss=Diverges())
+    batches = loader(batch_of([12, 5]), batch_of([7]))
+    [metrics] = trainer_of(tmp_path).validate(module, batches, verbose=False)
+    assert math.isnan(metrics["val_loss"])
+
+
 def test_dropout_repeats_for_the_same_batch_and_differs_for_another(monkeypatch):
     def draw(batch_idx, seed=0, rank=0, epoch=0):
         monkeypatch.setattr(CausalLMModule, "global_rank", rank)

@@ -26,6 +26,7 @@ from lit_ft.memory import (
 )
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.rounding import stochastically_rounded
+from lit_ft.row_pieces import row_pieces
 
 MIB = 2**20
 OPTIMIZERS = {
@@ -177,6 +178,13 @@ def test_the_estimate_knows_the_float32_state_of_rounded_bfloat16_weights(name):
     model(torch.ones(2, 128).bfloat16()).sum().backward()
     optimizer.step()
     assert estimate == [optimizer_state_bytes(optimizer)]
+
+
+def test_the_estimate_knows_what_is_stepped_in_pieces():
+    weight = nn.Parameter(torch.empty(3000, 10_000, dtype=torch.bfloat16))
+    assert len(row_pieces(weight.to("meta"))) > 1
+    optimizer = stochastically_rounded(torch.optim.AdamW([weight]), seed=0)
+    assert estimate_state_bytes(optimizer) == [weight.numel() * 8 + 4]
 
 
 def test_the_estimate_is_by_group():

@@ -8,10 +8,10 @@ import psutil
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_ft.memory import estimate_state_bytes, peak_bytes, reset_peak
+from lit_ft.memory import estimate_state_bytes, is_out_of_memory, peak_bytes, reset_peak
 from lit_ft.memory.tracker import current_bytes
 
 
@@ -34,7 +34,12 @@ class AutoBatchSize(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse several devices, whose probes could disagree."""
-        if stage == "fit" and trainer.world_size > 1:
+        if stage == "fit":
+            self.check(trainer)
+
+    def check(self, trainer: Trainer) -> None:
+        """Raise MisconfigurationException for several devices."""
+        if trainer.world_size > 1:
             raise MisconfigurationException(
                 "auto_batch_size measures one device: run it once with trainer.devices=1 and pass "
                 "the data.batch_size that it finds."
@@ -54,12 +59,20 @@ class AutoBatchSize(Callback):
             trainer.val_check_interval = max(1, round(steps * rows / found))
         data.batch_size = found
         trainer.accumulate_grad_batches = rows // found
+        # Counting the steps of an epoch has made a loader already, of the other batches.
+        trainer.fit_loop._combined_loader = None
 
     def _largest(
         self, trainer: Trainer, module: LightningModule, rows: int, length: int
     ) -> tuple[int, int]:
         device = trainer.strategy.root_device
-        reserved = sum(n or 0 for o in trainer.optimizers for n in estimate_state_bytes(o))
+        states = [n for o in trainer.optimizers for n in estimate_state_bytes(o)]
+        if None in states:
+            rank_zero_warn(
+                "The optimizer does not tell how large its state will be, and nothing is set aside "
+                "for it: if the first step runs out of memory, take a smaller data.batch_size."
+            )
+        reserved = sum(n or 0 for n in states)
         free = int(_free_bytes(device) * (1 - self.headroom)) - reserved
         # One baseline for all: a CPU's allocator keeps what a smaller batch has freed, so that the
         # next one's growth alone would look small.
@@ -72,7 +85,9 @@ class AutoBatchSize(Callback):
                 peak = _peak_of(trainer, module, size, length, device)
                 # Resident memory is noisy where a batch weighs little: it never falls here.
                 needed[size] = max(peak - baseline, 1, *needed.values())
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 break
             finally:
                 module.zero_grad(set_to_none=True)
@@ -95,7 +110,7 @@ def _peak_of(
     """Return the bytes in use at the peak of two micro-batches of `size` rows."""
     vocabulary = module.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, operator]
     reset_peak(device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for _ in range(2):  # the second meets the gradients of the first, as under accumulation
             tokens: Tensor = torch.randint(vocabulary, (size, length), device=device)
             with trainer.precision_plugin.forward_context():

@@ -64,6 +64,8 @@ class ExportHF(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
+        # Ranks that torchrun has started may have named their run by different seconds.
+        folder = Path(trainer.strategy.broadcast(str(self.folder)))
         if not trainer.is_global_zero and not is_spread(pl_module.model):
             return  # ranks that hold a part each write that
         # Not above: it brings transformers and peft along.
@@ -73,7 +75,7 @@ class ExportHF(Callback):
         self.export_path = export_model(
             pl_module.model,  # type: ignore[arg-type]
             tokenizer,
-            Path(self.folder),
+            folder,
             merge=self.merge,
             dtype=self.dtype,
         )

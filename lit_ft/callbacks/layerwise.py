@@ -56,8 +56,11 @@ class LayerwiseUpdate(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be right, before the model is loaded."""
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self.check(trainer, pl_module)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise MisconfigurationException for a module or a strategy that this cannot follow."""
         name = type(pl_module).__name__
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_ft.global_batch import share_of_data
 from lit_ft.memory import estimate_state_bytes
 from lit_ft.models.size import model_size, num_weights
 
@@ -139,7 +140,7 @@ def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
     steps, batches = trainer.max_steps, trainer.num_training_batches
     if rows is None or steps < 0:
         return {}
-    rows *= trainer.accumulate_grad_batches * trainer.world_size
+    rows *= trainer.accumulate_grad_batches * share_of_data(trainer)[1]
     extent = f"{steps:,} steps of {rows:,} rows"
     if 0 < batches < math.inf:
         extent += f", {steps * trainer.accumulate_grad_batches / batches:.3g} times all rows"

@@ -4,6 +4,7 @@ from lit_ft.memory.state_estimate import estimate_state_bytes
 from lit_ft.memory.tracker import (
     MemoryReading,
     current_bytes,
+    is_out_of_memory,
     optimizer_state_bytes,
     peak_bytes,
     reset_peak,
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryReading",
     "current_bytes",
     "estimate_state_bytes",
+    "is_out_of_memory",
     "optimizer_state_bytes",
     "peak_bytes",
     "reset_peak",

@@ -128,3 +128,10 @@ def _peak_resident_bytes() -> int:
         return int(found[1]) * 1024
     maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return maxrss if sys.platform == "darwin" else maxrss * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was what was missing."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    # The CPU allocator raises a plain RuntimeError.
+    return known or "can't allocate memory" in str(error)

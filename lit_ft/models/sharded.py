@@ -15,6 +15,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lit_ft.models.adapters import base_layer_of, in_place_of_adapters
+from lit_ft.rounding import own_gpu
 
 
 def from_pretrained_in_shards(
@@ -64,7 +65,7 @@ def from_pretrained_in_shards(
 
     InShards.__name__ = kind.__name__
     everywhere = DistributedConfig(fsdp_size=dist.get_world_size())
-    with torch.random.fork_rng(), ExitStack() as without_adapter:
+    with torch.random.fork_rng(devices=own_gpu()), ExitStack() as without_adapter:
         model: PreTrainedModel = InShards.from_pretrained(
             name_or_path, config=config, distributed_config=everywhere, **options
         )

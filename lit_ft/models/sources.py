@@ -24,6 +24,7 @@ from transformers import (
 
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.sharded import from_pretrained_in_shards
+from lit_ft.rounding import own_gpu
 
 Shard = Callable[[PreTrainedModel], None]
 
@@ -256,7 +257,7 @@ class FromConfig:
         options = {}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=own_gpu()):
             torch.manual_seed(self.seed)
             build: Any = AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, dtype=dtype, **options)

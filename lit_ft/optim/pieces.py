@@ -79,6 +79,7 @@ class InPieces(Optimizer):
     def _step_apart(self, parameter: Tensor) -> None:
         elementwise = type(self)._own_step in _ELEMENTWISE or _is_elementwise_bitsandbytes(self)
         by_row = elementwise and not is_sharded(parameter)
+        by_row &= not parameter.is_meta  # where an estimate steps it, and memory is free
         pieces = row_pieces(parameter) if by_row else [slice(None)]
         if len(pieces) == 1:
             stand_in = self._stand_in(parameter, None)
