@@ -37,8 +37,15 @@ class GlobalBatch:
     reference: int = field(default=0, init=False)
     _sums: Tensor | None = field(default=None, init=False)
 
-    def add(self, loss_sum: Tensor, num_targets: int) -> Tensor:
-        """Count a micro-batch in and return what to back-propagate: `loss_sum / reference`."""
+    def add(self, loss_sum: Tensor, num_targets: int, *, alone: bool = False) -> Tensor:
+        """Count a micro-batch in and return what to back-propagate: `loss_sum / reference`.
+
+        Args:
+            loss_sum: Over this rank's target tokens.
+            num_targets: Their number.
+            alone: There is no other share of the data: the host, which knows the number, need not
+                wait for the device to say it.
+        """
         # float64 where there is one: token counts beyond 2^24 are not exact in float32.
         dtype = torch.float32 if loss_sum.device.type == "mps" else torch.float64
         sums = torch.stack(
@@ -46,7 +53,8 @@ class GlobalBatch:
         )
         if self._sums is None:
             self._sums = sums
-            self.reference = max(int(self.all_reduce(sums[1].clone())), 1)
+            count = num_targets if alone else int(self.all_reduce(sums[1].clone()))
+            self.reference = max(count, 1)
         else:
             self._sums = self._sums + sums
         return loss_sum / self.reference

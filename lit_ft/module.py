@@ -182,9 +182,9 @@ class CausalLMModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the global batch's loss."""
         loss_sum, num_targets = self.loss_sum(batch)
-        loss = self._global_batch.add(loss_sum, num_targets)
-        # Lightning divides by the number of micro-batches, data parallelism by that of ranks.
         _, shares = share_of_data(self.trainer)
+        loss = self._global_batch.add(loss_sum, num_targets, alone=shares == 1)
+        # Lightning divides by the number of micro-batches, data parallelism by that of ranks.
         return loss * (self.trainer.accumulate_grad_batches * shares)
 
     def optimizer_step(
