@@ -19,7 +19,7 @@ from tests.test_subspace_step import Run, batches
         ({"rank": 0}, "rank=0"),
         ({"rank": -3}, "rank=-3"),
         ({"rank": 1.5}, "rank=1.5"),
-        ({"side": "Right"}, "side=Right: give right or left"),
+        ({"side": "Right"}, "side=Right: give right, left or std"),
         ({"targets": "nonsense"}, "nonsense"),
         ({"targets": ["head"]}, "embed_tokens shares its weight with lm_head"),
     ],
@@ -103,6 +103,31 @@ def test_positions_are_not_taken_for_tokens():
     around = Around("gpt2")
     assert not [name for name in inject(around, rank=4) if "wpe" in name]
     assert around.llm.transformer.wpe.weight.requires_grad
+
+
+def test_std_is_the_shorter_side_of_each_layer():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict(
+        {
+            "up": nn.Linear(4, 8),
+            "square": nn.Linear(8, 8),
+            "down": nn.Linear(8, 4),
+            "conv_up": Conv1D(8, 4),
+            "conv_down": Conv1D(4, 8),
+            "tokens": nn.Embedding(3, 8),
+        }
+    )
+    layers = inject(model, rank=2, side="std")
+    assert {name: layer.basis.shape[1] for name, layer in layers.items()} == {
+        "up": 4,
+        "square": 8,
+        "down": 4,
+        "conv_up": 4,
+        "conv_down": 4,
+        "tokens": 8,
+    }
+    assert layers["square"].side == "right"
 
 
 def test_a_head_that_comes_before_its_tied_embedding_is_right_sided_too():

@@ -29,7 +29,7 @@ from lit_ft.subspace import (
     keep_out_of_broadcasts,
     subspace_layers,
 )
-from lit_ft.subspace.layer import Side
+from lit_ft.subspace.layer import Sides
 from lit_ft.subspace.projectors import Oja, Projector
 
 
@@ -53,7 +53,8 @@ class GaLore(Callback):
         rank: Of the subspaces: a quarter of the hidden size and less.
         projector: How the bases move; None for `Oja()`, online subspace descent.
         targets: Which layers, see `lit_ft.subspace.inject`.
-        side: What a basis spans, a layer's inputs ("right") or outputs ("left").
+        side: What a basis spans, a layer's inputs ("right") or outputs ("left"), or whichever is
+            shorter ("std"), where it captures more and takes more memory.
         scale: α, a number (the paper's 0.25) or "match_adamw": √(cols / rank), and 1 for the
             embedding and the head; for SGD 1, for Muon what its norm asks for.
         seed: Of the bases that training starts from, and of stochastic rounding.
@@ -65,7 +66,7 @@ class GaLore(Callback):
         projector: Projector | None = None,
         *,
         targets: str | Sequence[str] = "all",
-        side: Side = "right",
+        side: Sides = "right",
         scale: float | str = MATCH_ADAMW,
         seed: int = 0,
     ) -> None:

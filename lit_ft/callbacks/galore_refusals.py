@@ -25,7 +25,7 @@ from lit_ft.callbacks.lookup import callbacks_of
 from lit_ft.parallel import TensorParallelStrategy
 from lit_ft.sharding import is_sharded
 from lit_ft.subspace import SubspaceLayer, targeted
-from lit_ft.subspace.layer import Side
+from lit_ft.subspace.layer import Sides
 from lit_ft.subspace.projectors import Projector
 
 
@@ -68,7 +68,7 @@ def refuse_other_layers(
     found: Mapping[str, SubspaceLayer],
     *,
     rank: int,
-    side: Side,
+    side: Sides,
     targets: str | Sequence[str],
 ) -> None:
     """Raise MisconfigurationException where layers are in subspaces that were not asked for.
@@ -92,7 +92,7 @@ def refuse_other_layers(
                 f"{name} was injected with rank {layer.rank}, GaLore has rank={rank}: give both "
                 "the same."
             )
-        if layer.side != side and not layer.rows_are_tokens:
+        if layer.side != layer.side_of(side) and not layer.rows_are_tokens:
             raise MisconfigurationException(
                 f"{name} was injected with side={layer.side}, GaLore has side={side}: give both "
                 "the same."

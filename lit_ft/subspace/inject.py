@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import get_args
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from lit_ft.sharding import is_sharded
 from lit_ft.subspace.conv1d import SubspaceConv1D
 from lit_ft.subspace.embedding import SubspaceEmbedding
 from lit_ft.subspace.head import SubspaceHead
-from lit_ft.subspace.layer import Side, SubspaceLayer
+from lit_ft.subspace.layer import Side, Sides, SubspaceLayer
 from lit_ft.subspace.linear import SubspaceLinear
 from lit_ft.subspace.refusals import refuse_float16
 
@@ -34,7 +35,7 @@ def inject(
     *,
     rank: int,
     targets: str | Sequence[str] = "all",
-    side: Side = "right",
+    side: Sides = "right",
     seed: int = 0,
     allow_meta: bool = False,
 ) -> dict[str, SubspaceLayer]:
@@ -48,8 +49,8 @@ def inject(
         rank: r; above min(rows, cols) of a layer it is capped there, and said so.
         targets: "all", or any of "attention", "mlp", "embeddings", "head", or regular expressions
             that are searched in a layer's name.
-        side: What the basis spans: a layer's inputs ("right") or outputs ("left"); embeddings and
-            the head are always right.
+        side: What the basis spans: a layer's inputs ("right") or outputs ("left"), or whichever
+            is shorter ("std"); embeddings and the head are always right.
         seed: Of the bases that training starts from.
         allow_meta: Take weights on the meta device: whoever fills them in does so one by one, and
             leaves the small tensors alone (`to_empty` would not).
@@ -64,8 +65,8 @@ def inject(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank}: give a positive whole number, such as 128.")
-    if side not in ("right", "left"):
-        raise ValueError(f"side={side}: give right or left.")
+    if side not in get_args(Sides):
+        raise ValueError(f"side={side}: give right, left or std.")
     if not targets:
         raise ValueError("targets is empty: give all, or leave GaLore out.")
     if any("lora_" in name for name, _ in model.named_parameters()):
@@ -93,7 +94,7 @@ def inject(
             layer.side, layer.delta, layer.energy = twin.side, twin.delta, twin.energy
             module.register_buffer("basis", twin.basis)
             continue
-        layer_side: Side = "right" if weight in of_tokens else side
+        layer_side: Side = "right" if weight in of_tokens else layer.side_of(side)
         capped = min(rank, *weight.shape)
         if capped < rank:
             log.info("%s: rank %d is capped at %d, its smaller side.", name, rank, capped)

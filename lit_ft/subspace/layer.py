@@ -12,6 +12,7 @@ from lit_ft.rounding import keyed_generator, round_stochastically
 from lit_ft.sharding import first_row, is_sharded, local, whole
 
 Side = Literal["right", "left"]
+Sides = Literal["right", "left", "std"]
 
 # Rows of a 16-bit weight that are in float32 at a time, rounded by one stream of random bits.
 _ROWS_A_BLOCK = 1024
@@ -35,6 +36,16 @@ class SubspaceLayer(nn.Module):
     side: Side
     weight_is_transposed = False  # stored as [in, out]
     rows_are_tokens = False  # an embedding's or the head's
+
+    def side_of(self, sides: Sides) -> Side:
+        """Return this layer's side: "std" is the shorter one, as in galore-torch; right of equals.
+
+        There a basis of the same rank captures more, for a larger `delta`.
+        """
+        if sides != "std":
+            return sides
+        outputs, inputs = self.weight.shape[:: -1 if self.weight_is_transposed else 1]
+        return "right" if inputs <= outputs else "left"
 
     def enter_subspace(
         self, rank: int, side: Side, *, generator: torch.Generator | None = None
