@@ -99,6 +99,8 @@ def overrides_for(choice: str, tiny_folder: Path, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("choice", choices())
 def test_it_trains(choice, tiny_folder, tmp_path):
     short = [] if choice.startswith("experiment/") else SHORT
+    if choice.startswith("optim/"):  # as `python train.py optim=...` does, layerwise too
+        short = [each for each in short if each != "strategy=cpu"]
     limit = ["trainer.max_steps=3", "data.max_val_examples=4"]
     summary = run_job(
         tmp_path / "run", *overrides_for(choice, tiny_folder, tmp_path), *short, *limit
