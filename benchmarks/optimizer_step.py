@@ -2,6 +2,7 @@
 
     python benchmarks/optimizer_step.py            # both sizes
     python benchmarks/optimizer_step.py --size wide --steps 12
+    python benchmarks/optimizer_step.py --device cuda --dtype bfloat16 --size four_of_8b
 
 Everything that a step needs is timed: forward, loss, backward, optimizer, fold, rotation, tracking,
 head and embedding. All sides use lit_ft's chunked loss; galore-torch's SVD is timed apart. Each
@@ -43,7 +44,7 @@ from lit_ft.subspace.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
 from lit_ft.summary import hardware, versions
 
-RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
+RESULTS = Path(__file__).parent / "results"
 WIDE = FromConfig(
     "llama",
     {
@@ -55,8 +56,24 @@ WIDE = FromConfig(
         "tie_word_embeddings": True,
     },
 )
-SIZES = {"wide": (WIDE, 1024, 128), "smollm2": (SMOLLM2, 512, 64)}  # source, tokens, rank
-
+FOUR_OF_8B = FromConfig(  # layers of Llama 3 8B, with a third of its vocabulary
+    "llama",
+    {
+        "vocab_size": 49152,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+)
+SIZES = {  # source, tokens, rank
+    "wide": (WIDE, 1024, 128),
+    "smollm2": (SMOLLM2, 512, 64),
+    "four_of_8b": (FOUR_OF_8B, 8192, 256),
+}
+ON_CPU = ("wide", "smollm2")
 
 PROJECTORS: dict[str, Projector] = {
     "galore, between refreshes": SubspaceIteration(every=10**9),
@@ -81,11 +98,13 @@ class Step(NamedTuple):
 class Side:
     """One method: a model and its optimizer."""
 
-    def __init__(self, method: str, size: str) -> None:
+    def __init__(self, method: str, size: str, device: str, dtype: torch.dtype) -> None:
         source, tokens, rank = SIZES[size]
         torch.manual_seed(0)
-        self.model: nn.Module = source.load_model(torch.float32).train()
-        self.ids = torch.randint(3, 4000, (2, tokens // 2))
+        self.device = torch.device(device)
+        with self.device:
+            self.model: nn.Module = source.load_model(dtype).to(self.device).train()
+            self.ids = torch.randint(3, 4000, (2, tokens // 2))
         if method == "lora r16":
             config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
             self.model = get_peft_model(self.model, config)
@@ -105,7 +124,7 @@ class Side:
     def step(self) -> Step:
         """Train on the batch once."""
         refreshed = any(layer.basis.requires_grad for layer in self.layers.values())
-        began = time.perf_counter()
+        began = self._now()
         loss = ChunkedCrossEntropy()(self.model, {"input_ids": self.ids}, self.ids)
         (loss / self.ids.numel()).backward()
         if not self.beside:
@@ -114,7 +133,12 @@ class Side:
             self.steps.before_step(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Step(time.perf_counter() - began, refreshed)
+        return Step(self._now() - began, refreshed)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     @property
     def bytes_beside_weights(self) -> int:
@@ -131,32 +155,40 @@ class Side:
 def main() -> None:
     """Measure, print, and write the results if nothing was left out."""
     options = _parser().parse_args()
-    record: dict[str, Any] = {"steps": options.steps, "hardware": hardware()}
-    record |= {"versions": versions(), "sizes": {}}
+    dtype = getattr(torch, options.dtype)
+    record: dict[str, Any] = {"steps": options.steps, "dtype": options.dtype}
+    record |= {"hardware": hardware(), "versions": versions(), "sizes": {}}
     for size in options.size:
-        record["sizes"][size] = measured = measure(size, options.steps, options.only)
+        measured = measure(size, options.steps, options.only, options.device, dtype)
+        record["sizes"][size] = measured
         Console().print(table(size, measured))
-    record["refresh"] = refresh = measure_refresh()
-    Console().print({name: f"{seconds:.3f} s" for name, seconds in refresh.items()})
-    if set(options.only) == set(METHODS) and set(options.size) == set(SIZES):
-        RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    record["refresh"] = refresh = measure_refresh(options.device)
+    Console().print({name: f"{seconds:.4f} s" for name, seconds in refresh.items()})
+    if set(options.only) == set(METHODS) and set(options.size) >= set(ON_CPU):
+        name = "optimizer_step" if options.device == "cpu" else f"optimizer_step_{options.device}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def measure(size: str, steps: int, methods: Sequence[str]) -> dict[str, Any]:
+def measure(
+    size: str, steps: int, methods: Sequence[str], device: str, dtype: torch.dtype
+) -> dict[str, Any]:
     """Pair each method with AdamW; the first three steps of each are not counted."""
     found: dict[str, Any] = {}
     for name in track([name for name in METHODS if name in methods and name != "adamw"], size):
-        with _process("adamw", size) as adamw, _process(name, size) as method:
+        with (
+            _process("adamw", size, device, dtype) as adamw,
+            _process(name, size, device, dtype) as method,
+        ):
             pair = {"adamw": adamw, name: method}
             _alternate(pair, 3)
             for process in pair.values():
-                process.submit(reset_peak).result()
+                process.submit(_reset_peak).result()
             taken = _alternate(pair, steps)
             for side, process in pair.items():
                 found[side] = {
                     **_figures(taken[side], taken["adamw"]),
                     "bytes_beside_weights": process.submit(_bytes_beside_weights).result(),
-                    "peak_process_bytes": process.submit(peak_bytes).result().value,
+                    "peak_bytes": process.submit(_peak_bytes).result(),
                 }
             found[name]["adamw_beside_it"] = found["adamw"]["median"]
     return found
@@ -187,19 +219,19 @@ def _figures(steps: list[Step], of_adamw: list[Step]) -> dict[str, float]:
     return figures
 
 
-def _process(method: str, size: str) -> ProcessPoolExecutor:
+def _process(method: str, size: str, device: str, dtype: torch.dtype) -> ProcessPoolExecutor:
     """A process that holds one side."""
-    context = get_context("spawn")
-    return ProcessPoolExecutor(1, context, initializer=_start, initargs=(method, size))
+    arguments = (method, size, device, dtype)
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=arguments)
 
 
 _side: Side  # of a side's process
 
 
-def _start(method: str, size: str) -> None:
+def _start(method: str, size: str, device: str, dtype: torch.dtype) -> None:
     global _side
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    _side = Side(method, size)
+    _side = Side(method, size, device, dtype)
 
 
 def _end_with_the_parent() -> None:
@@ -217,18 +249,27 @@ def _bytes_beside_weights() -> int:
     return _side.bytes_beside_weights
 
 
+def _reset_peak() -> None:
+    reset_peak(_side.device)
+
+
+def _peak_bytes() -> int | None:
+    return peak_bytes(_side.device).value
+
+
 def measure_refresh(
-    rows: int = 2048, cols: int = 5632, rank: int = 128, tokens: int = 1024
+    device: str, rows: int = 2048, cols: int = 5632, rank: int = 128, tokens: int = 1024
 ) -> dict[str, float]:
     """Return the seconds that a new basis adds to a step, for one matrix; medians of three.
 
     galore-torch decomposes the gradient that is there anyway; subspace iteration needs a sketch of
     it from the layer's inputs and output gradients, which counts.
     """
-    x, y = torch.randn(2, tokens // 2, cols), torch.randn(2, tokens // 2, rows)
+    with torch.device(device):
+        x, y = torch.randn(2, tokens // 2, cols), torch.randn(2, tokens // 2, rows)
+        basis = torch.linalg.qr(torch.randn(cols, rank)).Q.T.contiguous()
     gradient = y.flatten(0, 1).T @ x.flatten(0, 1)
-    basis = torch.linalg.qr(torch.randn(cols, rank)).Q.T.contiguous()
-    rule, generator = SubspaceIteration(), torch.Generator()
+    rule, generator = SubspaceIteration(), torch.Generator(device)
     svd = GaLoreProjector(rank, proj_type="right")
 
     def iterate() -> None:
@@ -238,14 +279,21 @@ def measure_refresh(
     def decompose() -> None:
         svd.get_orthogonal_matrix(gradient, rank, type="right")
 
-    return {"galore-torch SVD": _median(decompose), "subspace iteration": _median(iterate)}
+    return {
+        "galore-torch SVD": _median(decompose, device),
+        "subspace iteration": _median(iterate, device),
+    }
 
 
-def _median(function: Any, times: int = 3) -> float:
+def _median(function: Any, device: str, times: int = 3) -> float:
+    if device == "cuda":
+        function()  # loads libraries
     seconds = []
     for _ in range(times):
         began = time.perf_counter()
         function()
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
@@ -262,9 +310,10 @@ def _galore_torch(parameters: list[nn.Parameter], rank: int) -> torch.optim.Opti
     for matrix in matrices:
         projector = GaLoreProjector(rank, update_proj_gap=10**9, scale=0.25, proj_type="right")
         width = min(rank, *matrix.shape)
-        projector.ortho_matrix = torch.linalg.qr(torch.randn(matrix.shape[1], width)).Q.T
+        basis = torch.linalg.qr(torch.randn(matrix.shape[1], width, device=matrix.device)).Q.T
+        projector.ortho_matrix = basis.to(matrix.dtype)
         optimizer.state[matrix].update(step=1, projector=projector)
-        zeros = torch.zeros(matrix.shape[0], width)
+        zeros = matrix.new_zeros(matrix.shape[0], width)
         optimizer.state[matrix].update(exp_avg=zeros, exp_avg_sq=zeros.clone())
     return optimizer
 
@@ -278,7 +327,7 @@ def table(size: str, measured: dict[str, Any]) -> Table:
         "× adamw",
         "refresh step / others",
         "MiB beside weights",
-        "peak MiB of process",
+        "peak MiB",
         title=size,
     )
     for method, row in measured.items():
@@ -289,7 +338,7 @@ def table(size: str, measured: dict[str, Any]) -> Table:
             f"{row['times_faster_than_adamw']:.3f}",
             f"{row['refresh_step_over_others']:.3f}" if "refresh_step_over_others" in row else "",
             f"{row['bytes_beside_weights'] / 2**20:,.0f}",
-            f"{row['peak_process_bytes'] / 2**20:,.0f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
         )
     return shown
 
@@ -298,10 +347,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--size", nargs="*", choices=SIZES, default=list(ON_CPU))
     parser.add_argument(
         "--only", nargs="*", choices=METHODS, default=METHODS, help="these methods, and adamw"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each method")
     return parser
 

@@ -3,12 +3,14 @@
     python benchmarks/quality.py                       # whatever is missing from the results
     python benchmarks/quality.py --only adamw galore_subspace_r64 --seeds 0
     python benchmarks/quality.py --report              # the table of what is there
+    python benchmarks/quality.py --accelerator gpu --jobs 8 --every-rate
 
 SmolLM2-135M on those of the embedded examples that are at least a quarter answer (answers are what
 teaches and prompts what costs). Every run sees the same batches in the same order (per seed), and
 is validated on the same examples, of any kind, of modules that it never trained on. First every
 method runs at several rates with the first seed; the best rate then runs with all seeds. Results
-are appended to results/quality.jsonl as they come, so that the hours can be spread over sessions;
+are appended to results/quality.jsonl as they come, so that the hours can be spread over sessions,
+and runs of other settings (steps, accelerator, ...) are apart from each other;
 results/quality_variants.jsonl keeps runs of what was tried on the way and is not in the code.
 """
 
@@ -20,10 +22,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from composed import composed, module_and_data
 from hydra.utils import instantiate
 from rich.console import Console
@@ -37,6 +42,7 @@ from lit_ft.summary import hardware, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.jsonl"
+SETTINGS = ("steps", "batch_size", "max_length", "val_examples", "accelerator")
 RATES = (5e-5, 1e-4, 1.4e-4, 2e-4)
 
 
@@ -73,6 +79,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore_subspace_r128_blocks": _galore(
         "galore_subspace", 128, "galore.targets=[attention,mlp]"
     ),
+    "galore_subspace_r256": _galore("galore_subspace", 256),
+    "galore_r256": _galore("galore", 256),
+    # The shorter side of each layer, as galore_torch.
+    "galore_subspace_r64_std": _galore("galore_subspace", 64, "galore.side=std"),
+    "galore_subspace_r128_std": _galore("galore_subspace", 128, "galore.side=std"),
+    "galore_r128_every20": _galore("galore", 128, "galore.projector.every=20"),
     # What the defaults were chosen on.
     "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.projector.every=1"),
     "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.projector.every=8"),
@@ -87,13 +99,27 @@ def main() -> None:
     """Run what is missing, then print the table."""
     options = _parser().parse_args()
     if not options.report:
-        quieten_libraries()
         wanted = [name for name in METHODS if not options.only or name in options.only]
-        for method, rate, seed in track(list(_missing(wanted, options.seeds)), "runs"):
-            record = run(method, rate, seed, options)
+        wanted.sort(key=(options.only or list(METHODS)).index)
+        for missing in (_missing_rates, _missing_seeds):
+            _run_all(list(missing(wanted, options)), options)
+    shown = table(_results(options))
+    shown.title = f"{options.steps} steps on the {options.accelerator.upper()}"
+    Console().print(shown)
+
+
+def _run_all(runs: list[tuple[str, float, int]], options: argparse.Namespace) -> None:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, _start, (options.jobs,)) as pool:
+        running = [pool.submit(run, *each, options) for each in runs]
+        for done in track(as_completed(running), "runs", total=len(runs)):
             with RESULTS.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-    Console().print(table(_results()))
+                file.write(json.dumps(done.result()) + "\n")
+
+
+def _start(jobs: int) -> None:
+    quieten_libraries()
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +141,8 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
     throughput = ThroughputMonitor()
     galore = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=options.accelerator,
+        devices=1,
         max_steps=options.steps,
         gradient_clip_val=config["trainer"]["gradient_clip_val"],
         callbacks=[throughput, *galore],
@@ -141,9 +168,7 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
         "tokens": throughput.tokens,
         "tokens_per_second": throughput.tokens_per_second,
         "seconds": time.monotonic() - began,
-        "settings": {
-            k: v for k, v in vars(options).items() if k not in ("only", "report", "seeds")
-        },
+        "settings": {name: getattr(options, name) for name in SETTINGS},
         "overrides": overrides,
         "commit": subprocess.check_output(
             ["git", "rev-parse", "HEAD"], cwd=HERE, text=True
@@ -187,18 +212,31 @@ def _falls(records: list[dict[str, Any]], method: str) -> dict[int, float]:
     return {run["seed"]: run["initial_val_loss"] - run["val_loss"] for run in runs}
 
 
-def _missing(methods: list[str], seeds: list[int]) -> Iterator[tuple[str, float, int]]:
-    """Rates first, with the first seed; then the best rate with the other seeds."""
-    done = {(r["method"], r["lr"], r["seed"]) for r in _results()}
+def _missing_rates(
+    methods: list[str], options: argparse.Namespace
+) -> Iterator[tuple[str, float, int]]:
+    seeds = options.seeds if options.every_rate else options.seeds[:1]
+    done = _done(options)
     for method in methods:
-        for rate in METHODS[method]["rates"]:
-            if (method, rate, seeds[0]) not in done:
-                yield method, rate, seeds[0]
+        for seed in seeds:
+            for rate in METHODS[method]["rates"]:
+                if (method, rate, seed) not in done:
+                    yield method, rate, seed
+
+
+def _missing_seeds(
+    methods: list[str], options: argparse.Namespace
+) -> Iterator[tuple[str, float, int]]:
+    done = _done(options)
     for method in methods:
-        rate = _best_rate(_results(), method)
-        for seed in seeds[1:]:
+        rate = _best_rate(_results(options), method)
+        for seed in options.seeds[1:]:
             if rate is not None and (method, rate, seed) not in done:
                 yield method, rate, seed
+
+
+def _done(options: argparse.Namespace) -> set[tuple[str, float, int]]:
+    return {(r["method"], r["lr"], r["seed"]) for r in _results(options)}
 
 
 def _best_rate(records: list[dict[str, Any]], method: str) -> float | None:
@@ -219,22 +257,29 @@ def _is_a_quarter_answer(example: dict[str, Any]) -> bool:
 
 def _initial_loss(config: Any, options: argparse.Namespace) -> float:
     """The untrained model's loss: measured once, then taken from the results."""
-    for record in _results():
-        settings = record["settings"]
-        if all(settings[k] == getattr(options, k) for k in ("max_length", "val_examples")):
-            return float(record["initial_val_loss"])
+    alike = ("max_length", "val_examples", "accelerator")
+    for record in _results(options, alike):
+        return float(record["initial_val_loss"])
     module, data = module_and_data(config)
     trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False
+        accelerator=options.accelerator,
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
     )
     [metrics] = trainer.validate(module, data, verbose=False)
     return float(metrics["val_loss"])
 
 
-def _results() -> list[dict[str, Any]]:
+def _results(
+    options: argparse.Namespace, alike: tuple[str, ...] = SETTINGS
+) -> list[dict[str, Any]]:
+    """What ran with these settings."""
     if not RESULTS.is_file():
         return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return [r for r in records if all(r["settings"][k] == getattr(options, k) for k in alike)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,6 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=7, help="about 430 target tokens")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--val-examples", type=int, default=200)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--every-rate", action="store_true", help="with all seeds, not the first")
     parser.add_argument("--report", action="store_true", help="print the table only")
     return parser
 

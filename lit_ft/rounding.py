@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def round_stochastically(x: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -24,11 +29,46 @@ def round_stochastically(x: Tensor, *, generator: torch.Generator) -> Tensor:
         bfloat16 tensor of `x`'s shape.
     """
     assert x.dtype is torch.float32
+    return round_with(x, random_bits(x.shape, x.device, generator=generator))
+
+
+def random_bits(
+    shape: Sequence[int], device: torch.device, *, generator: torch.Generator
+) -> Tensor:
+    """Return uniform 16-bit integers, as int32; `generator` is of `device`."""
+    bits = torch.empty(shape, dtype=torch.int32, device=device)
+    return bits.random_(0, 1 << 16, generator=generator)
+
+
+def round_with(x: Tensor, bits: Tensor) -> Tensor:
+    """As `round_stochastically`, with `random_bits` of `x`'s shape at hand."""
+    return _kernel(x.device)(x, bits)
+
+
+def _rounded(x: Tensor, bits: Tensor) -> Tensor:
     largest = torch.finfo(torch.bfloat16).max
-    bits = x.clamp(-largest, largest).view(torch.int32)
-    noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
-    rounded = noise.add_(bits).bitwise_and_(-1 << 16).view(torch.float32)
+    raised = x.clamp(-largest, largest).view(torch.int32) + bits
+    rounded = (raised & -(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `_rounded`, as one kernel on a GPU, which else reads and writes for each operation."""
+    if device.type != "cuda":
+        return _rounded
+    compiled = torch.compile(_rounded, dynamic=True, fullgraph=True)
+    x = torch.zeros(2, 2, device=device)
+    try:
+        compiled(x, x.int())
+    except Exception as error:  # no C compiler on the machine, no Triton for the GPU, ...
+        log.warning(
+            "torch.compile does not work here (%s): bfloat16 weights are rounded by many small "
+            "kernels, which takes longer.",
+            str(error).strip().partition("\n")[0],
+        )
+        return _rounded
+    return compiled
 
 
 def own_gpu() -> list[int]:

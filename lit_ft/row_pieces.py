@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import gcd, prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Elements of a piece: on the CPU it then stays in the cache; elsewhere each one costs a launch.
@@ -19,15 +20,19 @@ def row_pieces(matrix: Tensor) -> list[slice]:
 
     Every piece but the last holds whole blocks of 256 elements.
     """
-    elements = _ON_CPU if matrix.device.type == "cpu" else _ELSEWHERE
-    if matrix.ndim == 0 or matrix.numel() <= elements:
+    if matrix.ndim == 0 or matrix.numel() <= _elements(matrix.device):
         return [slice(None)]
     rows, columns = len(matrix), matrix.numel() // len(matrix)
-    step = _BLOCK // gcd(_BLOCK, columns)
-    size = max(elements // columns // step, 1) * step
+    size = rows_of_a_piece(columns, matrix.device)
     # A short rest goes with the last piece: bitsandbytes keeps other state for tiny tensors.
     starts = range(0, max(rows - size // 2, 1), size)
     return [slice(start, start + size) for start in starts[:-1]] + [slice(starts[-1], rows)]
+
+
+def rows_of_a_piece(columns: int, device: torch.device) -> int:
+    """Return how many rows of so many columns make a piece on that device."""
+    step = _BLOCK // gcd(_BLOCK, columns)
+    return max(_elements(device) // columns // step, 1) * step
 
 
 def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> dict[str, Any]:
@@ -64,6 +69,10 @@ def put_rows(
             state[key] = value
         elif (place := state[key][taken]).data_ptr() != value.data_ptr():
             place.copy_(value)
+
+
+def _elements(device: torch.device) -> int:
+    return _ON_CPU if device.type == "cpu" else _ELSEWHERE
 
 
 def _part(key: str, value: Any, shape: tuple[int, ...], rows: slice) -> slice | None:

@@ -8,14 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_ft.rounding import keyed_generator, round_stochastically
+from lit_ft.rounding import keyed_generator, random_bits, round_with
+from lit_ft.row_pieces import rows_of_a_piece
 from lit_ft.sharding import first_row, is_sharded, local, whole
 
 Side = Literal["right", "left"]
 Sides = Literal["right", "left", "std"]
-
-# Rows of a 16-bit weight that are in float32 at a time, rounded by one stream of random bits.
-_ROWS_A_BLOCK = 1024
 
 
 class SubspaceLayer(nn.Module):
@@ -135,22 +133,30 @@ class SubspaceLayer(nn.Module):
             weight.addmm_(left, right, beta=1 - decay, alpha=scale)
             self.delta.zero_()
             return
-        for begin in range(first - first % _ROWS_A_BLOCK, first + len(weight), _ROWS_A_BLOCK):
-            end = min(begin + _ROWS_A_BLOCK, len(self.weight))
+        rows_a_block = rows_of_a_piece(weight.shape[1], weight.device)
+        left = left * scale
+        if weight.is_cuda and torch.version.cuda:  # what is lost is small beside the rounding
+            left, right = left.to(weight.dtype), right.to(weight.dtype)
+        for begin in range(first - first % rows_a_block, first + len(weight), rows_a_block):
+            end = min(begin + rows_a_block, len(self.weight))
             held = slice(max(begin - first, 0), min(end - first, len(weight)))
-            moved = torch.addmm(
-                weight[held].to(right.dtype), left[held], right, beta=1 - decay, alpha=scale
-            )
+            moved = _product(left[held], right).add_(weight[held], alpha=1 - decay)
             # A block that ranks share is rounded by the bits that it would take in one process.
-            above, below = first + held.start - begin, end - first - held.stop
-            if above or below:
-                moved = nn.functional.pad(moved, (0, 0, above, below))
             generator = keyed_generator(weight.device, *rounding_key, begin)
-            rounded = round_stochastically(moved, generator=generator)
-            weight[held] = rounded[above : len(rounded) - below]
+            block = (end - begin, weight.shape[1])
+            bits = random_bits(block, weight.device, generator=generator)
+            offset = first + held.start - begin
+            weight[held] = round_with(moved, bits[offset : offset + len(moved)])
         self.delta.zero_()
 
     @property
     def views_transposed(self) -> bool:
         """Whether `moving_weight` is the stored weight's transpose."""
         return (self.side == "left") != self.weight_is_transposed
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left · right in float32 or wider."""
+    if left.dtype.itemsize < 4:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
