@@ -191,6 +191,7 @@ def measure(
                     "peak_bytes": process.submit(_peak_bytes).result(),
                 }
             found[name]["adamw_beside_it"] = found["adamw"]["median"]
+            print(name, f"{found[name]['median']:.4f} s beside {found['adamw']['median']:.4f} s")
     return found
 
 

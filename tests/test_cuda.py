@@ -102,7 +102,8 @@ def test_resumed_as_if_never_stopped(optim, precision, tmp_path):
 def test_a_gpu_trains_the_weights_that_the_cpu_trains(tmp_path):
     exports = []
     for strategy in ("cpu", "single_gpu"):
-        settings = ["optim=adamw", f"strategy={strategy}", "trainer.precision=32-true"]
+        # SGD: Adam's first steps are signs, which the last bit of a small gradient can turn.
+        settings = ["optim=sgd", f"strategy={strategy}", "trainer.precision=32-true"]
         run_job(tmp_path / strategy, *TINY, *settings, *EXPORTS)
         exports.append(load_file(tmp_path / strategy / "export/model.safetensors"))
     for name, weight in exports[0].items():
