@@ -42,7 +42,8 @@ def random_bits(
 
 def round_with(x: Tensor, bits: Tensor) -> Tensor:
     """As `round_stochastically`, with `random_bits` of `x`'s shape at hand."""
-    return _kernel(x.device)(x, bits)
+    # In one row: else each number of dimensions, and square matrices, would be other graphs.
+    return _kernel(x.device)(x.detach().reshape(-1), bits.reshape(-1)).view(x.shape)
 
 
 def _rounded(x: Tensor, bits: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     if device.type != "cuda":
         return _rounded
     compiled = torch.compile(_rounded, dynamic=True, fullgraph=True)
-    x = torch.zeros(2, 2, device=device)
+    x = torch.zeros(8, device=device)
     try:
         compiled(x, x.int())
     except Exception as error:  # no C compiler on the machine, no Triton for the GPU, ...
