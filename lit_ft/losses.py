@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import cross_entropy, linear_cross_entropy
+from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lit_ft.labels import IGNORED
@@ -54,8 +54,11 @@ def chunked_cross_entropy(
     Returns:
         The sum in nats, a float32 scalar (float64 for float64 inputs); zero, with a graph, where
         there is no target. From bfloat16 inputs it is rounded to 3 digits while gradients are
-        recorded, exact otherwise.
+        recorded, and otherwise the sum of the terms in float32.
     """
+    if not torch.is_grad_enabled():
+        head = partial(linear, weight=weight, bias=bias)
+        return cross_entropy_through(head, hidden, labels, chunk_tokens=chunk_tokens)
     states, targets = _at_targets(hidden, labels)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -68,23 +71,25 @@ def chunked_cross_entropy(
     summed = partial(
         linear_cross_entropy,
         target=targets,
-        # A sum comes back in the input's dtype: in bfloat16 to 3 digits. Its gradient is not
-        # rounded that way, but where there is none to compute, exact terms cost nothing.
-        reduction="sum" if torch.is_grad_enabled() else "none",
+        reduction="sum",  # comes back in the input's dtype; its gradient is not rounded that way
         ignore_index=IGNORED,
         weight=None if unit == 1.0 else weight.new_full(weight.shape[:1], 1.0 / unit),
         options=LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens, acc_policy=policy),
     )
     loss: Tensor
-    if repeatable and torch.is_grad_enabled():
+    if repeatable:
         loss = _Repeatable.apply(summed, states, weight, bias)  # type: ignore[no-untyped-call]
     else:
         loss = summed(states, weight, linear_bias=bias)
-    return loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32)) * unit
+    return loss.to(torch.promote_types(loss.dtype, torch.float32)) * unit
 
 
 def cross_entropy_through(
-    head: nn.Module, hidden: Tensor, labels: Tensor, *, chunk_tokens: int | None = None
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum the same cross-entropy from what `head` makes of a chunk of tokens, once a pass.
 
