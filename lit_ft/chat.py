@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:  # ends the answer, not the conversation
             print()
             continue
-        conversation += [_user(text), {"role": "assistant", "content": answer}]
+        # A template that puts a space before an answer would put it before the answer's own.
+        conversation += [_user(text), {"role": "assistant", "content": answer.strip()}]
 
 
 def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any) -> str:

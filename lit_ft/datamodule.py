@@ -20,7 +20,7 @@ from lit_ft.data.examples import Bins
 from lit_ft.data.formats import Format, Message
 from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
-from lit_ft.data.splits import load_tables, open_streams, weighted_sources
+from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
 from lit_ft.global_batch import share_of_data
 
@@ -131,7 +131,8 @@ class InstructionDataModule(LightningDataModule):
         if val_source_options and not val_path:
             raise ValueError("val_source_options needs val_path")
         held_out = [{"path": val_path, **(val_source_options or {})}] if val_path else []
-        if held_out and held_out[0] in sources and val_path != EMBEDDED:
+        trained_on = [rows_of_choice(source) for source in sources]
+        if held_out and rows_of_choice(held_out[0]) in trained_on and val_path != EMBEDDED:
             raise ValueError(f"{val_path} cannot be both trained and validated on")
         if streaming:
             self._refuse_streaming(sources, val_path)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor
 
 from lit_ft.checkpoint_folder import CheckpointFolder
 from lit_ft.config import refuse_untrusted
 from lit_ft.console import quieten_libraries
+from lit_ft.data.encoding import load_chat_template
 from lit_ft.replacing import whole_at
 from lit_ft.summary import read_summary
 
@@ -54,14 +57,15 @@ def export_run(
     Args:
         run_dir: The run's folder, with its summary.json.
         checkpoint: "last", "best", or a checkpoint's path.
-        folder: Where to; `run_dir/export` if None.
+        folder: Where to; if None `run_dir/export`, and `run_dir/export/adapter` for an adapter
+            alone.
         merge: Fold an adapter into the weights; else write the adapter alone.
         dtype: Of the written weights; None keeps the model's.
         max_shard_size: Of a file, where several ranks have saved the checkpoint: no more of the
             model is in memory at a time.
 
     Raises:
-        ValueError: No such run or checkpoint.
+        ValueError: No such run or checkpoint; or an adapter alone would lie beside a model.
     """
     # Not above: peft's imports speak before they can be silenced.
     from lit_ft.models import export_model
@@ -79,10 +83,23 @@ def export_run(
     config: dict[str, Any] = summary["config"]
     refuse_untrusted(config, also=config["trusted_packages"])
     module = instantiate(config["module"], _convert_="all")
-    target = Path(folder) if folder is not None else run_dir / "export"
+    if module.tokenizer is not None and (template := config["data"].get("chat_template")):
+        module.tokenizer.chat_template = load_chat_template(template)  # that it was trained with
+    target = run_dir / "export"
+    if folder is not None:
+        target = Path(folder)
+    elif module.adapter is not None and not merge:
+        target /= "adapter"
     if path.is_dir() and module.adapter is None:
         return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
-    module.configure_model()
+    # The trainer's default, and HalfPrecision's: weights as they were trained.
+    precision = config["trainer"]["precision"]
+    with (
+        HalfPrecision(precision).module_init_context()
+        if precision == "bf16-true"
+        else nullcontext()
+    ):
+        module.configure_model()
     if path.is_dir():  # of an adapter alone, which is small
         saved = CheckpointFolder(path).load_whole()
     else:
@@ -96,6 +113,7 @@ def _export_parts(
 ) -> Path:
     """Export what several ranks have saved, which may not fit this process's memory."""
     from lit_ft.models import dtype_named, export_streamed
+    from lit_ft.models.export_sharded import remove_adapter
 
     prefix = "state_dict.model."
     weights = {
@@ -109,6 +127,7 @@ def _export_parts(
         checkpoint.load({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, alone=True)
 
     folder.mkdir(parents=True, exist_ok=True)
+    remove_adapter(folder)
     export_streamed(
         module.source.build_empty(),
         _without_subspaces(weights),
@@ -135,7 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lit_ft.export", description=__doc__)
     parser.add_argument("run_dir")
     parser.add_argument("--checkpoint", default="last", help="last, best, or a path")
-    parser.add_argument("--output", help="folder to write to; run_dir/export if not given")
+    parser.add_argument(
+        "--output",
+        help="folder to write to; run_dir/export, an adapter alone to run_dir/export/adapter",
+    )
     parser.add_argument("--adapter-only", action="store_true", help="do not merge the adapter")
     parser.add_argument("--dtype", help="of the written weights, e.g. bfloat16")
     return parser

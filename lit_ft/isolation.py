@@ -9,7 +9,9 @@ from lit_ft.losses import without_adapter_wrapper
 
 
 @torch.no_grad()
-def keeps_packed_examples_apart(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> bool:
+def keeps_packed_examples_apart(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, *, rows: int = 1
+) -> bool:
     """Whether the second example of a packed row is blind to the first.
 
     transformers' attention masks and variable-length kernels read the borders from position ids
@@ -19,6 +21,8 @@ def keeps_packed_examples_apart(model: nn.Module, input_ids: Tensor, position_id
         model: A causal LM, with or without an adapter.
         input_ids: [T], one packed row.
         position_ids: [T], restarting at each example.
+        rows: Of the batches to come, which the row stands for all of: flash attention's kernels
+            read the borders of a batch of one row alone.
 
     Returns:
         True if the hidden states of the second example do not change with the tokens of the first,
@@ -34,10 +38,12 @@ def keeps_packed_examples_apart(model: nn.Module, input_ids: Tensor, position_id
     was_training = model.training
     model.eval()
     try:
-        # One row at a time: in one batch the two could meet different kernels.
+        # One of the two at a time: in one batch they could meet different kernels.
         before, after = (
             causal_lm.base_model(
-                input_ids=row[None], position_ids=position_ids[None, :end], use_cache=False
+                input_ids=row.expand(rows, -1),
+                position_ids=position_ids[:end].expand(rows, -1),
+                use_cache=False,
             ).last_hidden_state[0, begin:end]
             for row in (input_ids[:end], changed)
         )

@@ -96,7 +96,7 @@ class CausalLMModule(LightningModule):
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
         self._global_batch = GlobalBatch(self._sum_over_ranks)
-        self._unchecked = {"loss", "packing"}
+        self._unchecked = {"loss", "packing of one row", "packing of rows"}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -304,14 +304,17 @@ class CausalLMModule(LightningModule):
                     "loss, with the [tokens, vocabulary] logits in memory."
                 )
                 self.loss = ModelLoss()
-        if "packing" in self._unchecked and "position_ids" in inputs:
-            self._unchecked.discard("packing")
+        rows = len(inputs["input_ids"])
+        of_rows = "packing of rows" if rows > 1 else "packing of one row"
+        if of_rows in self._unchecked and "position_ids" in inputs:
+            self._unchecked.discard(of_rows)
             if not keeps_packed_examples_apart(
-                self.model, inputs["input_ids"][0], inputs["position_ids"][0]
+                self.model, inputs["input_ids"][0], inputs["position_ids"][0], rows=rows
             ):
                 raise MisconfigurationException(
-                    f"{self.source.name} lets packed examples see each other: use "
-                    "data.packing=false, or another model.attn_implementation."
+                    f"{self.source.name} lets packed examples see each other in batches of {rows}: "
+                    "use data.packing=false, or another model.attn_implementation; flash attention "
+                    "keeps them apart with data.batch_size=1 data.val_batch_size=1."
                 )
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:

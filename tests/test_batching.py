@@ -232,6 +232,22 @@ def test_a_state_of_other_global_batches_is_refused(lengths, cut, num_seen, mess
         iter(sampler(lengths, cut)).load_state_dict(iterator.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [
+        ([1] * 8, {"seed": 9}, "seed was . and is now 9"),
+        ([1] * 8, {"group_by_length": False}, "group_by_length was 1 and is now 0"),
+        ([1] * 8, {"shuffle": False}, "shuffle was 1 and is now 0"),
+        ([1] * 7 + [2], {}, "tokens was 8 and is now 9"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(lengths, options, message):
+    iterator = iter(sampler([1] * 8, (2, 2, 1)))
+    next(iterator)
+    with pytest.raises(ValueError, match=message):
+        iter(sampler(lengths, (2, 2, 1), **options)).load_state_dict(iterator.state_dict())
+
+
 def test_set_epoch_after_a_restore_has_the_last_word():
     # Lightning restores the loader first, then tells the epoch, which limit_train_batches may
     # have ended early.

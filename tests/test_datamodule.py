@@ -143,6 +143,16 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], complaint: s
         InstructionDataModule(**options)
 
 
+def test_rows_that_are_trained_on_do_not_validate(tmp_path: Path, monkeypatch: Any) -> None:
+    path = write(tmp_path / "my.jsonl", 9)
+    monkeypatch.chdir(tmp_path)
+    for source in ({"path": "my.jsonl", "weight": 2.0}, {"path": str(path), "format": "chat"}):
+        with pytest.raises(ValueError, match="cannot be both trained and validated on"):
+            InstructionDataModule(sources=[source], val_path="./my.jsonl")
+    with pytest.raises(ValueError, match="among the sources twice"):
+        InstructionDataModule(sources=[{"path": "my.jsonl"}, {"path": "./my.jsonl", "weight": 2}])
+
+
 def test_the_template_that_is_trained_with_is_the_tokenizers_own(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -86,6 +86,24 @@ def test_an_adapter_is_merged_or_written_alone(tmp_path):
         torch.testing.assert_close(ours.state_dict()[name], weight, rtol=0, atol=1e-6)
 
 
+def test_an_adapter_alone_goes_beside_the_merged_model_not_into_it(tmp_path):
+    run_job(tmp_path / "run", *TINY, "adapter=lora", "trainer.max_steps=1")
+    merged = exported(tmp_path / "run" / "export").state_dict()
+    main([str(tmp_path / "run"), "--adapter-only"])
+    assert (tmp_path / "run" / "export" / "adapter" / "adapter_model.safetensors").is_file()
+    for name, weight in exported(tmp_path / "run" / "export").state_dict().items():
+        assert torch.equal(weight, merged[name])
+
+
+def test_what_a_run_gave_its_tokenizer_and_its_precision_come_along(tmp_path):
+    settings = ["data.chat_template=plain", "trainer.precision=bf16-true"]
+    run_job(tmp_path / "run", *TINY, *settings, "trainer.max_steps=1")
+    main([str(tmp_path / "run"), "--output", str(tmp_path / "again")])
+    for name in ("chat_template.jinja", "config.json"):
+        own, again = (tmp_path / folder / name for folder in ("run/export", "again"))
+        assert own.read_text() == again.read_text(), name
+
+
 def test_what_is_no_run_or_has_no_such_checkpoint_is_named(run_dir, tmp_path):
     with pytest.raises(SystemExit, match="elsewhere is not the folder of a run"):
         main([str(tmp_path / "elsewhere")])

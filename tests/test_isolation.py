@@ -21,5 +21,18 @@ def test_a_model_that_ignores_position_ids_is_caught():
     assert not keeps_packed_examples_apart(model, IDS, POSITIONS)
 
 
+def test_a_model_that_reads_borders_in_batches_of_one_row_alone_is_caught_in_others():
+    model = tiny_model("llama")  # as flash attention does
+    forward = model.model.forward
+
+    def borders_of_one_row(input_ids, position_ids, **inputs):
+        kept = position_ids if len(input_ids) == 1 else None
+        return forward(input_ids=input_ids, position_ids=kept, **inputs)
+
+    model.model.forward = borders_of_one_row
+    assert keeps_packed_examples_apart(model, IDS, POSITIONS)
+    assert not keeps_packed_examples_apart(model, IDS, POSITIONS, rows=2)
+
+
 def test_one_example_has_no_neighbour_to_leak_from():
     assert keeps_packed_examples_apart(tiny_model("llama"), IDS, torch.arange(20))

@@ -17,6 +17,8 @@ ADAPTERS = {
     "rslora": {"use_rslora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "qlora": {},
+    "qdora": {"use_dora": True},
+    "qsaved": {"modules_to_save": ["model.norm"]},
 }
 
 
@@ -28,7 +30,7 @@ def folder(tmp_path):
 
 def trained_adapter(folder, kind):
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    source = Pretrained(str(folder), quantization_config=quantised if kind == "qlora" else None)
+    source = Pretrained(str(folder), quantization_config=quantised if kind[0] == "q" else None)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTERS[kind])
     model = add_adapter(source.load_model(torch.float32), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -50,7 +52,7 @@ def test_merged_export_gives_the_trained_logits_and_leaves_the_model_alone(folde
         torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "qlora"])
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind[0] != "q"])
 def test_the_adapter_apart_fits_the_original_weights(folder, kind, tmp_path):
     model = trained_adapter(folder, kind)
     export_model(model, None, tmp_path / "out")
@@ -65,6 +67,16 @@ def test_without_merging_only_the_adapter_is_written(folder, tmp_path):
     export_model(trained_adapter(folder, "lora"), None, tmp_path / "out", merge=False)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_adapter_and_a_model_never_share_a_folder(folder, tmp_path):
+    model = trained_adapter(folder, "lora")
+    export_model(model, None, tmp_path / "out", merge=False)
+    export_model(model, None, tmp_path / "out")  # transformers would add the adapter once more
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(exported(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="holds a model.*a folder of its own"):
+        export_model(model, None, tmp_path / "out", merge=False)
 
 
 def test_export_in_another_dtype_keeps_the_model_and_rounds_the_file(folder, tmp_path):

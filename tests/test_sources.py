@@ -112,6 +112,14 @@ def test_every_kind_of_file_names_the_row_that_does_not_fit(
         list(parse(open_source(str(file))))
 
 
+def test_a_parquet_file_is_the_one_that_is_named(tmp_path: Path) -> None:
+    for name in ("m*.parquet", "many.parquet", "my[1].parquet"):
+        write(tmp_path / name, [{"text": name}])
+    for name in ("m*.parquet", "my[1].parquet"):
+        [row] = parse(open_source(str(tmp_path / name)))
+        assert name in str(row.conversation)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [

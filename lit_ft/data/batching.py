@@ -163,6 +163,16 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """Rows of a full global batch."""
         return self.batch_size * self.micro_batches * self.num_replicas
 
+    @property
+    def order_settings(self) -> dict[str, int]:
+        """What the order of the rows hangs on, beside their number and that of a global batch."""
+        return {
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+            "group_by_length": int(self.group_by_length),
+            "tokens": int(np.sum(self.lengths)),
+        }
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of iterators that have not yielded yet."""
         self.epoch = epoch
@@ -242,6 +252,7 @@ class _EpochIterator(Iterator[list[int]]):
             "micro_batches": self._sampler.micro_batches,
             "global_size": self._sampler.global_size,
             "num_rows": len(self._sampler.lengths),
+            **self._sampler.order_settings,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,11 +263,9 @@ class _EpochIterator(Iterator[list[int]]):
         """
         sampler = self._sampler
         if state["global_batch"] or state["micro_batch"]:
-            for name, now in (
-                ("num_rows", len(sampler.lengths)),
-                ("global_size", sampler.global_size),
-            ):
-                if state[name] != now:
+            sizes = {"num_rows": len(sampler.lengths), "global_size": sampler.global_size}
+            for name, now in (sizes | sampler.order_settings).items():
+                if state.get(name, now) != now:
                     raise ValueError(_other_data(name, state[name], now))
         if state["micro_batch"] and state["micro_batches"] != sampler.micro_batches:
             raise ValueError(
@@ -272,7 +281,7 @@ class _EpochIterator(Iterator[list[int]]):
 def _other_data(name: str, saved: int, now: int) -> str:
     return (
         f"Cannot resume inside an epoch: {name} was {saved} and is now {now}. Resume with the same "
-        "data and the same batch_size * accumulate_grad_batches * devices, or start anew."
+        "data, settings and batch_size * accumulate_grad_batches * devices, or start anew."
     )
 
 

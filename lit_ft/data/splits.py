@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import ceil, isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_ft.data import examples
@@ -73,14 +74,21 @@ def weighted_sources(
             own_format = named(own_format)
         if not (weight > 0 and isfinite(weight)):
             raise ValueError(f"the weight of {path} must be positive, not {weight}")
-        if options in seen:
+        if (rows := rows_of_choice(choice)) in seen:
             raise ValueError(f"{path} is among the sources twice: raise its weight instead")
-        seen.append(dict(options))
+        seen.append(rows)
         source = open_source(options.pop("path"), streaming=streaming, **options)
         sources.append(WeightedSource(source, own_format, weight))
     if not sources:
         raise ValueError("give at least one source")
     return sources
+
+
+def rows_of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what says which rows a choice reads: not how often, nor in which format."""
+    rows = {name: value for name, value in choice.items() if name not in ("weight", "format")}
+    local = Path(str(rows.get("path"))).expanduser()
+    return {**rows, "path": str(local.resolve())} if local.exists() else rows
 
 
 def load_tables(

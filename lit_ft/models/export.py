@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ft.models.adapters import in_place_of_adapters, merged_layer
-from lit_ft.models.export_sharded import export_sharded
+from lit_ft.models.export_sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
 from lit_ft.sharding import is_spread, whole
 
@@ -42,11 +46,20 @@ def export_model(
         dtype: Of the written weights ("bfloat16"); None keeps the model's.
 
     Raises:
-        ValueError: `dtype` is none of torch's.
+        ValueError: `dtype` is none of torch's; or the folder of an adapter alone holds a model,
+            with which transformers would put them together.
     """
     target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)
+    alone = isinstance(model, PeftModel) and not merge
+    if alone and (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a model, onto which transformers would put an adapter that lies "
+            "beside it: give the adapter a folder of its own."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    if not alone:
+        remove_adapter(folder)
     if is_spread(model):
         _export_together(model, folder, merge=merge, dtype=target_dtype)
         tokenizer = tokenizer if dist.get_rank() == 0 else None
@@ -91,18 +104,13 @@ def merged(model: PeftModel) -> Any:
     clone: Any = copy.deepcopy(model)
     if not getattr(clone.get_base_model(), "is_quantized", False):
         return clone.merge_and_unload()
-    # Merging into 4-bit weights would round the adapter away: add it to the dequantised ones.
-    prefix = "base_model.model."
-    deltas = {
-        name.removeprefix(prefix): module.get_delta_weight(module.active_adapters[0])  # type: ignore
-        for name, module in clone.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    base = clone.unload().dequantize()
-    for name, delta in deltas.items():
-        weight = base.get_submodule(name).weight
-        weight.add_(delta.to(weight.dtype))
-    return base
+    # Merging into 4-bit weights would round the adapter away: put it onto the dequantised ones.
+    config, state = copy.deepcopy(clone.active_peft_config), get_peft_model_state_dict(clone)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # some starts rewrite the weights, and have done so
+    whole_model: Any = get_peft_model(clone.unload().dequantize(), config)
+    set_peft_model_state_dict(whole_model, state)
+    return whole_model.merge_and_unload()
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:

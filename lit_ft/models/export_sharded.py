@@ -59,6 +59,12 @@ def remove_weights(folder: Path) -> None:
         old.unlink()
 
 
+def remove_adapter(folder: Path) -> None:
+    """Remove an adapter, which from_pretrained would put onto the model beside it."""
+    for old in (folder / "adapter_config.json", *folder.glob("adapter_model*")):
+        old.unlink(missing_ok=True)
+
+
 def names_left_out(model: Any) -> set[str]:
     """Return the names of the weights that are no file's business, tied ones among them."""
     return {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
