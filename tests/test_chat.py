@@ -144,3 +144,20 @@ def test_an_adapter_alone_is_told_apart_from_a_model(tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(SystemExit, match="neither a run's folder nor a Hugging Face model"):
         main([str(tmp_path)])
+
+
+def test_an_answer_goes_back_without_the_space_that_a_template_puts_before_it(
+    folder, prompts, monkeypatch
+):
+    typed(monkeypatch, "one", "two", "")
+    monkeypatch.setattr("lit_ft.chat.reply", _says(" yes\n", prompts))
+    main([str(folder)])
+    assert [m["content"] for m in prompts[-1]] == ["one", "yes", "two"]
+
+
+def _says(answer, seen):
+    def reply(model, tokenizer, conversation, options):
+        seen.append(conversation)
+        return answer
+
+    return reply
