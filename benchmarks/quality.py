@@ -112,9 +112,12 @@ def _run_all(runs: list[tuple[str, float, int]], options: argparse.Namespace) ->
     context = get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, _start, (options.jobs,)) as pool:
         running = [pool.submit(run, *each, options) for each in runs]
-        for done in track(as_completed(running), "runs", total=len(runs)):
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(done.result()) + "\n")
+        try:
+            for done in track(as_completed(running), "runs", total=len(runs)):
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(done.result()) + "\n")
+        finally:  # what nobody would record need not run
+            pool.shutdown(cancel_futures=True)
 
 
 def _start(jobs: int) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.plugins import HalfPrecision, Precision
 from torch import Tensor
 
 from lit_ft.checkpoint_folder import CheckpointFolder
@@ -92,13 +91,10 @@ def export_run(
         target /= "adapter"
     if path.is_dir() and module.adapter is None:
         return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
-    # The trainer's default, and HalfPrecision's: weights as they were trained.
-    precision = config["trainer"]["precision"]
-    with (
-        HalfPrecision(precision).module_init_context()
-        if precision == "bf16-true"
-        else nullcontext()
-    ):
+    # As the trainer would: weights of the type that they were trained in.
+    halves = config["trainer"]["precision"] == "bf16-true"
+    precision = HalfPrecision("bf16-true") if halves else Precision()
+    with precision.module_init_context():
         module.configure_model()
     if path.is_dir():  # of an adapter alone, which is small
         saved = CheckpointFolder(path).load_whole()
@@ -113,7 +109,6 @@ def _export_parts(
 ) -> Path:
     """Export what several ranks have saved, which may not fit this process's memory."""
     from lit_ft.models import dtype_named, export_streamed
-    from lit_ft.models.export_sharded import remove_adapter
 
     prefix = "state_dict.model."
     weights = {
@@ -127,7 +122,6 @@ def _export_parts(
         checkpoint.load({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, alone=True)
 
     folder.mkdir(parents=True, exist_ok=True)
-    remove_adapter(folder)
     export_streamed(
         module.source.build_empty(),
         _without_subspaces(weights),

@@ -13,15 +13,16 @@ from omegaconf import open_dict
 import train
 
 CONF = Path(train.__file__).parent / "conf"
-SHORT = [
+SAMPLES = "+callbacks.samples.max_new_tokens=4"
+ANYWHERE = [
     "trainer.max_steps=3",
     "trainer.log_every_n_steps=1",
     "data.batch_size=2",
     "data.max_length=160",
     "data.max_val_examples=4",
-    "+callbacks.samples.max_new_tokens=4",
-    "strategy=cpu",
+    SAMPLES,
 ]
+SHORT = [*ANYWHERE, "strategy=cpu"]
 
 
 def run_job(run_dir: Path, *overrides: str) -> dict:

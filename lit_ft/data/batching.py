@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """Rows of a full global batch."""
         return self.batch_size * self.micro_batches * self.num_replicas
 
-    @property
+    @cached_property  # a state is taken at each batch
     def order_settings(self) -> dict[str, int]:
         """What the order of the rows hangs on, beside their number and that of a global batch."""
         return {

@@ -79,16 +79,18 @@ def read_csv(file: Path) -> Iterator[tuple[str, object]]:
 
 def read_parquet(file: Path) -> Iterator[tuple[str, object]]:
     """Apache Parquet, streamed."""
-    from pyarrow.parquet import ParquetFile  # not through `datasets`, to which [ and * are patterns
+    # Not through `datasets`, to which [ and * are patterns.
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
     number = 0
     try:
         with ParquetFile(file) as table:
-            for batch in table.iter_batches():
+            for batch in table.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file} row {number}", row
-    except Exception as error:  # pyarrow's own kinds
+    except (ArrowException, OSError, ValueError, LookupError) as error:  # text, time zones, ...
         raise ValueError(f"{file}: not a readable parquet file: {error}") from error
 
 

@@ -51,15 +51,12 @@ def export_model(
     """
     target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)
-    alone = isinstance(model, PeftModel) and not merge
-    if alone and (folder / "config.json").is_file():
+    if isinstance(model, PeftModel) and not merge and (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds a model, onto which transformers would put an adapter that lies "
             "beside it: give the adapter a folder of its own."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if not alone:
-        remove_adapter(folder)
     if is_spread(model):
         _export_together(model, folder, merge=merge, dtype=target_dtype)
         tokenizer = tokenizer if dist.get_rank() == 0 else None
@@ -95,6 +92,7 @@ def _export_here(
     if dtype is not None:
         base = copy.deepcopy(base) if base is model else base
         base.to(dtype)
+    remove_adapter(folder)
     base.save_pretrained(folder)
 
 

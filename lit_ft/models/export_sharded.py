@@ -57,6 +57,7 @@ def remove_weights(folder: Path) -> None:
     """Remove an earlier export, which from_pretrained may prefer to another kind of files."""
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
+    remove_adapter(folder)
 
 
 def remove_adapter(folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_ft.models import FromConfig, Packaged, export_model
-from tests.running import CONF, SHORT, run_job
+from tests.running import ANYWHERE, CONF, SHORT, run_job
 from tests.test_summary import KEYS
 
 FORMATS = {
@@ -100,7 +100,7 @@ def overrides_for(choice: str, tiny_folder: Path, tmp_path: Path) -> list[str]:
 def test_it_trains(choice, tiny_folder, tmp_path):
     short = [] if choice.startswith("experiment/") else SHORT
     if choice.startswith("optim/"):  # as `python train.py optim=...` does, layerwise too
-        short = [each for each in short if each != "strategy=cpu"]
+        short = ANYWHERE
     limit = ["trainer.max_steps=3", "data.max_val_examples=4"]
     summary = run_job(
         tmp_path / "run", *overrides_for(choice, tiny_folder, tmp_path), *short, *limit
