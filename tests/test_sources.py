@@ -130,6 +130,7 @@ def test_a_parquet_file_is_the_one_that_is_named(tmp_path: Path) -> None:
         ("my.json", b'[{"text": "a"}, 3]', "my.json row 2: a row must be an object"),
         ("my.csv", b"text\r\n", "there is no row"),
         ("my.csv", b"text\r\n\xe9\r\n", "not UTF-8"),
+        ("my.csv", b"text,text\r\na,b\r\n", "two columns have one name"),
         ("my.csv", b'text\r\n"a"b\r\n', "my.csv:2: not valid CSV"),
         ("my.parquet", b"PAR1", "not a readable parquet file"),
         ("my.txt", b"text", "unknown kind of file '.txt'; known are .jsonl, .json, .csv, .parquet"),
@@ -157,6 +158,18 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     rows = list(parse(open_source(str(tmp_path))))
     assert [row.conversation[0]["content"] for row in rows] == [row["prompt"] for row in ROWS]
     assert rows[49].origin == f"{tmp_path / 'a.jsonl'}:50"
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "more/b.csv", "more/b.parquet.zst"])
+def test_a_folder_is_not_read_in_part(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "a.json").touch()
+    assert len(list(open_source(str(tmp_path)).rows())) == len(ROWS)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"\({name}\): unpack .*split=train"):
+        open_source(str(tmp_path))
 
 
 def test_a_folder_of_splits_is_not_trained_on_whole(tmp_path: Path) -> None:

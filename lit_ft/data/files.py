@@ -66,6 +66,9 @@ def read_csv(file: Path) -> Iterator[tuple[str, object]]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         rows = csv.DictReader(stream, strict=True)
         try:
+            names = rows.fieldnames or []
+            if len(set(names)) < len(names):
+                raise ValueError(f"{file}: two columns have one name, in {', '.join(names)}")
             for row in rows:
                 origin = f"{file}:{rows.line_num}"
                 if None in row or None in row.values():

@@ -58,6 +58,7 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
     if local.is_dir() and not options:
         files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS)
         if files:
+            _refuse_unread(local, files)
             return Files(path, files)
     if not local.is_dir() and (not HUB_NAME.fullmatch(path) or local.suffix.lower() in READERS):
         raise ValueError(f"{path}: no such file{_near(local)}")
@@ -174,6 +175,21 @@ class Hub:
                     f"({type(error).__name__}: {error}). A private dataset needs `hf auth login`."
                 ) from error
         return self._dataset
+
+
+def _refuse_unread(folder: Path, files: list[Path]) -> None:
+    unread = [
+        name
+        for file in sorted(set(folder.rglob("*")) - set(files))
+        if not (name := file.relative_to(folder).as_posix()).startswith(".")
+        and not READERS.keys().isdisjoint(map(str.lower, file.suffixes))
+    ]
+    if unread:
+        raise ValueError(
+            f"{folder}: files in folders of their own and compressed ones would not be read "
+            f"({', '.join(unread[:3])}): unpack them beside the others, or give "
+            "+data.source_options.split=train, to read the folder through `datasets`"
+        )
 
 
 def _near(missing: Path) -> str:
