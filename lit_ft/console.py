@@ -42,7 +42,9 @@ def quieten_libraries() -> None:
     )
     # It says at import that one kernel for AVX512-BF16 is missing; the others do.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # transformers imports torchao where it is installed, and torch warns of what that registers.
+    # transformers imports torchao where it is installed; that says which kernels are for other
+    # machines, and torch warns of what it registers.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").addFilter(
         lambda record: "register_constant" not in record.getMessage()
     )

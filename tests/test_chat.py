@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,6 +68,20 @@ def test_one_prompt_is_answered_with_what_the_model_generates(folder, prompts, c
     ]
     main([str(folder), "--prompt", "hello", "--max-new-tokens", "5", "--system", "Be brief."])
     assert capsys.readouterr().out == said  # greedy
+
+
+def test_a_process_prints_nothing_but_the_answer(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "lit_ft.chat",
+        str(folder),
+        "--prompt",
+        "Hi",
+        "--max-new-tokens=1",
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout and not said.stderr
 
 
 def test_a_conversation_remembers_until_new(folder, prompts, capsys, monkeypatch):
