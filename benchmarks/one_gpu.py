@@ -51,7 +51,10 @@ METHODS: dict[str, list[str]] = {
 
 def main() -> None:
     """Run what is wanted; add it to the results of this model."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.steps < 3:
+        parser.error("--steps: at least 3, of which the first two are not timed")
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     of_model = found.setdefault(options.model, {})
     for method in track(options.only, options.model):
