@@ -71,16 +71,8 @@ def test_one_prompt_is_answered_with_what_the_model_generates(folder, prompts, c
 
 
 def test_a_process_prints_nothing_but_the_answer(folder):
-    command = [
-        sys.executable,
-        "-m",
-        "lit_ft.chat",
-        str(folder),
-        "--prompt",
-        "Hi",
-        "--max-new-tokens=1",
-    ]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = ["-m", "lit_ft.chat", str(folder), "--prompt", "Hi", "--max-new-tokens=1"]
+    said = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
     assert said.stdout and not said.stderr
 
 

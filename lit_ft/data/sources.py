@@ -187,7 +187,7 @@ def _refuse_unread(folder: Path, files: list[Path]) -> None:
     if unread:
         raise ValueError(
             f"{folder}: files in folders of their own and compressed ones would not be read "
-            f"({', '.join(unread[:3])}): unpack them beside the others, or give "
+            f"({', '.join(unread[:3])}): unpack them beside the others or take them away, or give "
             "+data.source_options.split=train, to read the folder through `datasets`"
         )
 
