@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import nn
@@ -88,6 +89,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         """How many times the model is there."""
         size = self.data_parallel_replicate_size
         return self.num_nodes if size == "auto" else size
+
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare the module, and let validation, test and prediction run under `no_grad`.
+
+        Under `inference_mode`, Lightning's default on NCCL, FSDP2 makes the tensors that it gathers
+        into such as training cannot write again, and on one rank fails at once.
+        """
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
 
     def model_to_device(self) -> None:
         """Move the module; of an offloaded model only what is not in its parts."""

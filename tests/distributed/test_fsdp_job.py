@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops import utilities as loops
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -45,6 +46,13 @@ class Fails(Callback):
     ) -> None:
         if trainer.global_rank == self.rank and trainer.global_step == 3:
             raise RuntimeError("a fault of this rank alone")
+
+
+class AsOnNCCL(Callback):
+    """Lets Lightning validate in inference mode, which it does not do on gloo."""
+
+    def __init__(self) -> None:
+        loops._distributed_is_initialized = lambda: False
 
 
 def whole(checkpoint: Path) -> bool:
@@ -113,6 +121,8 @@ def test_layers_streamed_from_the_host_train_the_same_weights(tmp_path):
     for strategy in ("cpu", "single_gpu_offload"):
         folder = tmp_path / strategy
         options = [*JOB, "trainer.devices=1", "trainer.max_steps=4", "~callbacks.export"]
+        options.append("+callbacks.nccl._target_=tests.distributed.test_fsdp_job.AsOnNCCL")
+        options.append("trusted_packages=[tests]")
         process = start(*options, f"strategy={strategy}", f"run_dir={folder}")
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
