@@ -25,7 +25,7 @@ from lit_ft.callbacks import (
 )
 from lit_ft.callbacks.lookup import callbacks_of, find_callback
 from lit_ft.datamodule import InstructionDataModule
-from lit_ft.memory import optimizer_state_bytes, peak_bytes
+from lit_ft.memory import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.models.size import model_size
 from lit_ft.module import CausalLMModule
 from lit_ft.remedies import (
@@ -201,6 +201,8 @@ class _Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded(pl_module)
+        # Or the peak would be that of a sweep's largest job so far.
+        reset_peak(trainer.strategy.root_device)
         self.summary.write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
