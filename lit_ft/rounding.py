@@ -42,8 +42,21 @@ def random_bits(
 
 def round_with(x: Tensor, bits: Tensor) -> Tensor:
     """As `round_stochastically`, with `random_bits` of `x`'s shape at hand."""
-    # In one row: else each number of dimensions, and square matrices, would be other graphs.
-    return _kernel(x.device)(x.detach().reshape(-1), bits.reshape(-1)).view(x.shape)
+    return _in_one_kernel(_rounded, x.detach(), bits)
+
+
+def round_moved(weight: Tensor, step: Tensor, bits: Tensor, *, keep: float) -> Tensor:
+    """Return `keep` · `weight` + `step`, summed in float32 and rounded as `round_with` does.
+
+    Args:
+        weight: bfloat16.
+        step: float32, of `weight`'s shape.
+        bits: `random_bits` of that shape.
+        keep: A factor, such as 1 − decay.
+    """
+    # A tensor on the host: a number would be compiled in, and change with the learning rate.
+    factor = torch.tensor(keep, device="cpu")
+    return _in_one_kernel(_moved_and_rounded, weight, step, bits, factor)
 
 
 def _rounded(x: Tensor, bits: Tensor) -> Tensor:
@@ -53,23 +66,42 @@ def _rounded(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
+def _moved_and_rounded(weight: Tensor, step: Tensor, bits: Tensor, keep: Tensor) -> Tensor:
+    return _rounded(weight.float() * keep + step, bits)
+
+
+def _in_one_kernel(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Apply an elementwise operation; on a GPU without reading and writing for each part of it."""
+    shape = tensors[0].shape
+    # In one row: else each number of dimensions, and square matrices, would be other graphs.
+    rows = [tensor.reshape(-1) if tensor.ndim else tensor for tensor in tensors]
+    if tensors[0].is_cuda and _compiles(tensors[0].device):
+        operation = _compiled(operation)
+    return operation(*rows).view(shape)
+
+
 @cache
-def _kernel(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `_rounded`, as one kernel on a GPU, which else reads and writes for each operation."""
-    if device.type != "cuda":
-        return _rounded
-    compiled = torch.compile(_rounded, dynamic=True, fullgraph=True)
-    x = torch.zeros(8, device=device)
+def _compiled(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(operation, dynamic=True, fullgraph=True)
+
+
+@cache
+def _compiles(device: torch.device) -> bool:
+    # A kernel's blocks are made for the size that it is first compiled on: those for 8 elements
+    # took 25 times as long as the memory did (benchmarks/results/optimizer_step_cuda.json).
+    x = torch.zeros(2**20, device=device)
+    bits = x.int()
     try:
-        compiled(x, x.int())
+        _compiled(_rounded)(x, bits)
+        _compiled(_moved_and_rounded)(x.bfloat16(), x, bits, torch.tensor(1.0, device="cpu"))
     except Exception as error:  # no C compiler on the machine, no Triton for the GPU, ...
         log.warning(
             "torch.compile does not work here (%s): bfloat16 weights are rounded by many small "
             "kernels, which takes longer.",
             str(error).strip().partition("\n")[0],
         )
-        return _rounded
-    return compiled
+        return False
+    return True
 
 
 def own_gpu() -> list[int]:

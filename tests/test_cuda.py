@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lit_ft.rounding import random_bits, round_with
+from lit_ft.rounding import random_bits, round_moved, round_with
 from lit_ft.subspace import inject
 from tests.running import ANYWHERE, CONF, SAMPLES, run_job
 
@@ -122,6 +122,10 @@ def test_one_kernel_rounds_as_the_cpu_does():
     bits = random_bits(x.shape, x.device, generator=torch.Generator().manual_seed(0))
     on_gpu = round_with(x.cuda(), bits.cuda())
     torch.testing.assert_close(on_gpu.cpu(), round_with(x, bits), rtol=0, atol=0, equal_nan=True)
+    weight = torch.randn(3, 1000).bfloat16()  # whose half has no more digits: no sum is rounded
+    at_once = round_moved(weight.cuda(), x.cuda(), bits.cuda(), keep=0.5)
+    expected = round_moved(weight, x, bits, keep=0.5)
+    torch.testing.assert_close(at_once.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

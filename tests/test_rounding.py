@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_ft.rounding import round_stochastically
+from lit_ft.rounding import random_bits, round_moved, round_stochastically, round_with
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -42,6 +42,16 @@ def test_the_mean_of_many_draws_is_the_value(x: float) -> None:
     sigma = (high - low) * (share * (1 - share) / draws).sqrt()
     assert high > low
     assert (rounded.mean() - value[0].double()).abs() < 4 * sigma
+
+
+@given(st.floats(-4, 4, width=32), st.floats(0, 1), st.integers(0, 2**31))
+def test_a_moved_weight_is_rounded_as_the_sum(step: float, keep: float, seed: int) -> None:
+    weight = torch.randn(64, 3, generator=seeded(seed)).bfloat16()
+    steps = torch.full((64, 3), step)
+    bits = random_bits(weight.shape, weight.device, generator=seeded(seed))
+    expected = round_with(weight.float() * torch.tensor(keep) + steps, bits)
+    moved = round_moved(weight, steps, bits, keep=keep)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=0)
 
 
 def test_values_beyond_the_largest_bfloat16_do_not_become_infinite() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_ft.rounding import keyed_generator, random_bits, round_with
+from lit_ft.rounding import keyed_generator, random_bits, round_moved
 from lit_ft.row_pieces import rows_of_a_piece
 from lit_ft.sharding import first_row, is_sharded, local, whole
 
@@ -140,13 +140,13 @@ class SubspaceLayer(nn.Module):
         for begin in range(first - first % rows_a_block, first + len(weight), rows_a_block):
             end = min(begin + rows_a_block, len(self.weight))
             held = slice(max(begin - first, 0), min(end - first, len(weight)))
-            moved = _product(left[held], right).add_(weight[held], alpha=1 - decay)
+            step = _product(left[held], right)
             # A block that ranks share is rounded by the bits that it would take in one process.
             generator = keyed_generator(weight.device, *rounding_key, begin)
             block = (end - begin, weight.shape[1])
             bits = random_bits(block, weight.device, generator=generator)
-            offset = first + held.start - begin
-            weight[held] = round_with(moved, bits[offset : offset + len(moved)])
+            own = bits[first + held.start - begin :][: len(step)]
+            weight[held] = round_moved(weight[held], step, own, keep=1 - decay)
         self.delta.zero_()
 
     @property
