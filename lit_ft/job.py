@@ -201,7 +201,7 @@ class _Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded(pl_module)
-        # Or the peak would be that of a sweep's largest job so far.
+        # As MemoryMonitor does where it is: else the peak is that of a sweep's largest run so far.
         reset_peak(trainer.strategy.root_device)
         self.summary.write()
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from lit_ft.memory import peak_bytes, reset_peak
+from lit_ft.memory import peak_bytes
 from lit_ft.summary import read_summary
 from tests.commands import TINY, run, signal_at, start
 from tests.running import run_job
@@ -84,7 +84,6 @@ def test_a_sweep_leaves_a_summary_of_each_run_in_its_folder(tmp_path):
     assert not (tmp_path / "summary.json").exists()
 
 
-@pytest.mark.skipif(not reset_peak(), reason="the system keeps one peak for the process's life")
 def test_the_peak_of_a_run_is_not_that_of_the_sweeps_largest(tmp_path):
     before = torch.ones(2**28)
     largest = peak_bytes().value
