@@ -1,5 +1,5 @@
 # make train      set up, then run the main job on the embedded model and data
-# make test       set up, then the tests (at most 15 minutes on two cores)
+# make test       set up, then the tests (15 to 35 minutes on two cores)
 # make test-slow  the long tests
 # make lint       format, rules, types, import floors
 # make matrix     the README's table of what goes together
