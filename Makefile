@@ -1,13 +1,17 @@
 # make train      set up, then run the main job on the embedded model and data
-# make test       set up, then the tests (15 to 35 minutes on two cores)
+# make test       set up, then the tests (about 20 minutes on two cores)
 # make test-slow  the long tests
 # make lint       format, rules, types, import floors
 # make matrix     the README's table of what goes together
 # Arguments for the main job: make train ARGS="optim=adamw_8bit adapter=lora"
+# More tests at a time, about 4 GB each: make test WORKERS=8
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+# One thread a test: else each of those that run side by side would take all cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: setup train test test-slow lint matrix clean
 
@@ -26,10 +30,10 @@ train: setup
 	$(BIN)/python train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) --dist loadfile -m slow
 
 lint: setup
 	$(BIN)/ruff format --check .

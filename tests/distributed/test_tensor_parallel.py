@@ -44,6 +44,9 @@ SIZES = {
     "attention_bias": True,  # of layers cut by columns and by rows
     "mlp_bias": True,
 }
+# transformers' norms and softmax are in float32 in a float64 model too: where the processor sums
+# parts in another order than the whole (AVX2), AdamW makes up to 2e-7 of it, SGD 2e-10.
+TOLERANCE = {"adamw": 1e-6, "adamw_foreach": 1e-6, "sgd": 1e-8}
 OPTIMIZERS = {
     "adamw": partial(AdamW, lr=1e-3),
     "adamw_foreach": partial(AdamW, lr=1e-3, foreach=True),  # what a GPU takes
@@ -137,9 +140,10 @@ def test_two_ranks_train_what_one_does(options, tied, folder, tmp_path, on_both)
         assert placements == (Shard(1),) and shape[1] < SIZES["intermediate_size"]
         assert held["model.model.norm.weight"][1] == (Replicate(),)
         assert theirs.keys() == weights.keys()
+        atol = TOLERANCE[options["optimizer"]]
         for name, weight in weights.items():
-            torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-10, msg=name)
-        assert their_log == pytest.approx(logged, rel=1e-9)  # losses, norm, tokens
+            torch.testing.assert_close(theirs[name], weight, rtol=0, atol=atol, msg=name)
+        assert their_log == pytest.approx(logged, rel=1e-7)  # losses, norm, tokens
     for name in weights:
         assert both[0][0][name].equal(both[1][0][name])
 
@@ -162,7 +166,8 @@ def test_what_two_ranks_save_goes_on_on_both_and_on_one(folder, tmp_path, on_bot
     ends.append(train(model, tmp_path / "rest", ranks=1, **options))
     for theirs, *_ in ends:
         for name, weight in weights.items():
-            torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-10, msg=name)
+            atol = TOLERANCE["adamw"]
+            torch.testing.assert_close(theirs[name], weight, rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])
