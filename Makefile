@@ -11,7 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # One thread a test: else each of those that run side by side would take all cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# A worker that died fails the run: after another has taken its place xdist may wait for ever.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart 0
 
 .PHONY: setup train test test-slow lint matrix clean
 
