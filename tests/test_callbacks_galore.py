@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -17,7 +18,7 @@ from transformers import get_cosine_schedule_with_warmup
 from examples.other_project import RANK, train
 from lit_ft.callbacks import GaLore
 from lit_ft.optim import WarmupSchedule
-from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
+from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
 from tests.test_module import batch_of, loader, module_of, trainer_of
 
 FIXED = SubspaceIteration(every=10**6)
@@ -60,8 +61,6 @@ class StopAt:
     """Ends training after a step, as an interruption between steps does."""
 
     def __new__(cls, step):
-        from lightning.pytorch import Callback
-
         class _StopAt(Callback):
             def on_train_batch_end(self, trainer, *_):
                 if trainer.global_step == step:
@@ -127,6 +126,62 @@ def test_two_optimizers_are_refused(tmp_path):
     trainer = trainer_of(tmp_path, callbacks=[GaLore(rank=2)])
     with pytest.raises(MisconfigurationException, match="one optimizer"):
         trainer.fit(Two(), DataLoader(torch.zeros(2, 4)))
+
+
+class TwoLayers(LightningModule):
+    """Freezes its first layer behind GaLore's injection, as its setup comes after callbacks'."""
+
+    def __init__(self, *, freezes, filters):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.freezes, self.filters = freezes, filters
+
+    def setup(self, stage):
+        if self.freezes:
+            self.backbone.requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return (self.head(self.backbone(batch).tanh()) - batch).square().mean()
+
+    def configure_optimizers(self):
+        return AdamW(p for p in self.parameters() if p.requires_grad or not self.filters)
+
+
+@pytest.mark.parametrize("filters", [True, False])
+@pytest.mark.parametrize("projector", [Oja(every=1), SVD(every=1)])
+def test_a_layer_frozen_behind_the_injection_stays_as_it_is(tmp_path, filters, projector, caplog):
+    module = TwoLayers(freezes=True, filters=filters)
+    before = copy.deepcopy(module.state_dict())
+    for _ in range(2):
+        trainer = trainer_of(tmp_path, max_steps=3, callbacks=[GaLore(rank=2, projector=projector)])
+        trainer.fit(module, DataLoader(torch.randn(12, 8), batch_size=4))
+        assert torch.equal(module.backbone.weight, before["backbone.weight"])
+        assert not torch.equal(module.head.weight, before["head.weight"])
+        assert not any(p.requires_grad for p in module.backbone.parameters())
+        assert module.head.weight.requires_grad
+    assert "did not come through" not in caplog.text
+
+
+def test_a_backbone_that_is_unfrozen_later_moves_from_then_on(tmp_path):
+    class Weights(Callback):
+        seen = []
+
+        def on_train_epoch_end(self, trainer, module):
+            self.seen.append(module.backbone.weight.detach().clone())
+
+    module, weights = TwoLayers(freezes=False, filters=True), Weights()
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=1e-3)
+    trainer = trainer_of(
+        tmp_path,
+        max_steps=-1,
+        max_epochs=4,
+        callbacks=[GaLore(rank=2), finetuning, weights],
+    )
+    start = module.backbone.weight.detach().clone()
+    trainer.fit(module, DataLoader(torch.randn(12, 8), batch_size=4))
+    moved = [not torch.equal(weight, start) for weight in weights.seen]
+    assert moved == [False, False, True, True]
+    assert torch.linalg.matrix_rank(weights.seen[2] - start, rtol=1e-3) < 8
 
 
 def test_after_training_nothing_is_left_behind(tmp_path):

@@ -178,6 +178,39 @@ def test_a_step_by_hand_under_autocast_is_an_automatic_one(tmp_path, projector):
         torch.testing.assert_close(by_hand[name], value, rtol=0, atol=0, msg=name)
 
 
+class Skips(ByHand):
+    """Backpropagates what comes first, and takes no step on it."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            self.manual_backward(Regression.training_step(self, batch, batch_idx))
+            self.optimizers().zero_grad()
+        else:
+            super().training_step(batch, batch_idx)
+
+
+class Rests(Skips):
+    """Does not look at what comes first."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx:
+            super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "projector", [Oja(every=1), SubspaceIteration(every=1), SVD(every=1, rotates_moments=True)]
+)
+@pytest.mark.parametrize("factor", [torch.tensor(1e3), INF])
+def test_a_batch_that_is_given_up_by_hand_leaves_no_trace(tmp_path, projector, factor):
+    data = batches(factor, GOOD, GOOD)
+    skipped, unseen = (
+        train(tmp_path, data, kind=kind, projector=projector)[0].state_dict()
+        for kind in (Skips, Rests)
+    )
+    for name, value in unseen.items():
+        assert torch.equal(skipped[name], value), name
+
+
 class RootOfZero(Regression):
     """Its loss is finite, the gradient of its first layer is not, where the batch says so."""
 

@@ -21,6 +21,7 @@ from tests.test_subspace_step import Run, batches
         ({"rank": 1.5}, "rank=1.5"),
         ({"side": "Right"}, "side=Right: give right, left or std"),
         ({"targets": "nonsense"}, "nonsense"),
+        ({"targets": ["attention", "*"]}, "The target '[*]' is no regular expression"),
         ({"targets": ["head"]}, "embed_tokens shares its weight with lm_head"),
     ],
 )
@@ -97,6 +98,28 @@ def test_a_transformer_anywhere_in_a_module_is_known_for_what_it_is(tmp_path):
 def test_its_parts_are_targets_by_their_names(target, name):
     [found] = inject(Around("gpt2"), rank=4, targets=target)
     assert found.endswith(name)
+
+
+def test_matrices_that_no_target_means_are_named_and_loudly_if_they_are_many(caplog):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 8))
+            self.router = nn.Linear(8, 8)
+
+    inject(nn.ModuleDict({"experts": Experts()}), rank=2)
+    [told] = caplog.records
+    assert told.levelname == "WARNING"
+    assert "experts.gate_up_proj (Experts); 78.0 % of the model" in told.message
+    with pytest.raises(ValueError, match="'mlp': give all, attention, embeddings, head"):
+        inject(nn.ModuleDict({"lone": nn.Linear(8, 8)}), rank=2, targets="mlp")
+
+
+def test_arguments_have_torchs_names():
+    linear, tokens = nn.Linear(8, 8), nn.Embedding(8, 8)
+    inject(nn.ModuleList([linear, tokens]), rank=2)
+    for value in (torch.arange(3), torch.arange(3)[None]):
+        assert torch.equal(linear(input=tokens(input=value)), linear(tokens(value)))
 
 
 def test_positions_are_not_taken_for_tokens():

@@ -3,6 +3,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
+import torchao.optim
 from torch import nn
 from torch.optim import SGD, AdamW
 from transformers.optimization import Adafactor
@@ -26,6 +27,7 @@ from tests.test_subspace_step import NEVER, Run, batches
         (bnb.optim.SGD8bit, {"momentum": 0.9, "weight_decay": 0.1}, "weight_decay=0"),
         (torch.optim.RMSprop, {"weight_decay": 0.1}, "weight_decay=0"),
         (Adafactor, {"lr": None, "scale_parameter": False}, "relative_step=False"),
+        (torchao.optim.Adam8bit, {"weight_decay": 0.1}, "Adam8bit adds weight decay"),
         (type("Lamb", (AdamW,), {}), {}, "LAMB scales"),
         (type("FusedLAMB", (AdamW,), {}), {}, "LAMB scales"),
         (type("SAM", (AdamW,), {}), {}, "copies of the parameters"),

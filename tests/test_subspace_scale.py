@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Muon
 
+from lit_ft.callbacks import GaLore
 from lit_ft.subspace import SubspaceStep, inject
-from lit_ft.subspace.projectors import SubspaceIteration
+from lit_ft.subspace.projectors import Oja, SubspaceIteration
+from lit_ft.subspace.scale import matching_scale
 
 SHAPES = [(48, 48), (96, 24), (24, 96)]
 
@@ -31,6 +33,34 @@ def step(optimizer, shape, side, gradient, rank=None):
     (model(torch.eye(shape[1])) * gradient.T).sum().backward()
     built.step()
     return layer.weight.detach() - before, basis
+
+
+@pytest.mark.parametrize("side", ["right", "left", "std"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rank_that_fills_a_layers_shorter_side_loses_nothing(shape, side):
+    gradient = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    for rank in (min(shape), 128):
+        moved, basis = step(partial(SGD, lr=0.1), shape, side, gradient, rank=rank)
+        torch.testing.assert_close(moved, -0.1 * gradient, rtol=1e-4, atol=1e-5)
+        assert basis.shape == (min(shape), min(shape))
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_what_is_tied_to_an_embedding_moves_as_it_does(head_first):
+    head, tokens = nn.Linear(8, 20, bias=False), nn.Embedding(20, 8)
+    head.weight = tokens.weight
+    model = nn.ModuleList([head, tokens] if head_first else [tokens, head])
+    [layer] = inject(model, rank=2).values()
+    optimizer = AdamW([layer.delta])
+    assert matching_scale(layer, optimizer, optimizer.param_groups[0]) == 1
+
+
+@pytest.mark.parametrize("scale", ["paper", None, 0, -1.0, float("nan"), float("inf"), True])
+def test_what_is_no_scale_is_refused(scale):
+    with pytest.raises(ValueError, match=f"scale={scale}: give a positive number"):
+        GaLore(scale=scale)
+    with pytest.raises(ValueError, match=f"scale={scale}: give a positive number"):
+        SubspaceStep(inject(nn.Sequential(nn.Linear(4, 4)), rank=2), Oja(), scale=scale)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_ft.callbacks import GaLore
 from lit_ft.subspace import Refresh
-from lit_ft.subspace.projectors import SVD, Random, SubspaceIteration
+from lit_ft.subspace.projectors import SVD, Oja, Random, SubspaceIteration
 from lit_ft.subspace.schedule import Turns
 from tests.test_subspace_step import Run, assert_equal, batches, tiny_model
 
@@ -92,12 +93,19 @@ def test_another_schedules_turns_are_not_continued():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"every": 0}, {"threshold": 0.0}, {"threshold": 1.5}, {"longest": 0}]
+    "wrong", [{"every": 0}, {"every": 2.5}, {"threshold": 0.0}, {"threshold": 1.5}, {"longest": 0}]
 )
 def test_a_refresh_out_of_its_range_is_refused_by_name(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         Refresh(**wrong)
+
+
+@pytest.mark.parametrize("every", [0, -4, 2.5, None])
+def test_a_projectors_interval_out_of_its_range_is_refused_by_name(every):
+    for refused in (GaLore, Run):
+        with pytest.raises(ValueError, match=f"every={every}: give a whole number"):
+            refused(projector=Oja(every=every))
 
 
 def moves_of(projector, refresh, steps):

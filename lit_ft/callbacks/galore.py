@@ -31,6 +31,8 @@ from lit_ft.subspace import (
 )
 from lit_ft.subspace.layer import Sides
 from lit_ft.subspace.projectors import Oja, Projector
+from lit_ft.subspace.scale import refuse_scale
+from lit_ft.subspace.schedule import refuse_interval
 
 
 class GaLore(Callback):
@@ -55,8 +57,9 @@ class GaLore(Callback):
         targets: Which layers, see `lit_ft.subspace.inject`.
         side: What a basis spans, a layer's inputs ("right") or outputs ("left"), or whichever is
             shorter ("std"), where it captures more and takes more memory.
-        scale: α, a number (the paper's 0.25) or "match_adamw": √(cols / rank), and 1 for the
-            embedding and the head; for SGD 1, for Muon what its norm asks for.
+        scale: α, a number (the paper's 0.25) or "match_adamw": √(cols / rank), and 1 for
+            embeddings, what is tied to them, and the head of a transformers model; for SGD 1, for
+            Muon what its norm asks for.
         seed: Of the bases that training starts from, and of stochastic rounding.
     """
 
@@ -70,8 +73,10 @@ class GaLore(Callback):
         scale: float | str = MATCH_ADAMW,
         seed: int = 0,
     ) -> None:
+        refuse_scale(scale)
         self.rank = rank
         self.projector = projector or Oja()
+        refuse_interval(self.projector.every)
         self.targets = targets
         self.side = side
         self.scale = scale
@@ -165,6 +170,15 @@ class GaLore(Callback):
                 "precision=bf16-mixed."
             )
         self._handle = self.steps.attach(optimizer)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Begin a window where the module, which steps by hand, has zeroed gradients unheard."""
+        assert self.steps is not None
+        layers = self.steps.layers.values()
+        if not pl_module.automatic_optimization and all(x.delta.grad is None for x in layers):
+            self.steps.begin_window()
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

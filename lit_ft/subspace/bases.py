@@ -64,7 +64,8 @@ class Bases:
     def prepare(self, step: int) -> None:
         """Ask the coming window for what its moves will look at."""
         for name, layer in self.layers.items():
-            evidence = self.evidence(name, step)
+            frozen = not (layer.delta.requires_grad or layer.weight.requires_grad)
+            evidence = Evidence.NOTHING if frozen else self.evidence(name, step)
             layer.basis.requires_grad_(evidence is Evidence.SKETCH)
             layer.weight.requires_grad_(evidence is Evidence.GRADIENT)
 

@@ -16,14 +16,12 @@ from lit_ft.subspace.layer import SubspaceLayer
 class SubspaceEmbedding(SubspaceLayer, nn.Embedding):
     """`nn.Embedding` whose weight [V, d] moves in a subspace of d: right side only."""
 
-    rows_are_tokens = True
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of W that `ids` [..., T] name."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of W that the ids `input` [..., T] name."""
         if not torch.is_grad_enabled():
-            return F.embedding(ids, self.weight)
+            return F.embedding(input, self.weight)
         return _Embedding.apply(  # type: ignore[no-any-return, no-untyped-call]
-            ids, self.weight, self.delta, self.basis, self.energy, self.padding_idx
+            input, self.weight, self.delta, self.basis, self.energy, self.padding_idx
         )
 
 

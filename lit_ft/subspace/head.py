@@ -18,8 +18,6 @@ from lit_ft.subspace.products import projected_gradient, projected_gradient_and_
 class SubspaceHead(SubspaceLinear):
     """A `SubspaceLinear` that can turn hidden states into the loss, a piece at a time."""
 
-    rows_are_tokens = True
-
     def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
         """Sum the next-token cross-entropy over the target positions; gradients are recorded.
 

@@ -28,6 +28,7 @@ TARGETS = {
     "attention": r"(^|\.)\w*(attn|attention)\w*\.",
     "mlp": r"(^|\.)\w*(mlp|ffn|feed_forward|expert)\w*\.",
 }
+_LARGE_SHARE = 0.1  # of a model, to be said as a warning: GaLore does little for its memory
 
 
 def inject(
@@ -46,7 +47,8 @@ def inject(
 
     Args:
         model: Changed in place; the layers stay the same objects.
-        rank: r; above min(rows, cols) of a layer it is capped there, and said so.
+        rank: r; above min(rows, cols) of a layer it is capped there, and said so: such a layer's
+            basis spans its shorter side, and loses nothing.
         targets: "all", or any of "attention", "mlp", "embeddings", "head", or regular expressions
             that are searched in a layer's name.
         side: What the basis spans: a layer's inputs ("right") or outputs ("left"), or whichever
@@ -59,7 +61,8 @@ def inject(
         The layers by name; of those that share a weight the first.
 
     Raises:
-        ValueError: The rank is no positive integer, nothing matches, or a targeted layer is frozen,
+        ValueError: The rank is no positive integer, a target matches nothing or is no regular
+            expression, or a targeted layer is frozen,
             quantised, sharded, without values (on the meta device), under an adapter, or shares
             its weight with a layer that is not targeted.
     """
@@ -90,11 +93,12 @@ def inject(
         weight = _weight(module)
         twin = by_weight.get(weight)
         layer = _changed_class(module, is_head=module in heads)
+        layer.rows_are_tokens = weight in of_tokens
         if twin is not None:
             layer.side, layer.delta, layer.energy = twin.side, twin.delta, twin.energy
             module.register_buffer("basis", twin.basis)
             continue
-        layer_side: Side = "right" if weight in of_tokens else layer.side_of(side)
+        layer_side: Side = "right" if weight in of_tokens else layer.side_of(side, rank)
         capped = min(rank, *weight.shape)
         if capped < rank:
             log.info("%s: rank %d is capped at %d, its smaller side.", name, rank, capped)
@@ -139,7 +143,7 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     """Return the layers by name that `targets` means, see `inject`; in a subspace or not.
 
     Raises:
-        ValueError: A target matches nothing.
+        ValueError: A target matches nothing, or is no regular expression.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     embeddings, heads = _embeddings(model), _heads(model)
@@ -159,6 +163,7 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     }
     chosen: dict[str, nn.Module] = {}
     for target in targets:
+        pattern = _pattern(target)
         matched = {
             name: module
             for name, module in known.items()
@@ -168,28 +173,46 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
             or (
                 target not in ("all", "embeddings", "head")
                 and module not in of_tokens
-                and re.search(TARGETS.get(target, target), name)
+                and pattern.search(name)
             )
         }
         if not matched:
+            others = [t for t in ("all", *TARGETS, "embeddings", "head") if t != target]
             raise ValueError(
-                f"No layer matches the target '{target}': give all, attention, mlp, embeddings, "
-                f"head, or a regular expression for names such as {', '.join(list(known)[:4])}."
+                f"No layer matches the target '{target}': give {', '.join(others)}, or a regular "
+                f"expression for names such as {', '.join(list(known)[:4])}."
             )
         chosen |= matched
-    unknown = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter)
-        and module.weight.ndim >= 2
-        and name not in known
-    ]
-    if unknown:
-        log.info(
-            "Left as ordinary parameters, since their layers are of no known type: %s.",
-            ", ".join(unknown),
-        )
+    _tell_of_unknown(model, known)
     return {name: module for name, module in known.items() if name in chosen}
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    try:
+        return re.compile(TARGETS.get(target, target))
+    except re.error as error:
+        raise ValueError(f"The target {target!r} is no regular expression: {error}.") from error
+
+
+def _tell_of_unknown(model: nn.Module, known: dict[str, nn.Module]) -> None:
+    """Say which matrices no target means; loudly where they are a large part of the model."""
+    seen = {_weight(module) for module in known.values()}
+    unknown: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and parameter not in seen and prefix not in known:
+                seen.add(parameter)
+                full_name = f"{prefix}.{name}".removeprefix(".").removesuffix(".weight")
+                unknown[f"{full_name} ({type(module).__name__})"] = parameter.numel()
+    if unknown:
+        share = sum(unknown.values()) / sum(p.numel() for p in model.parameters())
+        log.log(
+            logging.WARNING if share > _LARGE_SHARE else logging.INFO,
+            "Left as ordinary parameters, since their layers are of no known type: %s; %.1f %% of "
+            "the model.",
+            ", ".join(unknown),
+            100 * share,
+        )
 
 
 def _refuse_half_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:

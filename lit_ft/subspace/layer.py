@@ -33,16 +33,18 @@ class SubspaceLayer(nn.Module):
     energy: Tensor  # neither parameter nor buffer: not to be stepped, broadcast, saved or exported
     side: Side
     weight_is_transposed = False  # stored as [in, out]
-    rows_are_tokens = False  # an embedding's or the head's
+    rows_are_tokens = False  # an embedding's or the head's, or tied to such
 
-    def side_of(self, sides: Sides) -> Side:
+    def side_of(self, sides: Sides, rank: int) -> Side:
         """Return this layer's side: "std" is the shorter one, as in galore-torch; right of equals.
 
-        There a basis of the same rank captures more, for a larger `delta`.
+        There a basis of the same rank captures more, for a larger `delta`. A rank that fills the
+        shorter side has its basis there, whatever `sides` says: it captures all.
         """
-        if sides != "std":
-            return sides
         outputs, inputs = self.weight.shape[:: -1 if self.weight_is_transposed else 1]
+        fills = rank >= min(outputs, inputs) and outputs != inputs
+        if sides != "std" and not fills:
+            return sides
         return "right" if inputs <= outputs else "left"
 
     def enter_subspace(

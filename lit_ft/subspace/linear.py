@@ -17,12 +17,12 @@ from lit_ft.subspace.products import projected_gradient, projected_gradient_and_
 class SubspaceLinear(SubspaceLayer, nn.Linear):
     """`nn.Linear` whose weight moves in a subspace; the bias is an ordinary parameter."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b, for `x` [..., in]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x Wᵀ + b, for x = `input` [..., in]."""
         if not torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
         return subspace_linear(
-            x,
+            input,
             self.weight,
             self.bias,
             delta=self.delta,

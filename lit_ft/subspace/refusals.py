@@ -58,6 +58,7 @@ def refuse_unfit(optimizer: Optimizer) -> None:
             )
         coupled = isinstance(optimizer, _ADDS_DECAY_TO_GRADIENT)
         coupled |= type(optimizer).__name__.startswith(_OF_BITSANDBYTES)
+        coupled |= not getattr(optimizer, "is_adamw", True)  # torchao's Adam and AdamW are one
         decoupled = group.get("decoupled_weight_decay", not coupled)
         if group.get("weight_decay") and not decoupled:
             raise ValueError(
@@ -122,5 +123,5 @@ def refuse_non_finite(gradients: Mapping[str, Tensor | None], step: int) -> None
         raise FloatingPointError(
             f"The gradient of {', '.join(bad[:4])}{', ...' * (len(bad) > 4)} is not finite at step "
             f"{step}: lower the learning rate, look at this step's data, or train in a wider "
-            "precision. The weights are those of the step before."
+            "precision. These layers' weights are those of the step before."
         )

@@ -42,12 +42,18 @@ class Refresh:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"every={self.every}: give at least 1 optimizer step, or None.")
+        if self.every is not None:
+            refuse_interval(self.every)
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold}: an overlap lies above 0, up to 1.")
         if self.longest < 1:
             raise ValueError(f"longest={self.longest}: give a multiple of `every`, at least 1.")
+
+
+def refuse_interval(every: object) -> None:
+    """Raise ValueError for what is no number of optimizer steps."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every}: give a whole number of optimizer steps, at least 1.")
 
 
 class Turns:
@@ -72,6 +78,7 @@ class Turns:
     ) -> None:
         self.refresh = refresh
         self.every = refresh.every or every
+        refuse_interval(self.every)
         self.at_once = at_once
         spread = self.every if refresh.stagger else 0
         self._offsets = {name: index * spread // len(names) for index, name in enumerate(names)}

@@ -23,7 +23,7 @@ from lit_ft.subspace.refusals import (
     refuse_sharding,
     refuse_unfit,
 )
-from lit_ft.subspace.scale import MATCH_ADAMW, matching_scale
+from lit_ft.subspace.scale import MATCH_ADAMW, matching_scale, refuse_scale
 from lit_ft.subspace.schedule import Refresh
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,14 @@ class SubspaceStep:
     """Trains layers in subspaces with an ordinary optimizer.
 
     After the optimizer has stepped S, the step is folded into W and S is zero again; then the
-    bases whose turn it is move, and the optimizer's moments with them.
+    bases whose turn it is move, and the optimizer's moments with them. A layer that is frozen after
+    `inject` (`layer.requires_grad_(False)`) stays as it is, basis included.
 
     Args:
         layers: As from `inject`, by name.
         projector: Moves the bases.
-        scale: α, a number, or "match_adamw" for `matching_scale`: the learning rate then means what
-            it means to the optimizer on whole weights.
+        scale: α, a positive number, or "match_adamw" for `matching_scale`: the learning rate then
+            means what it means to the optimizer on whole weights.
         refresh: When the bases move; None for every `projector.every` steps, staggered.
         compiled: torch.compile runs the model, with one graph for each set of layers whose bases
             move at the same step: they are not staggered, which leaves two, and as many again
@@ -71,8 +72,7 @@ class SubspaceStep:
         seed: int = 0,
         all_reduce: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
-        if isinstance(scale, str) and scale != MATCH_ADAMW:
-            raise ValueError(f"scale={scale}: give a number, or '{MATCH_ADAMW}'.")
+        refuse_scale(scale)
         self.layers = dict(layers)
         self.scale = scale
         self.seed = seed
@@ -115,7 +115,7 @@ class SubspaceStep:
         refuse_sharding(self.layers, forms_gradients=self.bases.projector.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
-            if layer.delta not in held:
+            if layer.delta.requires_grad and layer.delta not in held:
                 raise ValueError(
                     f"The optimizer does not hold {name}.delta: build it after inject(), on the "
                     "parameters that require a gradient."
@@ -143,7 +143,7 @@ class SubspaceStep:
             skips_overflow: A grad scaler skips the step if a gradient is not finite.
 
         Raises:
-            FloatingPointError: A gradient is not finite; names the layers. Nothing has changed.
+            FloatingPointError: A gradient is not finite; names the layers, none of which has moved.
         """
         if not skips_overflow:
             refuse_non_finite(
@@ -211,15 +211,17 @@ class SubspaceStep:
         self.observation.await_reading(None)
         for layer in self.layers.values():
             layer.basis.requires_grad_(False)
-            layer.delta.requires_grad_(False)
-            layer.weight.requires_grad_(True)
+            if layer.delta.requires_grad:  # else frozen, or stopped before
+                layer.weight.requires_grad_(True)
+                layer.delta.requires_grad_(False)
             layer.forget_evidence()
 
     def freeze_weights(self) -> None:
-        """Let the layers move through their deltas again, after `stop`."""
+        """Let the layers move through their deltas again, after `stop`; but not the frozen ones."""
         for layer in self.layers.values():
-            layer.weight.requires_grad_(False)
-            layer.delta.requires_grad_(True)
+            if layer.weight.requires_grad:
+                layer.weight.requires_grad_(False)
+                layer.delta.requires_grad_(True)
 
     def _stepped(self, optimizer: Optimizer) -> list[tuple[dict[str, Any], str, SubspaceLayer]]:
         return [
@@ -230,7 +232,11 @@ class SubspaceStep:
         ]
 
     def _warn_of_idle_layers(self) -> None:
-        idle = [name for name, layer in self.layers.items() if layer.delta.grad is None]
+        idle = [
+            name
+            for name, layer in self.layers.items()
+            if layer.delta.requires_grad and layer.delta.grad is None
+        ]
         if idle:
             log.warning(
                 "The first step's loss did not come through %d of the layers that move in "
