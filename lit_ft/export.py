@@ -64,7 +64,8 @@ def export_run(
             model is in memory at a time.
 
     Raises:
-        ValueError: No such run or checkpoint; or an adapter alone would lie beside a model.
+        ValueError: No such run or checkpoint; a run without an adapter has none to write; or an
+            adapter alone would lie beside a model.
     """
     # Not above: peft's imports speak before they can be silenced.
     from lit_ft.models import export_model
@@ -84,6 +85,8 @@ def export_run(
     module = instantiate(config["module"], _convert_="all")
     if module.tokenizer is not None and (template := config["data"].get("chat_template")):
         module.tokenizer.chat_template = load_chat_template(template)  # that it was trained with
+    if module.adapter is None and not merge:
+        raise ValueError(f"{run_dir} has trained no adapter: leave out --adapter-only.")
     target = run_dir / "export"
     if folder is not None:
         target = Path(folder)

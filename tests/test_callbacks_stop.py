@@ -14,7 +14,7 @@ from lit_ft.callbacks import LastCheckpoint, StopOnSignal
 from tests.stopping import Fault
 
 
-def fit(tmp_path, *callbacks, verb="fit"):
+def fit(tmp_path, *callbacks, verb="fit", saves=True):
     trainer = Trainer(
         accelerator="cpu",
         max_steps=6,
@@ -24,7 +24,7 @@ def fit(tmp_path, *callbacks, verb="fit"):
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=False,
-        callbacks=[StopOnSignal(), *callbacks, LastCheckpoint(tmp_path)],
+        callbacks=[StopOnSignal(), *callbacks, *([LastCheckpoint(tmp_path)] if saves else [])],
         default_root_dir=tmp_path,
     )
     getattr(trainer, verb)(BoringModel())
@@ -41,6 +41,18 @@ def test_the_step_under_way_is_finished_and_saved(tmp_path, fault, raised):
     with pytest.raises(raised):
         fit(tmp_path, Fault("on_train_batch_start", 2, fault))
     assert saved_step(tmp_path) == 3
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_it_does_not_promise_a_save_that_nobody_makes(tmp_path, caplog, saves):
+    caplog.set_level("INFO", "lightning.pytorch")
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Fault("on_train_batch_start", 2, "interrupt"), saves=saves)
+    told = (
+        "finishing the step and saving." if saves else "saving nothing, which LastCheckpoint would"
+    )
+    assert told in caplog.text
+    assert (tmp_path / "last.ckpt").exists() == saves
 
 
 @pytest.fixture

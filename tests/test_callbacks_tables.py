@@ -47,11 +47,11 @@ class Data(LightningDataModule):
         return BoringModel().val_dataloader()
 
 
-def fit(tmp_path, module: LightningModule, **options):
+def fit(tmp_path, module: LightningModule, *, max_steps: int = 1, **options):
     trainer = Trainer(
         accelerator="cpu",
         callbacks=[StartTable()],
-        max_steps=1,
+        max_steps=max_steps,
         limit_val_batches=1,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -73,6 +73,11 @@ def test_the_table_is_printed_once_before_training(tmp_path, capfd):
         assert "1 steps of 2 rows" in out
         assert (", 0.0156 times all rows" in out) == (not sanity)  # it comes before the loader
         assert "val [small]" in out  # brackets are text, not markup
+
+
+def test_a_run_of_epochs_is_said_to_be_one(tmp_path, capfd):
+    fit(tmp_path, TwoGroups(), max_steps=-1, max_epochs=2)
+    assert "2 times all rows" in capfd.readouterr().out
 
 
 def test_groups_are_shown_one_by_one():

@@ -95,6 +95,12 @@ def test_an_adapter_alone_goes_beside_the_merged_model_not_into_it(tmp_path):
         assert torch.equal(weight, merged[name])
 
 
+def test_an_adapter_that_a_run_does_not_have_is_refused_and_nothing_is_written(run_dir, tmp_path):
+    with pytest.raises(SystemExit, match="has trained no adapter: leave out --adapter-only"):
+        main([str(run_dir), "--adapter-only", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_run_gave_its_tokenizer_and_its_precision_come_along(tmp_path):
     settings = ["data.chat_template=plain", "trainer.precision=bf16-true"]
     run_job(tmp_path / "run", *TINY, *settings, "trainer.max_steps=1")

@@ -1,4 +1,4 @@
-"""Lightning callbacks; each works alone, in any project."""
+"""Lightning callbacks for any project."""
 
 from lit_ft.callbacks.batch_size import AutoBatchSize
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint

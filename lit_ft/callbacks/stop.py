@@ -40,6 +40,7 @@ class StopOnSignal(Callback):
         self._on_warning: Any = None  # the handler of SIGUSR2 that was there before
         self._global_step = 0
         self._step_is_complete = False
+        self._saves = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let SIGTERM end what has nothing to save; Lightning loses one during the last batch."""
@@ -51,6 +52,7 @@ class StopOnSignal(Callback):
         self._received = None
         self._step_is_complete = False
         self._global_step = trainer.global_step
+        self._saves = any(isinstance(c, LastCheckpoint) for c in callbacks_of(trainer))
         for number in (signal.SIGINT, signal.SIGTERM):
             _handle(number, self._note)
         if _WARNING is not None:
@@ -82,8 +84,9 @@ class StopOnSignal(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         self._let_signals_through()
+        saving = "and saving" if self._saves else "but saving nothing, which LastCheckpoint would"
         rank_zero_info(
-            f"{signal.Signals(number).name}: finishing the step and saving. Again: stop at once."
+            f"{signal.Signals(number).name}: finishing the step {saving}. Again: stop at once."
         )
 
     def _let_signals_through(self) -> None:

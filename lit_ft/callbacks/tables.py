@@ -138,8 +138,11 @@ def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
     """How far the run goes through the data, where the data module says what a row is."""
     rows = getattr(datamodule, "batch_size", None)
     steps, batches = trainer.max_steps, trainer.num_training_batches
-    if rows is None or steps < 0:
+    if rows is None:
         return {}
+    if steps < 0:
+        epochs = trainer.max_epochs or -1
+        return {"this run": f"{epochs:,} times all rows"} if epochs > 0 else {}
     rows *= trainer.accumulate_grad_batches * share_of_data(trainer)[1]
     extent = f"{steps:,} steps of {rows:,} rows"
     if 0 < batches < math.inf:
