@@ -59,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamw": {"overrides": ["optim=adamw"], "rates": RATES},
     "adamw_8bit": {"overrides": ["optim=adamw_8bit"], "rates": RATES},
     "adafactor_fixed": {"overrides": ["optim=adafactor_fixed"], "rates": RATES},
-    "lora_r16": {"overrides": ["adapter=lora"], "rates": (2e-4, 5e-4, 1e-3)},
+    "lora_r16": {"overrides": ["adapter=lora"], "rates": (5e-4, 1e-3, 2e-3)},
     "galore_subspace_r64": _galore("galore_subspace", 64),
     "galore_subspace_r128": _galore("galore_subspace", 128),
     "galore_r64": _galore("galore", 64),
