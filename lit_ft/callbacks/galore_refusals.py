@@ -92,7 +92,7 @@ def refuse_other_layers(
                 f"{name} was injected with rank {layer.rank}, GaLore has rank={rank}: give both "
                 "the same."
             )
-        if layer.side != layer.side_of(side, rank) and not layer.rows_are_tokens:
+        if layer.side != layer.side_of(side, rank):
             raise MisconfigurationException(
                 f"{name} was injected with side={layer.side}, GaLore has side={side}: give both "
                 "the same."

@@ -141,8 +141,8 @@ def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
     if rows is None:
         return {}
     if steps < 0:
-        epochs = trainer.max_epochs or -1
-        return {"this run": f"{epochs:,} times all rows"} if epochs > 0 else {}
+        epochs = trainer.max_epochs
+        return {} if epochs is None or epochs < 0 else {"this run": f"{epochs:,} times all rows"}
     rows *= trainer.accumulate_grad_batches * share_of_data(trainer)[1]
     extent = f"{steps:,} steps of {rows:,} rows"
     if 0 < batches < math.inf:

@@ -18,7 +18,7 @@ from lit_ft.sharding import is_sharded
 from lit_ft.subspace.conv1d import SubspaceConv1D
 from lit_ft.subspace.embedding import SubspaceEmbedding
 from lit_ft.subspace.head import SubspaceHead
-from lit_ft.subspace.layer import Side, Sides, SubspaceLayer
+from lit_ft.subspace.layer import Sides, SubspaceLayer
 from lit_ft.subspace.linear import SubspaceLinear
 from lit_ft.subspace.refusals import refuse_float16
 
@@ -62,9 +62,8 @@ def inject(
 
     Raises:
         ValueError: The rank is no positive integer, a target matches nothing or is no regular
-            expression, or a targeted layer is frozen,
-            quantised, sharded, without values (on the meta device), under an adapter, or shares
-            its weight with a layer that is not targeted.
+            expression, or a targeted layer is frozen, quantised, sharded, without values (on the
+            meta device), under an adapter, or shares its weight with a layer that is not targeted.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank}: give a positive whole number, such as 128.")
@@ -98,12 +97,11 @@ def inject(
             layer.side, layer.delta, layer.energy = twin.side, twin.delta, twin.energy
             module.register_buffer("basis", twin.basis)
             continue
-        layer_side: Side = "right" if weight in of_tokens else layer.side_of(side, rank)
         capped = min(rank, *weight.shape)
         if capped < rank:
             log.info("%s: rank %d is capped at %d, its smaller side.", name, rank, capped)
         generator = keyed_generator(torch.device("cpu"), seed, index)
-        layer.enter_subspace(capped, layer_side, generator=generator)
+        layer.enter_subspace(capped, layer.side_of(side, rank), generator=generator)
         injected[name] = by_weight[weight] = layer
     _keep_out_of_exports(model)
     keep_out_of_broadcasts(model)

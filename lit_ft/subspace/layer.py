@@ -39,8 +39,11 @@ class SubspaceLayer(nn.Module):
         """Return this layer's side: "std" is the shorter one, as in galore-torch; right of equals.
 
         There a basis of the same rank captures more, for a larger `delta`. A rank that fills the
-        shorter side has its basis there, whatever `sides` says: it captures all.
+        shorter side has its basis there, whatever `sides` says: it captures all. Rows of tokens are
+        always on the right side.
         """
+        if self.rows_are_tokens:
+            return "right"
         outputs, inputs = self.weight.shape[:: -1 if self.weight_is_transposed else 1]
         fills = rank >= min(outputs, inputs) and outputs != inputs
         if sides != "std" and not fills:
