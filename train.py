@@ -18,18 +18,18 @@ def main(cfg: DictConfig) -> float:
     # Imported here so that --help and mistyped names answer at once.
     import lightning as L
 
-    from lit_ft.console import command_line_exits, quieten_libraries
+    from lit_ft.run.console import command_line_exits, quieten_libraries
 
     quieten_libraries()  # the imports below have asides too
-    from lit_ft.config import refuse_untrusted, refuse_without_class
-    from lit_ft.job import (
+    from lit_ft.run.config import refuse_untrusted, refuse_without_class
+    from lit_ft.run.job import (
         available_accelerator,
         checkpoint_to_resume,
         fine_tune,
         refuse_to_start_processes,
         sensible_precision,
     )
-    from lit_ft.summary import RunSummary
+    from lit_ft.run.summary import RunSummary
 
     cfg.run_dir = HydraConfig.get().runtime.output_dir  # of this job, also inside a sweep
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    from lit_ft.config import names_near
+    from lit_ft.run.config import names_near
 
     try:
         main()

@@ -40,8 +40,8 @@ from torch.optim import AdamW
 
 from lit_ft import CausalLMModule, InstructionDataModule
 from lit_ft.callbacks import ThroughputMonitor
-from lit_ft.console import quieten_libraries
-from lit_ft.summary import hardware, versions
+from lit_ft.run.console import quieten_libraries
+from lit_ft.run.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 

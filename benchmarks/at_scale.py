@@ -31,12 +31,12 @@ from torch.optim import AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_ft.memory import optimizer_state_bytes, weight_bytes
-from lit_ft.parallel import fully_shard_model
-from lit_ft.sharding import local
+from lit_ft.measure import optimizer_state_bytes, weight_bytes
+from lit_ft.distributed import fully_shard_model
+from lit_ft.tensors.sharding import local
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.projectors import Oja
-from lit_ft.summary import hardware, versions
+from lit_ft.run.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "at_scale.json"
 RANKS_A_NODE = 8
@@ -103,7 +103,7 @@ def on_paper(
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
             # Rank 0 has the first rows; torch finds that out from values, which there are none of.
-            patch("lit_ft.subspace.layer.first_row", return_value=0),
+            patch("lit_ft.subspace.layers.base.first_row", return_value=0),
         ):
             return step_on_this_rank(config, mesh, **options)
     finally:

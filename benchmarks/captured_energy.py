@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_ft.console import quieten_libraries
-from lit_ft.losses import ChunkedCrossEntropy
+from lit_ft.run.console import quieten_libraries
+from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.subspace import SubspaceLayer, SubspaceStep, inject
 from lit_ft.subspace.projectors import SVD, Oja, Online, Projector, Random, SubspaceIteration
-from lit_ft.summary import hardware, versions
+from lit_ft.run.summary import hardware, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "captured_energy.json"

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from lit_ft.losses import ChunkedCrossEntropy
+from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim import stepped_in_pieces
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
-from lit_ft.summary import hardware, versions
+from lit_ft.run.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "layerwise.json"
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

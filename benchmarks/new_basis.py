@@ -9,7 +9,7 @@ import torch
 from galore_torch.galore_projector import GaLoreProjector
 from sides import now
 
-from lit_ft.subspace.products import projected_gradient_and_sketch
+from lit_ft.subspace.layers.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import SubspaceIteration
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lit_ft.summary import read_summary
+from lit_ft.run.summary import read_summary
 
 _NAMES = (
     "hidden_size",

@@ -31,8 +31,8 @@ from rich.progress import track
 from rich.table import Table
 from sides import METHODS, SIZES, Side, Step
 
-from lit_ft.memory import peak_bytes, reset_peak
-from lit_ft.summary import hardware, versions
+from lit_ft.measure import peak_bytes, reset_peak
+from lit_ft.run.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 ON_CPU = ("wide", "smollm2")

@@ -36,9 +36,9 @@ from rich.progress import track
 from rich.table import Table
 
 from lit_ft.callbacks import ThroughputMonitor
-from lit_ft.console import quieten_libraries
-from lit_ft.labels import IGNORED
-from lit_ft.summary import hardware, versions
+from lit_ft.run.console import quieten_libraries
+from lit_ft.loss.targets import IGNORED
+from lit_ft.run.summary import hardware, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality.jsonl"

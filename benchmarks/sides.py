@@ -13,8 +13,8 @@ from smollm2 import SMOLLM2
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_ft.losses import ChunkedCrossEntropy
-from lit_ft.memory import optimizer_state_bytes
+from lit_ft.loss.chunked import ChunkedCrossEntropy
+from lit_ft.measure import optimizer_state_bytes
 from lit_ft.models import FromConfig
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from lit_ft.console import quieten_libraries
-from lit_ft.summary import read_summary
+from lit_ft.run.console import quieten_libraries
+from lit_ft.run.summary import read_summary
 
 Message = dict[str, str]
 

@@ -16,13 +16,13 @@ from lit_ft.data import examples
 from lit_ft.data.batching import GlobalBatchSampler
 from lit_ft.data.collate import Collator
 from lit_ft.data.encoding import Encoder, EncodingReport, load_chat_template
-from lit_ft.data.examples import Bins
+from lit_ft.data.tables import Bins
 from lit_ft.data.formats import Format, Message
 from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
-from lit_ft.global_batch import share_of_data
+from lit_ft.loss.token_mean import share_of_data
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -17,12 +17,12 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins import HalfPrecision, Precision
 from torch import Tensor
 
-from lit_ft.checkpoint_folder import CheckpointFolder
-from lit_ft.config import refuse_untrusted
-from lit_ft.console import quieten_libraries
+from lit_ft.storage.checkpoint_folder import CheckpointFolder
+from lit_ft.run.config import refuse_untrusted
+from lit_ft.run.console import quieten_libraries
 from lit_ft.data.encoding import load_chat_template
-from lit_ft.replacing import whole_at
-from lit_ft.summary import read_summary
+from lit_ft.storage.atomic import whole_at
+from lit_ft.run.summary import read_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

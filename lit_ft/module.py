@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from lit_ft.compatibility import QUANTISED_ARE_NOT_SHARDED, check_optimizer, check_sharding
-from lit_ft.global_batch import GlobalBatch, share_of_data
-from lit_ft.isolation import keeps_packed_examples_apart
-from lit_ft.labels import IGNORED
-from lit_ft.losses import (
+from lit_ft.compat.checks import QUANTISED_ARE_NOT_SHARDED, check_optimizer, check_sharding
+from lit_ft.loss.token_mean import GlobalBatch, share_of_data
+from lit_ft.loss.probes import keeps_packed_examples_apart
+from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.chunked import (
     ChunkedCrossEntropy,
     ModelLoss,
     TokenLoss,
@@ -38,9 +38,9 @@ from lit_ft.optim import (
     stepped_in_pieces,
     stochastically_rounded,
 )
-from lit_ft.parallel import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
-from lit_ft.rounding import keyed_generator
-from lit_ft.sharding import whole
+from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
+from lit_ft.tensors.stochastic_rounding import keyed_generator
+from lit_ft.tensors.sharding import whole
 
 Batch = Mapping[str, Any]
 

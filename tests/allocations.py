@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_ft.memory.storage import storage_bytes
+from lit_ft.measure.storage_bytes import storage_bytes
 
 
 class _Outputs(TorchDispatchMode):

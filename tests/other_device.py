@@ -19,7 +19,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-from lit_ft.losses import ChunkedCrossEntropy
+from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.subspace import SubspaceStep, bases, head, inject, layer
 from lit_ft.subspace.projectors import SVD, Oja, Projector, Random, SubspaceIteration
 from tests.test_losses import tiny_model

@@ -22,7 +22,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from lit_ft import CausalLMModule
-from lit_ft.callbacks.lookup import callbacks_of
+from lit_ft.callbacks._support.trainer import callbacks_of
 from tests.running import CONF
 
 README = CONF.parent / "README.md"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchao.optim import AdamW8bit
 
-from lit_ft.eight_bit import zeros_8bit
+from lit_ft.tensors.quantized_state import zeros_8bit
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.adamw_8bit import _update
 from lit_ft.subspace.moments import rotate_moments

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lit_ft.callbacks import batch_size
-from lit_ft.memory import MemoryReading
+from lit_ft.measure import MemoryReading
 from tests.commands import TINY
 from tests.running import run_job
 from tests.stopping import at

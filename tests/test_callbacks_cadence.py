@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_ft.callbacks.cadence import Cadence
+from lit_ft.callbacks._support.every_n_steps import Cadence
 
 
 def trainer_at(step: int, log_every_n_steps: int = 50) -> SimpleNamespace:

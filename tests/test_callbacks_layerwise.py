@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from examples.other_project import Regression
 from lit_ft.callbacks import GaLore, LayerwiseUpdate
-from lit_ft.parallel import FSDP2Strategy
+from lit_ft.distributed import FSDP2Strategy
 from lit_ft.subspace.projectors import SVD
 from tests.running import CONF, run_job
 from tests.test_job import same

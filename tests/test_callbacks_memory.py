@@ -11,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_ft.callbacks import MemoryMonitor
-from lit_ft.memory import peak_bytes
+from lit_ft.measure import peak_bytes
 
 GIB = 2**30
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_ft.callbacks import ThroughputMonitor, throughput
-from lit_ft.callbacks.batch_work import count_tokens, sum_squared_lengths
-from lit_ft.flops import training_flops
+from lit_ft.measure.batch_counts import count_tokens, sum_squared_lengths
+from lit_ft.measure.flops import training_flops
 
 DATA, STEP, VALIDATION, SAMPLES, SAVING = 0.5, 1.0, 1e3, 1e4, 1e5
 TOKENS = 6  # of a batch

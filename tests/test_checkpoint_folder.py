@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from lit_ft.callbacks import AtomicCheckpointIO
-from lit_ft.checkpoint_folder import CheckpointFolder, write_parts, write_rest
+from lit_ft.storage.checkpoint_folder import CheckpointFolder, write_parts, write_rest
 
 
 class Poison:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_ft.config import names_near, refuse_untrusted, refuse_without_class
+from lit_ft.run.config import names_near, refuse_untrusted, refuse_without_class
 from tests.running import CONF
 
 

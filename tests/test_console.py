@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException, InstantiationException
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_ft.console import command_line_exits, quieten_libraries
+from lit_ft.run.console import command_line_exits, quieten_libraries
 from tests.commands import TINY, run
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lit_ft.rounding import random_bits, round_moved, round_with
+from lit_ft.tensors.stochastic_rounding import random_bits, round_moved, round_with
 from lit_ft.subspace import inject
 from tests.running import ANYWHERE, CONF, SAMPLES, run_job
 

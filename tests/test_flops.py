@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lit_ft.flops import training_flops
+from lit_ft.measure.flops import training_flops
 from lit_ft.subspace import inject
 
 BATCH, LENGTH, LAYERS, HIDDEN, VOCAB = 2, 12, 3, 16, 40

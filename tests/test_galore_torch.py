@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_ft.memory import optimizer_state_bytes
+from lit_ft.measure import optimizer_state_bytes
 from lit_ft.optim.galore_torch import GaLoreTorchAdafactor, GaLoreTorchAdamW
 
 SETTINGS = {"rank": 2, "update_proj_gap": 3, "scale": 0.5, "proj_type": "std"}

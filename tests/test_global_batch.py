@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_ft.global_batch import GlobalBatch
+from lit_ft.loss.token_mean import GlobalBatch
 
 micro_batches = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 

@@ -1,6 +1,6 @@
 import torch
 
-from lit_ft.isolation import keeps_packed_examples_apart
+from lit_ft.loss.probes import keeps_packed_examples_apart
 from tests.test_losses import tiny_model
 
 IDS = torch.arange(5, 25)

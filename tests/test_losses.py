@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_ft.labels import IGNORED
-from lit_ft.losses import ChunkedCrossEntropy, ModelLoss, chunked_cross_entropy
+from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.chunked import ChunkedCrossEntropy, ModelLoss, chunked_cross_entropy
 
 
 def tiny_model(model_type: str, **config):

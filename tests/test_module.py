@@ -10,8 +10,8 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
-from lit_ft.labels import IGNORED
-from lit_ft.losses import ChunkedCrossEntropy, ModelLoss
+from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.chunked import ChunkedCrossEntropy, ModelLoss
 from lit_ft.models import FromConfig
 from lit_ft.optim import WarmupSchedule
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lit_ft import row_pieces
+from lit_ft.tensors import row_blocks as row_pieces
 from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stepped_in_pieces, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.subspace.moments import rotate_moments

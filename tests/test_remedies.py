@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_ft.datamodule import InstructionDataModule
-from lit_ft.remedies import remedies_for_out_of_memory
+from lit_ft.run.failures import remedies_for_out_of_memory
 from tests.support_matrix import STRATEGIES, Cell, cells, module_and_trainer, refusal
 
 DATA = InstructionDataModule()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_ft.replacing import beside, put_in_place, whole_at
+from lit_ft.storage.atomic import beside, put_in_place, whole_at
 
 KINDS = ["file", "folder"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_ft.subspace import inject
-from lit_ft.subspace.head import SubspaceHead
+from lit_ft.subspace.layers.head import SubspaceHead
 from lit_ft.subspace.projectors import Oja
 from tests.test_losses import tiny_model
 from tests.test_subspace_step import Run, batches

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_ft.labels import IGNORED
-from lit_ft.losses import ChunkedCrossEntropy, ModelLoss
+from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.chunked import ChunkedCrossEntropy, ModelLoss
 from lit_ft.subspace import inject, layer_group, subspace_layers
 from tests.allocations import LargestTensor
 from tests.test_losses import tiny_model

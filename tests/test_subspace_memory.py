@@ -6,10 +6,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from lit_ft.losses import ChunkedCrossEntropy
-from lit_ft.memory import optimizer_state_bytes
-from lit_ft.memory.storage import storage_bytes
-from lit_ft.memory.tracker import state_tensors
+from lit_ft.loss.chunked import ChunkedCrossEntropy
+from lit_ft.measure import optimizer_state_bytes
+from lit_ft.measure.storage_bytes import storage_bytes
+from lit_ft.measure.memory import state_tensors
 from lit_ft.models import FromConfig
 from lit_ft.optim import build_optimizer
 from lit_ft.subspace import SubspaceStep, inject

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_ft.subspace import Refresh
-from lit_ft.subspace.observation import overlap, squared_update
+from lit_ft.subspace.stats import overlap, squared_update
 from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
 from tests.test_subspace_step import Run, assert_equal, batches
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from lit_ft.losses import ChunkedCrossEntropy
+from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim import build_optimizer, rounding, stochastically_rounded
 from lit_ft.subspace import SubspaceStep, inject, layer
 from lit_ft.subspace.projectors import Oja

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import AdamW
 
-from lit_ft.labels import IGNORED
-from lit_ft.losses import ChunkedCrossEntropy
+from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.subspace import Refresh, SubspaceStep, bases, inject
 from lit_ft.subspace.moments import change_of_basis, rotated

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lit_ft.summary import RunSummary, read_summary, status_of
+from lit_ft.run.summary import RunSummary, read_summary, status_of
 
 KEYS = [
     "schema_version",
@@ -75,7 +75,7 @@ def test_lightnings_exit_after_ctrl_c_is_an_interruption():
 
 def test_a_killed_run_leaves_interrupted_behind(tmp_path):
     script = (
-        "import sys, time\nfrom lit_ft.summary import RunSummary\n"
+        "import sys, time\nfrom lit_ft.run.summary import RunSummary\n"
         "with RunSummary(sys.argv[1], {}):\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen(

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lit_ft.memory import (
+from lit_ft.measure import (
     current_bytes,
     estimate_state_bytes,
     optimizer_state_bytes,
@@ -25,8 +25,8 @@ from lit_ft.memory import (
     weight_bytes,
 )
 from lit_ft.optim import RowwiseAdamW8bit
-from lit_ft.optim.rounding import stochastically_rounded
-from lit_ft.row_pieces import row_pieces
+from lit_ft.optim.rounded import stochastically_rounded
+from lit_ft.tensors.row_blocks import row_pieces
 
 MIB = 2**20
 OPTIMIZERS = {

@@ -8,8 +8,8 @@ import signal
 import pytest
 import torch
 
-from lit_ft.memory import peak_bytes
-from lit_ft.summary import read_summary
+from lit_ft.measure import peak_bytes
+from lit_ft.run.summary import read_summary
 from tests.commands import TINY, run, signal_at, start
 from tests.running import run_job
 

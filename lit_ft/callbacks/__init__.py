@@ -2,7 +2,7 @@
 
 from lit_ft.callbacks.batch_size import AutoBatchSize
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
-from lit_ft.callbacks.checkpoint_io import AtomicCheckpointIO
+from lit_ft.storage.checkpoint_io import AtomicCheckpointIO
 from lit_ft.callbacks.export import ExportHF
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate

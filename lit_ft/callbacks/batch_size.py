@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_ft.memory import estimate_state_bytes, is_out_of_memory, peak_bytes, reset_peak
-from lit_ft.memory.tracker import current_bytes
+from lit_ft.measure import estimate_state_bytes, is_out_of_memory, peak_bytes, reset_peak
+from lit_ft.measure.memory import current_bytes
 
 
 class AutoBatchSize(Callback):

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lit_ft.callbacks.cadence import Cadence
+from lit_ft.callbacks._support.every_n_steps import Cadence
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_ft.sharding import is_spread
+from lit_ft.tensors.sharding import is_spread
 
 
 class ExportHF(Callback):
@@ -69,7 +69,7 @@ class ExportHF(Callback):
         if not trainer.is_global_zero and not is_spread(pl_module.model):
             return  # ranks that hold a part each write that
         # Not above: it brings transformers and peft along.
-        from lit_ft.models.export import export_model
+        from lit_ft.models.export.whole import export_model
 
         tokenizer = getattr(pl_module, "tokenizer", None)
         self.export_path = export_model(

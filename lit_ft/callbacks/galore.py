@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.callbacks.galore_refusals import (
+from lit_ft.callbacks._support.galore_refusals import (
     refuse_module_or_strategy,
     refuse_other_callbacks,
     refuse_other_layers,
 )
-from lit_ft.callbacks.lookup import loss_scaler, only_optimizer
+from lit_ft.callbacks._support.trainer import loss_scaler, only_optimizer
 from lit_ft.subspace import (
     MATCH_ADAMW,
     Refresh,
@@ -29,7 +29,7 @@ from lit_ft.subspace import (
     keep_out_of_broadcasts,
     subspace_layers,
 )
-from lit_ft.subspace.layer import Sides
+from lit_ft.subspace.layers.base import Sides
 from lit_ft.subspace.projectors import Oja, Projector
 from lit_ft.subspace.scale import refuse_scale
 from lit_ft.subspace.schedule import refuse_interval

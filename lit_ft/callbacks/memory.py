@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_ft.callbacks.cadence import Cadence
-from lit_ft.memory.tracker import current_bytes, peak_bytes, reset_peak
+from lit_ft.callbacks._support.every_n_steps import Cadence
+from lit_ft.measure.memory import current_bytes, peak_bytes, reset_peak
 
 _GIB = 2**30
 
@@ -18,7 +18,7 @@ class MemoryMonitor(Callback):
 
     The peak counts from the start of training where the device allows it, so that loading the
     model is not in it, and is shown in the progress bar as `peak GiB`. What is measured depends on
-    the device: see `lit_ft.memory.MemoryReading`.
+    the device: see `lit_ft.measure.MemoryReading`.
 
     Args:
         every_n_steps: optimizer steps between two readings; None follows `log_every_n_steps`.

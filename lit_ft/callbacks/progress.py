@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.callbacks import RichProgressBar
 
-from lit_ft.callbacks.cadence import Cadence
+from lit_ft.callbacks._support.every_n_steps import Cadence
 
 
 class ProgressBar(LightningProgressBar):

@@ -8,11 +8,11 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_ft.callbacks.cadence import Cadence
+from lit_ft.callbacks._support.every_n_steps import Cadence
 from lit_ft.callbacks.galore import GaLore
-from lit_ft.callbacks.lookup import find_callback
+from lit_ft.callbacks._support.trainer import find_callback
 from lit_ft.subspace import Refresh, SubspaceLayer, SubspaceStep, layer_group
-from lit_ft.subspace.observation import Reading
+from lit_ft.subspace.stats import Reading
 
 
 class SubspaceRefresh(Callback):

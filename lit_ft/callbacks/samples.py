@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_ft.callbacks.cadence import Cadence
-from lit_ft.sharding import fsdp_root, is_spread
+from lit_ft.callbacks._support.every_n_steps import Cadence
+from lit_ft.tensors.sharding import fsdp_root, is_spread
 
 Prompt = str | Sequence[dict[str, str]]
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)

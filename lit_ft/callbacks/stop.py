@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.callbacks.checkpoint import LastCheckpoint
-from lit_ft.callbacks.lookup import callbacks_of
+from lit_ft.callbacks._support.trainer import callbacks_of
 
 _WARNING: Any = getattr(signal, "SIGUSR2", None)  # which Windows does not have
 

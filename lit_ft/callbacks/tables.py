@@ -15,15 +15,15 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_ft.global_batch import share_of_data
-from lit_ft.memory import estimate_state_bytes
-from lit_ft.models.size import model_size, num_weights
+from lit_ft.loss.token_mean import share_of_data
+from lit_ft.measure import estimate_state_bytes
+from lit_ft.measure.model_size import model_size, num_weights
 
 
 class StartTable(Callback):
     """Print model, optimizer (group by group) and data once, before the first step.
 
-    The bytes of optimizer state are an estimate (`lit_ft.memory.estimate_state_bytes`); under a
+    The bytes of optimizer state are an estimate (`lit_ft.measure.estimate_state_bytes`); under a
     sharded strategy weights and state are this rank's. Data counts come from the datamodule's
     `reports`, a mapping from a split's name to anything that prints, if it has one.
     """

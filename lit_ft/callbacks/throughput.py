@@ -10,10 +10,10 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_ft.callbacks.batch_work import Work, count_tokens, num_samples, sum_squared_lengths
-from lit_ft.callbacks.cadence import Cadence
-from lit_ft.flops import TrainingFlops, training_flops
-from lit_ft.global_batch import share_of_data
+from lit_ft.measure.batch_counts import Work, count_tokens, num_samples, sum_squared_lengths
+from lit_ft.callbacks._support.every_n_steps import Cadence
+from lit_ft.measure.flops import TrainingFlops, training_flops
+from lit_ft.loss.token_mean import share_of_data
 
 
 class Stopwatch:
@@ -40,7 +40,7 @@ class ThroughputMonitor(Callback):
 
     `tokens_per_second`, `samples_per_second` and `step_seconds` are over the optimizer steps since
     the last log, summed over all ranks; tokens are those that are not padding. `mfu` (model FLOPs
-    utilisation, see `lit_ft.flops`; the output head counts on target tokens) comes along where
+    utilisation, see `lit_ft.measure.flops`; the output head counts on target tokens) comes along where
     Lightning knows the device's peak rate. The progress bar shows `tok/s`.
 
     **What is timed.** The wait for data, the training step, and the module's own hooks. What

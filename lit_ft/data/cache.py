@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format
 from lit_ft.data.sources import Source
-from lit_ft.user_cache import user_cache
+from lit_ft.storage.cache_dir import user_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset

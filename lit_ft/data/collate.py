@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_ft.labels import IGNORED
+from lit_ft.loss.targets import IGNORED
 
 Example = Mapping[str, Sequence[int]]
 Row = Sequence[Example]

@@ -21,7 +21,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lit_ft.data.formats import Conversation, Message
 from lit_ft.data.rows import ParsedRow
-from lit_ft.labels import IGNORED
+from lit_ft.loss.targets import IGNORED
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REMEDY = (

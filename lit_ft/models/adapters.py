@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lit_ft.sharding import spread_like, whole
+from lit_ft.tensors.sharding import spread_like, whole
 
 # What reads no base weight, changes none, and trains no copy of one.
 _WORK_SHARDED = {

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.hub import cached_file
 
-from lit_ft.user_cache import user_cache
+from lit_ft.storage.cache_dir import user_cache
 
 
 def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = None) -> Path:

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from lit_ft.models.gguf import as_safetensors
-from lit_ft.models.sharded import from_pretrained_in_shards
-from lit_ft.rounding import own_gpu
+from lit_ft.models.load_sharded import from_pretrained_in_shards
+from lit_ft.tensors.stochastic_rounding import own_gpu
 
 Shard = Callable[[PreTrainedModel], None]
 

@@ -12,7 +12,7 @@ import transformers.optimization
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lit_ft.sharding import added_over_ranks, holds_whole_rows, local, whole
+from lit_ft.tensors.sharding import added_over_ranks, holds_whole_rows, local, whole
 
 
 class Adafactor(transformers.optimization.Adafactor):

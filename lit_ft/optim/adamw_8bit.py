@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lit_ft.eight_bit import as_float, zeros_8bit
-from lit_ft.row_pieces import row_pieces, rows_of
-from lit_ft.sharding import local
+from lit_ft.tensors.quantized_state import as_float, zeros_8bit
+from lit_ft.tensors.row_blocks import row_pieces, rows_of
+from lit_ft.tensors.sharding import local
 
 
 class RowwiseAdamW8bit(Optimizer):
@@ -103,7 +103,7 @@ class RowwiseAdamW8bit(Optimizer):
                 group["weight_decay"],
                 group["eps"],
                 True,  # AdamW's decay
-                False,  # bfloat16 weights: see lit_ft.optim.rounding
+                False,  # bfloat16 weights: see lit_ft.optim.rounded
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

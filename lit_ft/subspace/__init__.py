@@ -11,10 +11,10 @@ from lit_ft.subspace.inject import (
     subspace_layers,
     targeted,
 )
-from lit_ft.subspace.layer import SubspaceLayer
+from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.subspace.scale import MATCH_ADAMW
 from lit_ft.subspace.schedule import Refresh
-from lit_ft.subspace.stepping import SubspaceStep
+from lit_ft.subspace.updater import SubspaceStep
 
 __all__ = [
     "MATCH_ADAMW",

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lit_ft.eight_bit import as_float
-from lit_ft.row_pieces import row_pieces, rows_of
-from lit_ft.sharding import local
+from lit_ft.tensors.quantized_state import as_float
+from lit_ft.tensors.row_blocks import row_pieces, rows_of
+from lit_ft.tensors.sharding import local
 
 
 def change_of_basis(old: Tensor, new: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import SGD, Muon, Optimizer
 
-from lit_ft.subspace.layer import SubspaceLayer
+from lit_ft.subspace.layers.base import SubspaceLayer
 
 MATCH_ADAMW = "match_adamw"
 

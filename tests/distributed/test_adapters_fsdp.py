@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import AtomicCheckpointIO, SampleGenerations
 from lit_ft.models import FromConfig, Pretrained, add_adapter, export_model
-from lit_ft.models.export import merged
-from lit_ft.parallel import FSDP2Strategy
-from lit_ft.sharding import is_sharded, whole
+from lit_ft.models.export.whole import merged
+from lit_ft.distributed import FSDP2Strategy
+from lit_ft.tensors.sharding import is_sharded, whole
 from tests.allocations import watched
 from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import (

@@ -28,8 +28,8 @@ from lit_ft.models import Pretrained
 from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 from lit_ft.optim.galore_torch import GaLoreTorchAdafactor
-from lit_ft.parallel import FSDP2Strategy, fully_shard_model
-from lit_ft.sharding import whole
+from lit_ft.distributed import FSDP2Strategy, fully_shard_model
+from lit_ft.tensors.sharding import whole
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
 from tests.ranks import WORLD
 from tests.test_module import batch_of, rows, trainer_of

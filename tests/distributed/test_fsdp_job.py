@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from lit_ft.callbacks import AtomicCheckpointIO
 from lit_ft.chat import main as chat
 from lit_ft.export import main as export
-from lit_ft.replacing import whole_at
+from lit_ft.storage.atomic import whole_at
 from tests.commands import TINY, start
 
 pytestmark = pytest.mark.slow

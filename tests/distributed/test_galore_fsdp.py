@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft.callbacks import GaLore
-from lit_ft.labels import IGNORED
-from lit_ft.losses import ModelLoss
-from lit_ft.sharding import whole
+from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.chunked import ModelLoss
+from lit_ft.tensors.sharding import whole
 from lit_ft.subspace import SubspaceStep, inject
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
 from tests.ranks import WORLD

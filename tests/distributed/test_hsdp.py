@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
 from lit_ft.models import Pretrained
-from lit_ft.parallel import FSDP2Strategy
+from lit_ft.distributed import FSDP2Strategy
 from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import folder, train
 from tests.test_module import trainer_of

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft.models import Pretrained
-from lit_ft.parallel import FSDP2Strategy
-from lit_ft.sharding import whole
+from lit_ft.distributed import FSDP2Strategy
+from lit_ft.tensors.sharding import whole
 from tests.allocations import watched
 from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import LARGER, LLAMA, folder, save_llama, train

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lit_ft.optim import RowwiseAdamW8bit, narrowed, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
-from lit_ft.sharding import whole
+from lit_ft.tensors.sharding import whole
 from lit_ft.subspace.moments import rotate_moments
 from tests.ranks import WORLD
 

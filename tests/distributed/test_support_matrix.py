@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_ft.sharding import is_sharded, whole
+from lit_ft.tensors.sharding import is_sharded, whole
 from tests.distributed.test_fsdp import batches, save_llama
 from tests.ranks import WORLD
 from tests.support_matrix import (

@@ -26,13 +26,13 @@ from lit_ft.callbacks import (
     SampleGenerations,
     ThroughputMonitor,
 )
-from lit_ft.global_batch import share_of_data
+from lit_ft.loss.token_mean import share_of_data
 from lit_ft.models import FromConfig, Pretrained
 from lit_ft.optim import MuonAdamW, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
-from lit_ft.parallel import TensorParallelStrategy
-from lit_ft.parallel.tensor_parallel import tensor_parallel_model
-from lit_ft.sharding import whole
+from lit_ft.distributed import TensorParallelStrategy
+from lit_ft.distributed.tensor_parallel import tensor_parallel_model
+from lit_ft.tensors.sharding import whole
 from tests.distributed.test_fsdp import LLAMA, STEPS, batches, save_llama
 from tests.test_module import trainer_of
 

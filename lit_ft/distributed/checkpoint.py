@@ -1,0 +1,164 @@
+"""Save and load a sharded model's checkpoint, each rank its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from lit_ft.storage.checkpoint_folder import CheckpointFolder, write_parts, write_rest
+from lit_ft.storage.atomic import beside, put_in_place, remove, sync_folder
+from lit_ft.tensors.sharding import spread_like
+
+
+def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
+    """Save Lightning's `checkpoint` as the folder `target`; call it on every rank.
+
+    What was at `target` is there until the new folder is whole.
+
+    Raises:
+        OSError: A rank could not write; on all ranks.
+    """
+    rest = dict(checkpoint)
+    parts = {"state_dict": rest.pop("state_dict")}
+    for index, state in enumerate(rest.pop("optimizer_states", [])):
+        parts[f"optimizer_{index}"] = state
+    folder = beside(target)
+
+    def begin() -> None:
+        remove(folder)
+        folder.mkdir(parents=True)
+
+    def finish() -> None:
+        write_rest(rest, folder)
+        sync_folder(folder)
+        put_in_place(folder, target)
+
+    try:
+        _on_first_rank(begin)
+        write_parts(parts, folder)
+        _on_first_rank(finish)
+    except OSError as error:
+        if dist.get_rank() == 0:
+            remove(folder)
+        raise OSError(
+            f"Cannot write the checkpoint {target}: {error}. The one before it, if any, is intact. "
+            "Make room or choose another folder."
+        ) from error
+
+
+def load_parts(
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Load the folder `path` into the sharded `module` and `optimizers`; return what else it holds.
+
+    Call it on every rank; each reads its part, whatever the number of ranks that saved it.
+
+    Raises:
+        KeyError: It holds weights alone, and there are optimizers.
+        RuntimeError: It is of another model or optimizer.
+        ValueError: It is broken, or holds objects that are more than plain values.
+    """
+    folder = CheckpointFolder(path)
+    rest = folder.load_rest(weights_only=weights_only is not False)
+    if optimizers and not folder.has_optimizers:
+        raise _of_the_model_alone(path)
+    saved = folder.tensors("state_dict.")
+    weights = {
+        name: weight
+        for name, weight in get_model_state_dict(module).items()
+        if f"state_dict.{name}" in saved
+    }
+    folder.load({"state_dict": weights})
+    module.load_state_dict(weights)  # which knows what may be left out
+    for index, optimizer in enumerate(optimizers):
+        state: dict[str, Any] = {f"optimizer_{index}": get_optimizer_state_dict(module, optimizer)}
+        folder.load(state)
+        set_optimizer_state_dict(module, optimizer, optim_state_dict=state[f"optimizer_{index}"])
+    return rest
+
+
+def load_file(
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    *,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Load the file `path`, saved by any number of ranks or one process, as `load_parts` does.
+
+    Raises:
+        KeyError: It holds weights alone, and there are optimizers.
+        RuntimeError: It is of another model or optimizer.
+    """
+    checkpoint: dict[str, Any] = torch.load(
+        path, map_location="cpu", mmap=True, weights_only=weights_only is not False
+    )
+    if optimizers and "optimizer_states" not in checkpoint:
+        raise _of_the_model_alone(path)
+    spread = get_model_state_dict(module)
+    saved = checkpoint.pop("state_dict")
+    module.load_state_dict(
+        {name: spread_like(value, spread.get(name, value)) for name, value in saved.items()}
+    )
+    states = checkpoint.pop("optimizer_states", [])
+    for optimizer, state in zip(optimizers, states, strict=bool(optimizers)):
+        set_optimizer_state_dict(
+            module,
+            optimizer,
+            optim_state_dict=_by_names(state, optimizer, module),
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
+    return checkpoint
+
+
+def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Return an optimizer's saved `state` under the names of parameters, not their numbers."""
+    named = {parameter: name for name, parameter in module.named_parameters()}
+    mine, groups = optimizer.param_groups, state["param_groups"]
+    if [len(group["params"]) for group in mine] != [len(group["params"]) for group in groups]:
+        raise RuntimeError("Error in loading state_dict for an optimizer: its groups are others.")
+    names: dict[int, str] = {}
+    for group, saved in zip(mine, groups, strict=True):
+        names |= dict(zip(saved["params"], (named[p] for p in group["params"]), strict=True))
+    return {
+        "state": {names[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in groups
+        ],
+    }
+
+
+def _of_the_model_alone(path: Path) -> KeyError:
+    return KeyError(
+        f"{path} holds the model alone, no state of an optimizer to go on from: resume from "
+        "last.ckpt."
+    )
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Do it on the first rank; its OSError is raised on all."""
+    failed: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+            failed = [str(error).partition("\n")[0]]
+    dist.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise OSError(failed[0])

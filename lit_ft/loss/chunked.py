@@ -1,0 +1,238 @@
+"""The training loss: a sum over target tokens, without the [tokens, vocabulary] logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from lit_ft.loss.targets import IGNORED
+from lit_ft.tensors.sharding import is_sharded
+
+_CHUNK_TOKENS = 256
+_FLOAT16_UNIT = 64.0  # nats: float16 ends at 65,504, which 32 texts of 1,024 tokens can reach
+
+
+class TokenLoss(Protocol):
+    """Sums the loss over the target tokens of a batch."""
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """Return the summed loss, a scalar; `labels` [B, T] are not shifted, -100 is ignored."""
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    repeatable: bool = False,
+) -> Tensor:
+    """Sum the next-token cross-entropy over the target positions, a chunk of tokens at a time.
+
+    Positions without a target are left out before the product with the head, and torch's
+    `linear_cross_entropy` holds the logits of one chunk only.
+
+    Args:
+        hidden: [B, T, d], the last hidden states.
+        weight: [V, d], the output head.
+        labels: [B, T], unshifted: `hidden[:, t]` predicts `labels[:, t + 1]`; -100 is ignored.
+        bias: [V] or None.
+        chunk_tokens: Target tokens a chunk. None leaves it to torch on a GPU and takes 256 on the
+            CPU, where torch's own choice is one token (1/6 of the speed at V = 49,152).
+        repeatable: Let backward run more than once over the graph, which torch's op refuses; for
+            one more copy of the head's gradient.
+
+    Returns:
+        The sum in nats, a float32 scalar (float64 for float64 inputs); zero, with a graph, where
+        there is no target. From bfloat16 inputs it is rounded to 3 digits while gradients are
+        recorded, and otherwise the sum of the terms in float32.
+    """
+    if not torch.is_grad_enabled():
+        head = partial(linear, weight=weight, bias=bias)
+        return cross_entropy_through(head, hidden, labels, chunk_tokens=chunk_tokens)
+    states, targets = _at_targets(hidden, labels)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        states, weight = states.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if chunk_tokens is None and hidden.device.type == "cpu":
+        chunk_tokens = _CHUNK_TOKENS
+    policy: Literal["compact", "auto"] = "compact" if states.dtype == torch.float32 else "auto"
+    unit = _FLOAT16_UNIT if states.dtype == torch.float16 else 1.0
+    summed = partial(
+        linear_cross_entropy,
+        target=targets,
+        reduction="sum",  # comes back in the input's dtype; its gradient is not rounded that way
+        ignore_index=IGNORED,
+        weight=None if unit == 1.0 else weight.new_full(weight.shape[:1], 1.0 / unit),
+        options=LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens, acc_policy=policy),
+    )
+    loss: Tensor
+    if repeatable:
+        loss = _Repeatable.apply(summed, states, weight, bias)  # type: ignore[no-untyped-call]
+    else:
+        loss = summed(states, weight, linear_bias=bias)
+    return loss.to(torch.promote_types(loss.dtype, torch.float32)) * unit
+
+
+def cross_entropy_through(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Sum the same cross-entropy from what `head` makes of a chunk of tokens, once a pass.
+
+    For a head of which ranks hold parts (tensor parallelism): its own forward pass brings the
+    chunk's logits together, which takes no knowledge of how it is cut.
+    """
+
+    def summed(states: Tensor, targets: Tensor) -> Tensor:
+        logits = head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+
+    size = chunk_tokens or _CHUNK_TOKENS
+    states, targets = _at_targets(hidden, labels)
+    chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
+    # Backward makes the logits again rather than keep those of all chunks.
+    losses: list[Tensor] = [checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(losses).sum()
+
+
+def _at_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    targets = labels[:, 1:].reshape(-1)
+    keep = (targets != IGNORED).nonzero().squeeze(1)
+    # With no target at all one ignored position keeps the graph whole: under DDP every parameter
+    # must receive a gradient on every rank.
+    keep = keep if keep.numel() else keep.new_zeros(1)
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep], targets[keep]
+
+
+class _Repeatable(torch.autograd.Function):
+    """Takes the gradients in the forward pass, as the chunked op does, and keeps them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        summed: Callable[..., Tensor],
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        inputs = {"input": states, "linear_weight": weight, "linear_bias": bias}
+        leaves = {
+            name: tensor if tensor is None else tensor.detach().requires_grad_(needed)
+            for (name, tensor), needed in zip(inputs.items(), ctx.needs_input_grad[1:], strict=True)
+        }
+        with torch.enable_grad():
+            loss = summed(**leaves)
+        wanted = [leaf for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(loss, wanted))
+        ctx.save_for_backward(
+            *(
+                next(found) if leaf is not None and leaf.requires_grad else None
+                for leaf in leaves.values()
+            )
+        )
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (kept if kept is None else kept * scale for kept in ctx.saved_tensors)
+        return None, *scaled
+
+
+@dataclass
+class ChunkedCrossEntropy:
+    """Cross-entropy from the hidden states and the output head, chunk by chunk.
+
+    Right for models whose loss is the cross-entropy of `head(hidden)` and nothing else:
+    `agrees_with` finds out whether that is so.
+
+    Args:
+        chunk_tokens: As in `chunked_cross_entropy`.
+        repeatable: As in `chunked_cross_entropy`.
+    """
+
+    chunk_tokens: int | None = None
+    repeatable: bool = False
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """Return the summed loss of the batch, a scalar."""
+        causal_lm = without_adapter_wrapper(model)
+        # Without a cache, or transformers would not look for packed examples.
+        hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+        head = causal_lm.get_output_embeddings()
+        if torch.is_grad_enabled() and hasattr(head, "summed_cross_entropy"):
+            # A head in a subspace takes its own gradients: no [V, d] is formed. A chunk's logits
+            # are the largest tensor of a step; a GPU reads the whole head for each chunk.
+            chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 512)
+            return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)  # type: ignore[no-any-return]
+        if is_sharded(head.weight):
+            return cross_entropy_through(head, hidden, labels, chunk_tokens=self.chunk_tokens)
+        return chunked_cross_entropy(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            chunk_tokens=self.chunk_tokens,
+            repeatable=self.repeatable,
+        )
+
+    @torch.no_grad()
+    def agrees_with(self, model: nn.Module, input_ids: Tensor) -> bool:
+        """Whether the model's loss on `input_ids` [B, T] is the cross-entropy of `head(hidden)`."""
+        causal_lm = without_adapter_wrapper(model)
+        head: Any = causal_lm.get_output_embeddings()
+        plain = type(head) is nn.Linear or hasattr(head, "summed_cross_entropy")
+        if not plain or head._forward_pre_hooks or head._forward_hooks:
+            return False  # an adapter, a quantised weight or a hook: its output is not x Wᵀ
+        was_training = model.training
+        model.eval()
+        try:
+            own = causal_lm(input_ids=input_ids, labels=input_ids, use_cache=False)
+            hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            # A soft cap hardly shows on small logits, such as those of random weights: amplify.
+            amplify = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 1024,))
+            try:
+                logits = causal_lm(input_ids=input_ids, use_cache=False).logits
+            finally:
+                amplify.remove()
+        finally:
+            model.train(was_training)
+        plain_loss = cross_entropy(
+            own.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten()
+        )
+        adds_no_loss = torch.allclose(own.loss.float(), plain_loss, rtol=1e-5, atol=1e-6)
+        tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
+        scale = logits.abs().max().float()
+        difference = (logits.float() - head(hidden * 1024).float()).abs().max()
+        return adds_no_loss and bool(difference <= tolerance * scale)
+
+
+@dataclass
+class ModelLoss:
+    """The loss that the model computes itself: it may transform its logits and add losses."""
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """Return the summed loss of the batch, a scalar."""
+        num_targets = (labels[:, 1:] != IGNORED).sum()
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        # A mean over no targets is 0/0.
+        return torch.where(num_targets > 0, loss, torch.zeros_like(loss)) * num_targets
+
+
+def without_adapter_wrapper(model: Any) -> Any:
+    """Return the causal LM inside a `PeftModel`, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,52 @@
+"""Whether a model keeps the examples of a packed row apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_ft.loss.chunked import without_adapter_wrapper
+
+
+@torch.no_grad()
+def keeps_packed_examples_apart(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, *, rows: int = 1
+) -> bool:
+    """Whether the second example of a packed row is blind to the first.
+
+    transformers' attention masks and variable-length kernels read the borders from position ids
+    that restart at zero; a model that ignores them would train on its neighbours' text.
+
+    Args:
+        model: A causal LM, with or without an adapter.
+        input_ids: [T], one packed row.
+        position_ids: [T], restarting at each example.
+        rows: Of the batches to come, which the row stands for all of: flash attention's kernels
+            read the borders of a batch of one row alone.
+
+    Returns:
+        True if the hidden states of the second example do not change with the tokens of the first,
+        and where the row holds one example only.
+    """
+    starts = (position_ids == 0).nonzero().flatten().tolist()
+    if len(starts) < 2:
+        return True
+    begin, end = starts[1], (starts[2] if len(starts) > 2 else len(input_ids))
+    causal_lm = without_adapter_wrapper(model)
+    changed = input_ids[:end].clone()
+    changed[:begin] = (changed[:begin] + 1) % causal_lm.config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval()
+    try:
+        # One of the two at a time: in one batch they could meet different kernels.
+        before, after = (
+            causal_lm.base_model(
+                input_ids=row.expand(rows, -1),
+                position_ids=position_ids[:end].expand(rows, -1),
+                use_cache=False,
+            ).last_hidden_state[0, begin:end]
+            for row in (input_ids[:end], changed)
+        )
+    finally:
+        model.train(was_training)
+    return torch.allclose(before, after, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,65 @@
+"""What an optimizer's state will weigh, before its first step."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_ft.measure.storage_bytes import storage_bytes
+from lit_ft.measure.memory import state_tensors
+
+
+def estimate_state_bytes(optimizer: Optimizer) -> list[int | None]:
+    """Bytes of state on this rank for each parameter group after the first step, None if unknown.
+
+    A copy of the optimizer steps parameters of the same shapes on the meta device, where tensors
+    have no memory; neither the optimizer nor its parameters change. None where an optimizer
+    cannot make its state there.
+    """
+    probe = _without_state(optimizer)
+    return [_group_state_bytes(probe, group) for group in optimizer.param_groups]
+
+
+def _group_state_bytes(probe: Optimizer, group: dict[str, Any]) -> int | None:
+    tensors: list[Tensor] = []
+    for parameter in group["params"]:
+        if parameter.requires_grad:
+            found = _state_of(probe, {**group, "foreach": False, "fused": False}, parameter)
+            if found is None:
+                return None
+            tensors += found
+    return storage_bytes(tensors)
+
+
+def _state_of(probe: Optimizer, group: dict[str, Any], parameter: Tensor) -> list[Tensor] | None:
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    stand_in = nn.Parameter(torch.empty_like(local, device="meta"))
+    stand_in.grad = torch.empty_like(stand_in)
+    probe.state = defaultdict(dict)
+    probe.param_groups = [{**group, "params": [stand_in]}]
+    # Optimizers make a parameter's state first, then use it: one that reads a value in its update
+    # (Adafactor's RMS), runs a kernel that meta lacks or looks the parameter up fails after what
+    # is wanted here is done. How it fails is up to it.
+    try:
+        type(probe).step(probe)
+    except Exception:
+        if not probe.state[stand_in]:
+            return None
+    return list(state_tensors(dict(probe.state[stand_in])))
+
+
+def _without_state(optimizer: Optimizer) -> Optimizer:
+    # Optimizer.__getstate__ leaves out hooks and the step that a scheduler has wrapped, and both
+    # must not run here; but also what subclasses keep (bitsandbytes), which the copy needs.
+    probe = copy.copy(optimizer)
+    for name, value in vars(optimizer).items():
+        if name != "step" and name not in vars(probe):
+            vars(probe)[name] = value.copy() if isinstance(value, dict) else value
+    if hasattr(probe, "is_paged"):
+        probe.is_paged = False  # paged memory is allocated by CUDA, whatever the device
+    return probe

@@ -1,0 +1,1 @@
+"""Export in the format that `AutoModelForCausalLM.from_pretrained` loads, without lit_ft."""

@@ -1,0 +1,125 @@
+"""Export in the format that `AutoModelForCausalLM.from_pretrained` loads, without lit_ft."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_ft.models.adapters import in_place_of_adapters, merged_layer
+from lit_ft.models.export.sharded import export_sharded, remove_adapter
+from lit_ft.models.sources import dtype_named
+from lit_ft.tensors.sharding import is_spread, whole
+
+
+def export_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    merge: bool = True,
+    dtype: str | None = None,
+) -> Path:
+    """Write `model` and its tokenizer to `folder` and return it.
+
+    A model with an adapter is written merged, with the adapter apart in `folder/adapter`; with
+    `merge=False` the adapter alone is written, to `folder` itself. A model that is spread over
+    ranks is written by all of them: call it on every rank. `model` is not changed.
+
+    Args:
+        model: The trained model, on any device.
+        tokenizer: Written beside it; None writes none.
+        folder: Made where it is missing.
+        merge: Fold the adapter into the weights it sits on.
+        dtype: Of the written weights ("bfloat16"); None keeps the model's.
+
+    Raises:
+        ValueError: `dtype` is none of torch's; or the folder of an adapter alone holds a model,
+            with which transformers would put them together.
+    """
+    target_dtype = None if dtype is None else dtype_named(dtype)
+    folder = Path(folder)
+    if isinstance(model, PeftModel) and not merge and (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a model, onto which transformers would put an adapter that lies "
+            "beside it: give the adapter a folder of its own."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_spread(model):
+        _export_together(model, folder, merge=merge, dtype=target_dtype)
+        tokenizer = tokenizer if dist.get_rank() == 0 else None
+    else:
+        _export_here(model, folder, merge=merge, dtype=target_dtype)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _export_together(model: Any, folder: Path, *, merge: bool, dtype: torch.dtype | None) -> None:
+    base = model
+    if isinstance(model, PeftModel):
+        adapter = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+        if dist.get_rank() == 0:
+            model.save_pretrained(str(folder / "adapter" if merge else folder), state_dict=adapter)
+        if not merge:
+            return
+        base = model.get_base_model()
+    with in_place_of_adapters(base, merged_layer):
+        export_sharded(base, folder, dtype=dtype)
+
+
+def _export_here(
+    model: PreTrainedModel | PeftModel, folder: Path, *, merge: bool, dtype: torch.dtype | None
+) -> None:
+    base: Any = model
+    if isinstance(model, PeftModel):
+        _save_adapter(model, folder / "adapter" if merge else folder)
+        if not merge:
+            return
+        base = merged(model)
+    if dtype is not None:
+        base = copy.deepcopy(base) if base is model else base
+        base.to(dtype)
+    remove_adapter(folder)
+    base.save_pretrained(folder)
+
+
+@torch.no_grad()
+def merged(model: PeftModel) -> Any:
+    """Return a copy of `model` with the adapter folded into its weights, 4-bit ones dequantised."""
+    clone: Any = copy.deepcopy(model)
+    if not getattr(clone.get_base_model(), "is_quantized", False):
+        return clone.merge_and_unload()
+    # Merging into 4-bit weights would round the adapter away: put it onto the dequantised ones.
+    config, state = copy.deepcopy(clone.active_peft_config), get_peft_model_state_dict(clone)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False  # some starts rewrite the weights, and have done so
+    whole_model: Any = get_peft_model(clone.unload().dequantize(), config)
+    set_peft_model_state_dict(whole_model, state)
+    return whole_model.merge_and_unload()
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    initial = getattr(model, "initial_adapter", None)
+    if initial is None:
+        model.save_pretrained(str(folder))
+        return
+    with tempfile.TemporaryDirectory() as before:
+        # peft reads the initial adapter from a folder and subtracts it: the rest fits the original.
+        tensors = {
+            name.replace(".default", ""): p.contiguous().cpu() for name, p in initial.items()
+        }
+        save_file(tensors, Path(before) / "adapter_model.safetensors")
+        model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=before)

@@ -1,0 +1,86 @@
+"""Load a pretrained model that is spread over ranks, each reading what it will hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from lit_ft.models.adapters import base_layer_of, in_place_of_adapters
+from lit_ft.tensors.stochastic_rounding import own_gpu
+
+
+def from_pretrained_in_shards(
+    name_or_path: str, shard: Callable[[PreTrainedModel], None], **options: Any
+) -> PreTrainedModel:
+    """Build the model on the meta device, shard it, then read each rank's part of the weights.
+
+    transformers does all of it, given a `DistributedConfig`; it shards where `shard` is called
+    here, so that the model can be changed before (and sharded as Lightning's strategy says).
+
+    Args:
+        name_or_path: A hub id or folder with safetensors.
+        shard: Is given the model on the meta device, and spreads it over all ranks with
+            `fully_shard`. Tensors that it adds with values of their own keep these; it may put an
+            adapter onto the model.
+        **options: Of `from_pretrained`.
+    """
+    loading = ("dtype", "attn_implementation", "quantization_config")
+    config = AutoConfig.from_pretrained(
+        name_or_path, **{k: v for k, v in options.items() if k not in loading}
+    )
+    kind: Any = _model_class(config, name_or_path, revision=options.get("revision"))
+    # Popped: torch keeps each class that it has sharded for ever, and what its methods refer to.
+    shards = [shard]
+
+    class InShards(kind):  # type: ignore[misc]
+        @classmethod
+        def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
+            model.tie_weights()  # transformers does so when they are loaded: too late for sharding
+            shards.pop()(model)
+            # Files know nothing of adapters: weights are read under the names without.
+            without_adapter.enter_context(in_place_of_adapters(model, base_layer_of))
+            # What has values already is in no file, which is no news.
+            each = (model.named_parameters, model.named_buffers)
+            tensors = chain(*(named(remove_duplicate=False) for named in each))
+            made = {re.escape(name) for name, tensor in tensors if not tensor.is_meta}
+            model._keys_to_ignore_on_load_missing |= made
+            model._device_mesh = mesh.get_mesh(("pp", "fsdp", "tp"))
+            model._is_distributed_loading_by_transformers = True
+            return model
+
+        def _move_missing_keys_from_meta_to_device(
+            self, missing_keys: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            to_come = {k for k in missing_keys if self.get_parameter_or_buffer(k).is_meta}
+            super()._move_missing_keys_from_meta_to_device(to_come, *args, **kwargs)
+
+    InShards.__name__ = kind.__name__
+    everywhere = DistributedConfig(fsdp_size=dist.get_world_size())
+    with torch.random.fork_rng(devices=own_gpu()), ExitStack() as without_adapter:
+        model: PreTrainedModel = InShards.from_pretrained(
+            name_or_path, config=config, distributed_config=everywhere, **options
+        )
+    model.config.distributed_config = None  # of this run, not of the model
+    return model
+
+
+def _model_class(config: PreTrainedConfig, name_or_path: str, *, revision: str | None) -> Any:
+    """Return what `AutoModelForCausalLM` builds: transformers' class, or one the model brings."""
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        return known[type(config)]
+    brought = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in brought:
+        raise ValueError(f"{name_or_path} is a {config.model_type}, which is no causal LM.")
+    # Its configuration, which has run already, was trusted (trust_remote_code).
+    name = brought["AutoModelForCausalLM"]
+    return get_class_from_dynamic_module(name, name_or_path, revision=revision)

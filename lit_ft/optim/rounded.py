@@ -1,0 +1,136 @@
+"""Keep bfloat16 weights learning: step them in float32, round the result stochastically.
+
+Between 1 and 2 neighbouring bfloat16 numbers are 2^-7 apart, so that a norm weight at 1 ignores
+every update below 2^-8: rounding to nearest takes it back to 1 each time. Rounding up with the
+probability of the remainder keeps the expectation (Gupta et al., arXiv:1502.02551; for language
+models Zamirai et al., arXiv:2010.06192), and needs no float32 copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_ft.optim.row_chunked import AnyOptimizer, InPieces, at, take_class
+from lit_ft.tensors.stochastic_rounding import keyed_generator, round_stochastically
+from lit_ft.tensors.sharding import first_element, local
+
+
+def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
+    """Give `optimizer`'s bfloat16 parameters float32 steps and stochastic rounding.
+
+    The optimizer stays the same object, with its groups, state and hooks; its class becomes a
+    subclass of what it was. Each bfloat16 parameter is stepped by itself on a float32 copy, so its
+    state is float32 (8 bytes a weight for AdamW). The copies are those of a few rows at a time, or
+    of one whole parameter where an optimizer needs to see it (Muon, Adafactor). Other parameters
+    take the ordinary step.
+
+    The random bits depend on the seed, the parameter's position in the optimizer and the number of
+    times that it was rounded. The latter is saved with its state, so a resumed run repeats the
+    uninterrupted one bit for bit, and layerwise updates equal whole steps.
+
+    Args:
+        optimizer: Any optimizer that can be `narrowed` and whose step needs no closure. Wrap it
+            before a learning-rate scheduler sees it: schedulers hold on to the step they find.
+        seed: The same on every rank, so that replicas stay equal.
+
+    Returns:
+        `optimizer` itself; unchanged if it has no bfloat16 parameter.
+
+    Raises:
+        ValueError: A parameter is float16, or a scheduler already holds the optimizer's step.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    _refuse_float16(parameters)
+    if any(p.dtype is torch.bfloat16 for p in parameters):
+        index = {p: index for index, p in enumerate(parameters)}
+        take_class(optimizer, _StochasticallyRounded, _rounding_seed=seed, _rounding_index=index)
+    return optimizer
+
+
+class _StochasticallyRounded(InPieces):
+    """Steps bfloat16 parameters apart, each on a float32 copy of a few of its rows at a time."""
+
+    _rounding_seed: int
+    _rounding_index: dict[Tensor, int]
+
+    def _is_apart(self, parameter: Tensor) -> bool:
+        return parameter.dtype is torch.bfloat16
+
+    def _stand_in(self, parameter: Tensor, rows: slice | None) -> Tensor:
+        # The parameter itself keeps its dtype throughout: changing it through .data would drop its
+        # gradient accumulator, and with it the hooks through which DDP reduces gradients.
+        assert parameter.grad is not None
+        stand_in = torch.nn.Parameter(at(parameter.detach(), rows).float())
+        stand_in.grad = at(parameter.grad, rows).float()
+        return stand_in
+
+    def _take_back(self, parameter: Tensor, rows: slice | None, stand_in: Tensor) -> None:
+        # Of a sharded parameter, which comes in one piece, each rank rounds the part that it holds.
+        first_row, *columns = (rows.start,) if rows else first_element(parameter)
+        first = (first_row, *columns) if any(columns) else (first_row,)
+        times = self.state[parameter].get("times_rounded", 0)
+        index = self._rounding_index[parameter]
+        generator = keyed_generator(parameter.device, self._rounding_seed, index, times, *first)
+        rounded = round_stochastically(local(stand_in), generator=generator)
+        local(at(parameter, rows)).copy_(rounded)
+
+    def _step_apart(self, parameter: Tensor) -> None:
+        super()._step_apart(parameter)
+        state = self.state[parameter]
+        state["times_rounded"] = state.get("times_rounded", 0) + 1
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        # Optimizer.load_state_dict casts float state to its parameter's dtype and device. An empty
+        # float32 stand-in for each bfloat16 parameter keeps float32 moments float32.
+        stand_ins: dict[Tensor, Tensor] = {
+            parameter: torch.nn.Parameter(
+                torch.empty(0, dtype=torch.float32, device=parameter.device)
+            )
+            for parameter in self._rounding_index
+            if parameter.dtype is torch.bfloat16
+        }
+        with _standing_in(self, stand_ins):
+            super().load_state_dict(state_dict, *args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            _refuse_float16(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for parameter in self.param_groups[-1]["params"]:
+            self._rounding_index[parameter] = len(self._rounding_index)
+
+
+def _refuse_float16(parameters: list[Tensor]) -> None:
+    if any(parameter.dtype is torch.float16 for parameter in parameters):
+        raise ValueError(
+            "float16 weights cannot be rounded stochastically: below 6e-5 they lose precision and "
+            "below 6e-8 they vanish, gradients too, and a loss scaler needs float32 weights. "
+            "Use precision=bf16-true or 16-mixed."
+        )
+
+
+@contextmanager
+def _standing_in(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Let each value of `stand_ins` take its key's place in the groups and in the state."""
+    _replace(optimizer, stand_ins)
+    try:
+        yield
+    finally:
+        _replace(optimizer, {stand_in: parameter for parameter, stand_in in stand_ins.items()})
+
+
+def _replace(optimizer: Optimizer, replacements: Mapping[Tensor, Tensor]) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [replacements.get(p, p) for p in group["params"]]
+    for old, new in replacements.items():
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)

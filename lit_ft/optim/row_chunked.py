@@ -1,0 +1,156 @@
+"""Step parameters apart from each other, large ones a few rows at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
+
+from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
+from lit_ft.optim.narrowed import narrowed
+from lit_ft.tensors.row_blocks import put_rows, row_pieces, rows_of
+from lit_ft.tensors.sharding import is_sharded
+
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+def stepped_in_pieces(optimizer: AnyOptimizer) -> AnyOptimizer:
+    """Let bitsandbytes' 8-bit optimizers step a few rows at a time where they run on the CPU.
+
+    Their CPU step holds about five float32 copies of a parameter at once, which for the largest
+    is more than its gradient and state. Others are returned as they are: fused steps need no
+    copies, and on a GPU bitsandbytes' do not either. The result is the same bit for bit.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    in_copies = _is_elementwise_bitsandbytes(optimizer) and not isinstance(optimizer, InPieces)
+    if in_copies and any(p.device.type == "cpu" and len(row_pieces(p)) > 1 for p in parameters):
+        take_class(optimizer, InPieces)
+    return optimizer
+
+
+class InPieces(Optimizer):
+    """What `take_class` puts in front of an optimizer's own class: it steps some parameters apart.
+
+    A parameter apart is stepped by itself, on a stand-in for each of its pieces: a float32 view of
+    its rows here, a copy in subclasses. State stays that of the whole parameter.
+    """
+
+    _own_step: Callable[[], Any]
+
+    @Optimizer.profile_hook_step
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the parameters apart after all others."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        apart: list[Tensor] = []
+        others: list[Tensor] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    (apart if self._is_apart(parameter) else others).append(parameter)
+        if others:
+            with narrowed(self, *others):
+                self._own_step()
+        for parameter in apart:
+            self._step_apart(parameter)
+        return loss
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's mark: it must not hook the step twice
+
+    def _is_apart(self, parameter: Tensor) -> bool:
+        return parameter.device.type == "cpu" and len(row_pieces(parameter)) > 1
+
+    def _stand_in(self, parameter: Tensor, rows: slice | None) -> Tensor:
+        assert parameter.grad is not None
+        stand_in = torch.nn.Parameter(at(parameter.detach(), rows))
+        stand_in.grad = at(parameter.grad, rows)
+        return stand_in
+
+    def _take_back(self, parameter: Tensor, rows: slice | None, stand_in: Tensor) -> None:
+        """Bring a stepped stand-in's values into the parameter's rows."""
+
+    def _step_apart(self, parameter: Tensor) -> None:
+        elementwise = type(self)._own_step in _ELEMENTWISE or _is_elementwise_bitsandbytes(self)
+        by_row = elementwise and not is_sharded(parameter)
+        by_row &= not parameter.is_meta  # where an estimate steps it, and memory is free
+        pieces = row_pieces(parameter) if by_row else [slice(None)]
+        if len(pieces) == 1:
+            stand_in = self._stand_in(parameter, None)
+            self._step_stand_in(parameter, stand_in, self.state[parameter])
+            self._take_back(parameter, None, stand_in)
+            return
+        shape = tuple(parameter.shape)
+        before = dict(self.state[parameter])
+        for rows in pieces:
+            stand_in = self._stand_in(parameter, rows)
+            # Counters that are tensors are counted up in place: each piece gets its own.
+            part = {
+                key: value.clone() if isinstance(value, Tensor) and value.ndim == 0 else value
+                for key, value in rows_of(before, shape, rows).items()
+            }
+            self._step_stand_in(parameter, stand_in, part)
+            self._take_back(parameter, rows, stand_in)
+            put_rows(self.state[parameter], part, shape, rows)
+
+    def _step_stand_in(self, parameter: Tensor, stand_in: Tensor, state: dict[str, Any]) -> None:
+        with narrowed(self, parameter):
+            for group in self.param_groups:  # `narrowed` puts them back
+                group["params"] = [stand_in] * len(group["params"])
+            self.state[stand_in] = state
+            try:
+                self._own_step()
+            finally:
+                del self.state[stand_in]
+
+
+def at(tensor: Tensor, rows: slice | None) -> Tensor:
+    """Return a view of some rows; None is all of them, of a scalar too."""
+    return tensor if rows is None else tensor[rows]
+
+
+def take_class(optimizer: Optimizer, mixin: type[InPieces], **attributes: Any) -> None:
+    """Let `optimizer` become a subclass of `mixin` and of what it is, the same object.
+
+    Raises:
+        ValueError: A scheduler already holds the optimizer's step.
+    """
+    if "step" in vars(optimizer):
+        raise ValueError(
+            f"A scheduler already holds this {type(optimizer).__name__}'s step: "
+            "prepare the optimizer before building the scheduler."
+        )
+    own = type(optimizer)
+    optimizer.__class__ = type(
+        own.__name__,  # the name that monitors and profilers show
+        (mixin, own),
+        {"_own_step": without_hooks(own.step)},
+    )
+    vars(optimizer).update(attributes)
+
+
+def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the optimizer step under torch's hook wrapper: hooks run once a step, around ours."""
+    plain: Callable[..., Any] = inspect.unwrap(
+        step, stop=lambda function: not hasattr(function, "hooked")
+    )
+    return plain
+
+
+# Each element's step depends on that element's gradient and state alone.
+_ELEMENTWISE = {
+    without_hooks(kind.step) for kind in (Adam, RowwiseAdamW8bit, SGD, RMSprop, Adagrad)
+}
+
+
+def _is_elementwise_bitsandbytes(optimizer: Optimizer) -> bool:
+    kind = getattr(optimizer, "optimizer_name", None)
+    # Paged state must stay where bitsandbytes has put it.
+    paged = getattr(optimizer, "is_paged", False)
+    return kind in ("adam", "lion", "momentum", "rmsprop", "adagrad") and not paged

@@ -1,0 +1,262 @@
+"""The main job: validate, fine-tune, validate again, and say in summary.json what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from rich.console import Console
+
+from lit_ft.callbacks import (
+    AutoBatchSize,
+    BestCheckpoint,
+    ExportHF,
+    LastCheckpoint,
+    LayerwiseUpdate,
+    SampleGenerations,
+    StopOnSignal,
+    ThroughputMonitor,
+    final_panel,
+)
+from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
+from lit_ft.datamodule import InstructionDataModule
+from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
+from lit_ft.measure.model_size import model_size
+from lit_ft.module import CausalLMModule
+from lit_ft.run.failures import (
+    errors_of_starting_loaders,
+    not_this_run,
+    optimizer_name,
+    remedies_for_another_run,
+    remedies_for_out_of_memory,
+)
+from lit_ft.storage.atomic import whole_at
+from lit_ft.run.summary import RunSummary
+
+
+def fine_tune(
+    module: CausalLMModule,
+    datamodule: InstructionDataModule,
+    trainer: Trainer,
+    summary: RunSummary,
+    *,
+    resume: str | Path | None = None,
+    validate_only: bool = False,
+    auto_batch_size: bool = False,
+) -> float:
+    """Run the job and return the validation loss at its end.
+
+    Args:
+        module: Not yet configured.
+        datamodule: Its validation reads no more examples than training does, so that a short trial
+            stays short.
+        trainer: With whatever callbacks; those of lit_ft fill their part of the summary.
+        summary: Entered; its fields are filled as they become known.
+        resume: A checkpoint of the full state; None starts from the model's own weights.
+        validate_only: Stop after the first validation (of `resume`'s weights, if given).
+        auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
+    """
+    if trainer.limit_val_batches == 0:
+        raise MisconfigurationException(
+            "trainer.limit_val_batches=0: a run is judged by its validation; "
+            "data.max_val_examples=8 makes that short."
+        )
+    datamodule.max_val_examples = _enough_validation(datamodule, trainer)
+    recorder = _Recorder(summary, optimizer_name(module), datamodule.source_names)
+    callbacks_of(trainer).extend([recorder, StopOnSignal()])
+    if auto_batch_size:
+        callbacks_of(trainer).insert(0, AutoBatchSize())
+    if not validate_only:
+        _refuse_before_loading(trainer, module)
+    with (
+        remedies_for_out_of_memory(module, datamodule, trainer),
+        remedies_for_another_run(resume),
+        errors_of_starting_loaders(),
+    ):
+        if resume is None or validate_only:
+            [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
+            summary.update(initial_val_loss=metrics["val_loss"])
+        if not validate_only:
+            trainer.fit(module, datamodule, ckpt_path=resume)
+            [metrics] = trainer.validate(module, datamodule, verbose=False)
+            best = find_callback(trainer, BestCheckpoint)
+            if best is not None:
+                best.keep_if_best(trainer)
+    summary.update(val_loss=metrics["val_loss"], val_perplexity=metrics["val_perplexity"])
+    _report(trainer, summary)
+    return metrics["val_loss"]
+
+
+def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None:
+    """Return the checkpoint that `resume` names: a path, or "auto" for the last one of `run_dir`.
+
+    Raises:
+        ValueError: The path is not there.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        last = whole_at(Path(run_dir) / "checkpoints" / "last.ckpt")
+        if last is None:
+            rank_zero_info(f"There is no checkpoint in {run_dir}: the run starts afresh.")
+        return last
+    path = whole_at(resume)
+    if path is None:
+        raise ValueError(
+            f"resume={resume}: there is no such checkpoint. resume=auto takes the last one of "
+            "run_dir, resume=null starts afresh."
+        )
+    return path
+
+
+def available_accelerator(accelerator: str) -> str:
+    """Return Lightning's name for `accelerator`, where "gpu_or_cpu" says which of them it is."""
+    if accelerator != "gpu_or_cpu":
+        return accelerator
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        rank_zero_info("There is no GPU that torch can use: the CPU stands in.")
+    return "auto"
+
+
+def sensible_precision(accelerator: str, *, sharded: bool = False) -> str:
+    """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
+
+    bfloat16 weights learn here, because they are rounded stochastically. Where each rank holds a
+    part of the weights they are float32, and gathered in bfloat16.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "32-true" if sharded else "16-mixed"
+        return "bf16-mixed" if sharded else "bf16-true"
+    return "32-true"
+
+
+def refuse_to_start_processes(trainer: Trainer) -> None:
+    """Raise MisconfigurationException if `trainer` starts this very command again for other ranks.
+
+    In a sweep each of them would run the whole sweep.
+    """
+    if trainer.strategy.launcher is not None and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "A sweep (-m) runs on one device: set trainer.devices=1, or start the runs one by one."
+        )
+
+
+def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> int | None:
+    if trainer.max_steps < 1:
+        return datamodule.max_val_examples
+    per_step = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    limits = [trainer.max_steps * per_step, datamodule.max_val_examples]
+    return min(limit for limit in limits if limit is not None)
+
+
+def _refuse_before_loading(trainer: Trainer, module: CausalLMModule) -> None:
+    # In `fit` these would come after a model has been loaded and validated.
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, AutoBatchSize):
+            callback.check(trainer)
+        if isinstance(callback, LayerwiseUpdate):
+            callback.check(trainer, module)
+
+
+class _Recorder(Callback):
+    """Fills the summary while the trainer has the objects at hand, failed runs included.
+
+    Its part of a checkpoint is the validation loss that the run began with, as a resumed run has no
+    other way to know it, the optimizer, whose state fits no other, and the names of the data.
+    """
+
+    def __init__(self, summary: RunSummary, optimizer: str, data: list[str]) -> None:
+        self.summary = summary
+        self.optimizer = optimizer
+        self.data = data
+        self.ready = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "initial_val_loss": self.summary.fields["initial_val_loss"],
+            "optimizer": self.optimizer,
+            "data": self.data,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        made_with = state_dict.get("optimizer", self.optimizer)
+        if made_with != self.optimizer:
+            raise not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
+        data = state_dict.get("data", self.data)
+        if data != self.data:
+            rank_zero_warn(
+                f"The checkpoint was trained on {', '.join(data)}, and goes on with "
+                f"{', '.join(self.data)}: repeat its run's data.path if that is not meant."
+            )
+        self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loaded(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loaded(pl_module)
+        # As MemoryMonitor does where it is: else the peak is that of a sweep's largest run so far.
+        reset_peak(trainer.strategy.root_device)
+        self.summary.write()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.summary.fields["steps"]:
+            self._record(trainer)  # a finished run was resumed, and there was nothing to train
+        export = find_callback(trainer, ExportHF)
+        if export is not None and export.export_path is not None:
+            self.summary.update(export_path=str(export.export_path))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._record(trainer)
+
+    def _loaded(self, module: LightningModule) -> None:
+        if self.ready:
+            return
+        self.ready = True
+        self.summary.loaded()
+        size = model_size(module)
+        self.summary.update(
+            model={
+                "name": getattr(getattr(module, "source", None), "name", type(module).__name__),
+                "parameters": size.parameters,
+                "trainable_parameters": size.trainable_parameters,
+                "weight_bytes": size.weight_bytes,
+            }
+        )
+
+    def _record(self, trainer: Trainer) -> None:
+        fields: dict[str, Any] = {"steps": trainer.global_step}
+        peak = peak_bytes(trainer.strategy.root_device)
+        fields["peak_bytes"] = {"value": peak.value, "source": peak.source}
+        fields["optimizer_state_bytes"] = sum(map(optimizer_state_bytes, trainer.optimizers))
+        train_loss = trainer.callback_metrics.get("train_loss")
+        fields["train_loss"] = None if train_loss is None else float(train_loss)
+        throughput = find_callback(trainer, ThroughputMonitor)
+        if throughput is not None:
+            fields["tokens"] = throughput.tokens
+            fields["tokens_per_second"] = throughput.tokens_per_second
+            fields["step_seconds"] = throughput.step_seconds
+            self.summary.fields["seconds"]["train"] = throughput.training_seconds
+        checkpoint = find_callback(trainer, LastCheckpoint)
+        if checkpoint is not None:
+            fields["checkpoint_path"] = checkpoint.last_model_path or None
+        self.summary.update(**fields)
+
+
+@rank_zero_only
+def _report(trainer: Trainer, summary: RunSummary) -> None:
+    samples = find_callback(trainer, SampleGenerations)
+    generations = samples.generations if samples else []
+    Console().print(final_panel({**summary.fields, "status": "completed", "samples": generations}))

@@ -1,0 +1,203 @@
+"""summary.json: what a run did, for a program to read; written also when it fails."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_ft.measure import is_out_of_memory
+
+SCHEMA_VERSION = 1
+FILE_NAME = "summary.json"
+_PACKAGES = [
+    "lit_ft",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "galore-torch",
+    "torchmetrics",
+    "torchdata",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+]
+_SECRET = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
+_NOT_SECRET = re.compile(r"tokens|tokenizer|token_id", re.IGNORECASE)
+
+
+class RunSummary:
+    """Collects what a run did and writes it to `run_dir/summary.json`.
+
+    A context manager around the whole run. The file is there from the start, with status
+    "interrupted", so that a run that is killed leaves the truth behind.
+
+    Args:
+        run_dir: The run's folder; made where it is missing.
+        config: The resolved configuration, plain values; what looks like a secret is redacted.
+    """
+
+    def __init__(self, run_dir: str | Path, config: Mapping[str, Any]) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self._began = time.monotonic()
+        self.fields: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "status": "interrupted",
+            "error": None,
+            "config": redacted(config),
+            "versions": versions(),
+            "hardware": hardware(),
+            "seed": config.get("seed"),
+            "steps": 0,
+            "tokens": 0,
+            "model": {
+                "name": None,
+                "parameters": None,
+                "trainable_parameters": None,
+                "weight_bytes": None,
+            },
+            "initial_val_loss": None,
+            "val_loss": None,
+            "val_perplexity": None,
+            "train_loss": None,
+            "seconds": {"total": None, "load": None, "train": None},
+            "tokens_per_second": None,
+            "step_seconds": {"median": None, "p95": None, "max": None},
+            "peak_bytes": {"value": None, "source": None},
+            "optimizer_state_bytes": None,
+            "checkpoint_path": None,
+            "export_path": None,
+        }
+
+    def update(self, **fields: Any) -> None:
+        """Set fields; each name must be one of the schema's."""
+        unknown = fields.keys() - self.fields.keys()
+        assert not unknown, unknown
+        self.fields.update(fields)
+
+    def loaded(self) -> None:
+        """Note that the model and the data are ready: `seconds.load` ends here."""
+        self.fields["seconds"]["load"] = self._elapsed()
+
+    @rank_zero_only
+    def write(self) -> None:
+        """Write the file whole or not at all."""
+        self.fields["seconds"]["total"] = self._elapsed()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(json.dumps(_finite(self.fields), indent=2, default=str) + "\n")
+        os.replace(beside, self.path)
+
+    def __enter__(self) -> Self:
+        self.write()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        status = status_of(error)
+        self.update(status=status)
+        if error is not None and status != "interrupted":
+            lines = traceback.format_exception(error, limit=-5)
+            self.update(
+                error={"type": type(error).__name__, "message": str(error), "traceback": lines}
+            )
+        self.write()
+
+    def _elapsed(self) -> float:
+        return round(time.monotonic() - self._began, 3)
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
+    """Return the summary of the run in `run_dir`, None if there is none."""
+    path = Path(run_dir) / FILE_NAME
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def status_of(error: BaseException | None) -> str:
+    """Return "completed", "interrupted", "out_of_memory" or "failed"."""
+    if error is None:
+        return "completed"
+    # Lightning turns Ctrl-C into SystemExit(1) and a SIGTERM into SIGTERMException.
+    if isinstance(error, (KeyboardInterrupt, SIGTERMException)) or isinstance(
+        error.__context__, KeyboardInterrupt
+    ):
+        return "interrupted"
+    return "out_of_memory" if is_out_of_memory(error) else "failed"
+
+
+def redacted(config: Any) -> Any:
+    """Return a copy of `config` with every value under a secret's name replaced."""
+    if isinstance(config, Mapping):
+        return {
+            key: "***" if value and _is_secret(str(key)) else redacted(value)
+            for key, value in config.items()
+        }
+    return [redacted(value) for value in config] if isinstance(config, list) else config
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a run."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the run ran on: processor, memory in bytes, GPUs by name."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus = ["Apple MPS"]
+    return {
+        "cpu": _cpu_name(),
+        "cpu_cores": psutil.cpu_count(logical=True),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "platform": sys.platform,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"model name\s*:\s*(.+)", text)
+    return name.group(1) if name else platform.machine()
+
+
+def _is_secret(key: str) -> bool:
+    return bool(_SECRET.search(key)) and not _NOT_SECRET.search(key)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are not JSON: null."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

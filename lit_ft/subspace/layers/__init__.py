@@ -1,0 +1,1 @@
+"""The layers that move in a subspace, and the thin products of their backward passes."""

@@ -1,0 +1,147 @@
+"""The output head in a subspace: its loss, without logits of all tokens and without G [V, d]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lit_ft.loss.targets import IGNORED
+from lit_ft.subspace.layers.autograd import thin_backward
+from lit_ft.subspace.layers.energy import captured_and_total_energy
+from lit_ft.subspace.layers.linear import SubspaceLinear
+from lit_ft.subspace.layers.products import projected_gradient, projected_gradient_and_sketch
+
+
+class SubspaceHead(SubspaceLinear):
+    """A `SubspaceLinear` that can turn hidden states into the loss, a piece at a time."""
+
+    def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
+        """Sum the next-token cross-entropy over the target positions; gradients are recorded.
+
+        Loss, input gradient, R, sketch and energies are computed in the forward pass, from the
+        logits of at most `chunk_tokens` tokens at a time; the backward pass scales them. For the
+        sketch and the energies pieces do not cross sequences: each is a sample, however the batch
+        was cut.
+
+        Args:
+            hidden: [B, T, d].
+            labels: [B, T], unshifted; -100 is ignored.
+            chunk_tokens: Target tokens a piece, at most.
+
+        Returns:
+            The sum in nats, a scalar in at least float32.
+        """
+        states, targets = hidden[:, :-1], labels[:, 1:]
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        # Or products that are taken in float32 on purpose would be cast again.
+        with torch.autocast(device, enabled=False):
+            return _CrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+                states,
+                targets,
+                self.weight,
+                self.bias,
+                self.delta,
+                self.basis,
+                self.energy,
+                chunk_tokens,
+                dtype,
+            )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        delta: Tensor,
+        basis: Tensor,
+        energy: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        states, cast_weight, cast_basis = hidden.to(dtype), weight.to(dtype), basis.to(dtype)
+        accumulated = torch.promote_types(dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=accumulated)
+        grad_hidden = torch.zeros_like(states)
+        # Of a model that is gathered in bfloat16 the delta is too: pieces would get lost in a sum.
+        gradient = torch.zeros_like(delta, dtype=torch.promote_types(delta.dtype, torch.float32))
+        sketch = torch.zeros_like(basis) if basis.requires_grad else None
+        energies = torch.zeros_like(energy) if energy.requires_grad else None
+        grad_weight = None
+        if weight.requires_grad:
+            grad_weight = torch.zeros_like(weight, dtype=gradient.dtype)
+        grad_bias = None
+        if bias is not None and bias.requires_grad:
+            grad_bias = torch.zeros_like(bias, dtype=accumulated)
+        by_sequence = sketch is not None or energies is not None
+        for piece in _pieces(targets, chunk_tokens, by_sequence=by_sequence):
+            x, goal = states[piece], targets[piece]
+            logits = F.linear(x, cast_weight, bias if bias is None else bias.to(dtype))
+            logits = logits.to(accumulated)
+            chosen = torch.arange(len(goal), device=goal.device), goal
+            loss, slope = loss - logits[chosen].sum(), logits
+            # In place: a second [tokens, vocabulary] would be the largest tensor of a step.
+            top = slope.amax(1, keepdim=True)
+            total = slope.sub_(top).exp_().sum(1, keepdim=True)
+            loss = loss + (total.log() + top).sum()
+            slope.div_(total)[chosen] -= 1  # softmax, and minus one at the target
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+            slope = slope.to(dtype)
+            grad_hidden[piece] = slope @ cast_weight
+            x_in_basis = x @ cast_basis.T
+            if sketch is None:
+                gradient += projected_gradient(slope, x_in_basis)
+            else:  # the piece is a sample
+                sample = (t[None] for t in (slope, x, x_in_basis))
+                of_piece, its_sketch = projected_gradient_and_sketch(*sample)
+                gradient += of_piece
+                sketch += its_sketch
+            if energies is not None:
+                energies += captured_and_total_energy(slope[None], x[None], x_in_basis[None], basis)
+            if grad_weight is not None:
+                grad_weight += slope.T @ x
+        if grad_bias is not None and bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.hidden_dtype, ctx.delta_dtype = hidden.dtype, delta.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gradient, sketch, energies)
+        return loss
+
+    @staticmethod
+    @thin_backward
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias, gradient, sketch, energies = ctx.saved_tensors
+        # The sketch and the energies are products of two gradients.
+        scaled = [
+            tensor if tensor is None else (tensor * factor).to(dtype or tensor.dtype)
+            for tensor, factor, dtype in (
+                (grad_hidden, scale, ctx.hidden_dtype),
+                (grad_weight, scale, None),
+                (grad_bias, scale, None),
+                (gradient, scale, ctx.delta_dtype),
+                (sketch, scale**2, None),
+                (energies, scale**2, None),
+            )
+        ]
+        grad_hidden, grad_weight, grad_bias, gradient, sketch, energies = scaled
+        return grad_hidden, None, grad_weight, grad_bias, gradient, sketch, energies, None, None
+
+
+def _pieces(targets: Tensor, size: int, *, by_sequence: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return indices into [B, T] that cover the positions with a target, at most `size` each."""
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(targets)).tolist() if by_sequence else [len(rows)]
+    sizes = [min(size, n - begin) for n in counts for begin in range(0, n, size)]
+    if not sizes:
+        return []
+    return list(zip(torch.split(rows, sizes), torch.split(columns, sizes), strict=True))

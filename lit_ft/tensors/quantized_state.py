@@ -1,0 +1,73 @@
+"""Moments of 8 bits, as plain tensors: a code an element, a scale a block of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_ft.tensors.sharding import holds_whole_rows, local
+
+if TYPE_CHECKING:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+# As bitsandbytes has them: the largest block, and the smallest tensor that is worth the codes.
+_BLOCK, _MIN_ELEMENTS = 256, 4096
+# Below it a block's scale weighs too much.
+_MIN_BLOCK = 16
+
+
+def zeros_8bit(name: str, like: Tensor) -> dict[str, Tensor]:
+    """Return the entries of a moment `name` that is zero: `name`, and `<name>_scale` beside codes.
+
+    A block ends where its row ends, so that it does not matter how ranks share the rows: both
+    tensors are spread as `like` is, and each rank's part is what it would be of the whole. Small
+    tensors, and those whose rows do not divide into blocks of 16 to 256, are kept in float32.
+
+    Args:
+        name: As optimizers call their state; that of squares ends in "_sq".
+        like: The parameter [..., columns], sharded by rows or not at all.
+
+    Raises:
+        ValueError: Ranks share `like` by its columns.
+    """
+    if not holds_whole_rows(like):
+        raise ValueError("8-bit state needs whole rows, and ranks share a parameter by columns.")
+    like = like.detach()
+    columns = like.shape[-1] if like.ndim else 1
+    block = next(size for size in range(min(_BLOCK, columns), 0, -1) if columns % size == 0)
+    if like.ndim < 2 or like.numel() < _MIN_ELEMENTS or block < _MIN_BLOCK:
+        return {name: torch.zeros_like(like, dtype=torch.float32)}
+    zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
+    scales = zeros(like.narrow(-1, 0, columns // block), dtype=torch.float32)
+    return {name: zeros(like, dtype=torch.uint8), f"{name}_scale": scales}
+
+
+def as_float(name: str, state: Mapping[str, Any]) -> Tensor | OptimState8bit:
+    """Return this rank's part of a moment: what it reads and writes are float32.
+
+    Args:
+        name: Of the moment in `state`.
+        state: One parameter's, or that of some of its rows.
+    """
+    moment = local(state[name])
+    if f"{name}_scale" not in state:
+        return moment
+    if not moment.numel():  # fewer rows than ranks
+        return moment.float()
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    signed = not name.endswith("_sq")
+    scale = local(state[f"{name}_scale"]).view(-1)
+    # Views: to write to it writes to `state`.
+    return OptimState8bit(moment, scale, _code_book(signed, moment.device), signed, torch.float32)
+
+
+@cache
+def _code_book(signed: bool, device: torch.device) -> Tensor:
+    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+
+    return torch.tensor(get_qmap_signed() if signed else get_qmap_unsigned(), device=device)

@@ -1,0 +1,89 @@
+"""A matrix and its optimizer state a few rows at a time, for work that takes room of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of a piece: on the CPU it then stays in the cache; elsewhere each one costs a launch.
+_ON_CPU, _ELSEWHERE = 2**20, 2**24
+# bitsandbytes quantises moments in blocks of this many elements, each with its own maximum.
+_BLOCK = 256
+
+
+def row_pieces(matrix: Tensor) -> list[slice]:
+    """Split the rows of [m, ...] into pieces of 2^20 elements or so (2^24 on a GPU), or into one.
+
+    Every piece but the last holds whole blocks of 256 elements.
+    """
+    if matrix.ndim == 0 or matrix.numel() <= _elements(matrix.device):
+        return [slice(None)]
+    rows, columns = len(matrix), matrix.numel() // len(matrix)
+    size = rows_of_a_piece(columns, matrix.device)
+    # A short rest goes with the last piece: bitsandbytes keeps other state for tiny tensors.
+    starts = range(0, max(rows - size // 2, 1), size)
+    return [slice(start, start + size) for start in starts[:-1]] + [slice(starts[-1], rows)]
+
+
+def rows_of_a_piece(columns: int, device: torch.device) -> int:
+    """Return how many rows of so many columns make a piece on that device."""
+    step = _BLOCK // gcd(_BLOCK, columns)
+    return max(_elements(device) // columns // step, 1) * step
+
+
+def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> dict[str, Any]:
+    """Return the part of an optimizer's state that belongs to some rows of a parameter.
+
+    Tensors of the parameter's shape and the scales of quantised blocks come as views; the rest,
+    such as counters and code books, as it is.
+
+    Args:
+        state: One parameter's.
+        shape: The parameter's.
+        rows: One of its `row_pieces`.
+    """
+    parts = {key: _part(key, value, shape, rows) for key, value in state.items()}
+    return {key: state[key] if part is None else state[key][part] for key, part in parts.items()}
+
+
+def put_rows(
+    state: dict[str, Any], part: Mapping[str, Any], shape: tuple[int, ...], rows: slice
+) -> None:
+    """Bring the state of some rows back into the whole: the inverse of `rows_of`.
+
+    What the whole does not have yet comes into being, for all rows. What is not kept by row is
+    taken as it is.
+    """
+    size = len(range(*rows.indices(shape[0]))), *shape[1:]
+    for key, value in part.items():
+        if key not in state and (blocks := _part(key, value, size, slice(None))) is not None:
+            by_row = (shape[0], *value.shape[1:])
+            whole = by_row if blocks == slice(None) else (-(-prod(shape) // _BLOCK),)
+            state[key] = value.new_empty(whole)
+        taken = _part(key, state.get(key), shape, rows)
+        if taken is None:
+            state[key] = value
+        elif (place := state[key][taken]).data_ptr() != value.data_ptr():
+            place.copy_(value)
+
+
+def _elements(device: torch.device) -> int:
+    return _ON_CPU if device.type == "cpu" else _ELSEWHERE
+
+
+def _part(key: str, value: Any, shape: tuple[int, ...], rows: slice) -> slice | None:
+    """Return which part of a state's entry belongs to `rows`; None if it is not kept by row."""
+    if not isinstance(value, Tensor):
+        return None
+    if value.shape == shape or key.endswith("_scale"):  # see lit_ft.tensors.quantized_state
+        return rows
+    if key.startswith("absmax"):
+        start, stop, _ = rows.indices(shape[0])
+        columns = prod(shape[1:])
+        first, end = start * columns, stop * columns
+        return slice(first // _BLOCK, -(-end // _BLOCK))
+    return None
