@@ -31,12 +31,12 @@ from torch.optim import AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_ft.measure import optimizer_state_bytes, weight_bytes
 from lit_ft.distributed import fully_shard_model
-from lit_ft.tensors.sharding import local
-from lit_ft.subspace import SubspaceStep, inject
-from lit_ft.subspace.projectors import Oja
+from lit_ft.measure import optimizer_state_bytes, weight_bytes
 from lit_ft.run.summary import hardware, versions
+from lit_ft.subspace import SubspaceUpdater, inject
+from lit_ft.subspace.projectors import Oja
+from lit_ft.tensors.sharding import local
 
 RESULTS = Path(__file__).parent / "results" / "at_scale.json"
 RANKS_A_NODE = 8
@@ -74,7 +74,7 @@ def step_on_this_rank(
     fully_shard_model(model, mesh, mp_policy=policy)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     if layers:
-        SubspaceStep(layers, Oja(), all_reduce=average).attach(optimizer)
+        SubspaceUpdater(layers, Oja(), all_reduce=average).attach(optimizer)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with Ledger() as ledger:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_ft.run.console import quieten_libraries
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.subspace import SubspaceLayer, SubspaceStep, inject
-from lit_ft.subspace.projectors import SVD, Oja, Online, Projector, Random, SubspaceIteration
+from lit_ft.run.console import quieten_libraries
 from lit_ft.run.summary import hardware, versions
+from lit_ft.subspace import SubspaceLayer, SubspaceUpdater, inject
+from lit_ft.subspace.projectors import SVD, Oja, Online, Projector, Random, SubspaceIteration
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "captured_energy.json"
@@ -102,7 +102,7 @@ def train(rule: Projector, options: argparse.Namespace) -> dict[int, float]:
     model = module.source.load_model(torch.float32)
     layers = inject(model, rank=options.rank, targets=[re.escape(name) for name in LAYERS])
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    steps = SubspaceStep(layers, rule)
+    steps = SubspaceUpdater(layers, rule)
     steps.attach(optimizer)
     gradients = Gradients(layers)
     shares = {}

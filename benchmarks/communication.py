@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import GaLore
 from lit_ft.distributed import FSDP2Strategy
-from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
 from lit_ft.run.summary import hardware, versions
+from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
 
 RESULTS = Path(__file__).parent / "results" / "communication.json"
 WORLD, TOKENS = 2, 64

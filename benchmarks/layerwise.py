@@ -28,9 +28,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.optim import stepped_in_pieces
+from lit_ft.measure.environment import hardware, versions
+from lit_ft.optim import row_chunked
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
-from lit_ft.run.summary import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "layerwise.json"
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -49,7 +49,7 @@ class Side:
         self.ids = torch.randint(3, 4000, (2, 256))
         self.clips = clips and not layerwise
         self.loss = ChunkedCrossEntropy(repeatable=layerwise and clips)
-        self.optimizer = stepped_in_pieces(OPTIMIZERS[optimizer](self.model.parameters()))
+        self.optimizer = row_chunked(OPTIMIZERS[optimizer](self.model.parameters()))
         self.backward: Callable[[Tensor], None] = Tensor.backward
         if layerwise:
             large = large_parameters(self.optimizer, 2**20)

@@ -36,8 +36,8 @@ from rich.progress import track
 from rich.table import Table
 
 from lit_ft.callbacks import ThroughputMonitor
+from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.run.console import quieten_libraries
-from lit_ft.loss.targets import IGNORED
 from lit_ft.run.summary import hardware, versions
 
 HERE = Path(__file__).parent
@@ -255,7 +255,7 @@ def _best_rate(records: list[dict[str, Any]], method: str) -> float | None:
 
 def _is_a_quarter_answer(example: dict[str, Any]) -> bool:
     labels = example["labels"]
-    return 4 * sum(label != IGNORED for label in labels) >= len(labels)
+    return 4 * sum(label != IGNORE_INDEX for label in labels) >= len(labels)
 
 
 def _initial_loss(config: Any, options: argparse.Namespace) -> float:

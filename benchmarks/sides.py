@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.measure import optimizer_state_bytes
 from lit_ft.models import FromConfig
-from lit_ft.subspace import SubspaceStep, inject
+from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
 
 WIDE = FromConfig(
@@ -95,7 +95,7 @@ class Side:
         else:
             self.optimizer = AdamW(trainable, lr=1e-5, fused=True)
         if layers:
-            self.steps = SubspaceStep(layers, PROJECTORS[method])
+            self.steps = SubspaceUpdater(layers, PROJECTORS[method])
             self.steps.attach(self.optimizer)
         self.beside = 0
         self.layers = layers

@@ -12,17 +12,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_ft.data import examples
 from lit_ft.data.batching import GlobalBatchSampler
 from lit_ft.data.collate import Collator
 from lit_ft.data.encoding import Encoder, EncodingReport, load_chat_template
-from lit_ft.data.tables import Bins
 from lit_ft.data.formats import Format, Message
+from lit_ft.data.mixing import Bins, subset
 from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
-from lit_ft.loss.token_mean import share_of_data
+from lit_ft.data.tables import column
+from lit_ft.distributed.ranks import data_parallel_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -184,7 +184,7 @@ class InstructionDataModule(LightningDataModule):
                 seed=self.seed,
             )
         self.train_examples = splits.train
-        self.val_examples = examples.subset(splits.val, self.max_val_examples)
+        self.val_examples = subset(splits.val, self.max_val_examples)
         self.reports = splits.reports
         self._say_counts()
 
@@ -273,7 +273,7 @@ class InstructionDataModule(LightningDataModule):
     def _rows(self) -> Bins:
         if not self.packing:
             return Bins(self.train_examples)
-        lengths = examples.column(self.train_examples, "num_tokens")
+        lengths = column(self.train_examples, "num_tokens")
         return Bins(self.train_examples, pack(lengths.tolist(), self.max_length))
 
     def _collator(self, *, packed: bool = False) -> Collator:
@@ -283,7 +283,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _cut(self, batch_size: int, micro_batches: int) -> dict[str, int]:
         """How a global batch is cut into micro-batches and ranks."""
-        rank, num_replicas = share_of_data(self.trainer) if self.trainer else (0, 1)
+        rank, num_replicas = data_parallel_rank(self.trainer) if self.trainer else (0, 1)
         return {
             "batch_size": batch_size,
             "micro_batches": micro_batches,

@@ -8,21 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from hydra.utils import instantiate
-from lightning.pytorch.plugins import HalfPrecision, Precision
-from torch import Tensor
-
-from lit_ft.storage.checkpoint_folder import CheckpointFolder
-from lit_ft.run.config import refuse_untrusted
 from lit_ft.run.console import quieten_libraries
-from lit_ft.data.encoding import load_chat_template
-from lit_ft.storage.atomic import whole_at
-from lit_ft.run.summary import read_summary
+from lit_ft.run.export_run import export_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,111 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     print(folder)
-
-
-def export_run(
-    run_dir: str | Path,
-    *,
-    checkpoint: str = "last",
-    folder: str | Path | None = None,
-    merge: bool = True,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-) -> Path:
-    """Export a checkpoint of the run in `run_dir`.
-
-    Args:
-        run_dir: The run's folder, with its summary.json.
-        checkpoint: "last", "best", or a checkpoint's path.
-        folder: Where to; if None `run_dir/export`, and `run_dir/export/adapter` for an adapter
-            alone.
-        merge: Fold an adapter into the weights; else write the adapter alone.
-        dtype: Of the written weights; None keeps the model's.
-        max_shard_size: Of a file, where several ranks have saved the checkpoint: no more of the
-            model is in memory at a time.
-
-    Raises:
-        ValueError: No such run or checkpoint; a run without an adapter has none to write; or an
-            adapter alone would lie beside a model.
-    """
-    # Not above: peft's imports speak before they can be silenced.
-    from lit_ft.models import export_model
-
-    run_dir = Path(run_dir)
-    summary = read_summary(run_dir)
-    if summary is None:
-        raise ValueError(f"{run_dir} is not the folder of a run: it has no summary.json.")
-    path = whole_at(run_dir / "checkpoints" / f"{checkpoint}.ckpt") or whole_at(checkpoint)
-    if path is None:
-        found = sorted(p.stem for p in (run_dir / "checkpoints").glob("*.ckpt"))
-        raise ValueError(
-            f"{run_dir} has no checkpoint '{checkpoint}': it has {', '.join(found) or 'none'}."
-        )
-    config: dict[str, Any] = summary["config"]
-    refuse_untrusted(config, also=config["trusted_packages"])
-    module = instantiate(config["module"], _convert_="all")
-    if module.tokenizer is not None and (template := config["data"].get("chat_template")):
-        module.tokenizer.chat_template = load_chat_template(template)  # that it was trained with
-    if module.adapter is None and not merge:
-        raise ValueError(f"{run_dir} has trained no adapter: leave out --adapter-only.")
-    target = run_dir / "export"
-    if folder is not None:
-        target = Path(folder)
-    elif module.adapter is not None and not merge:
-        target /= "adapter"
-    if path.is_dir() and module.adapter is None:
-        return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
-    # As the trainer would: weights of the type that they were trained in.
-    halves = config["trainer"]["precision"] == "bf16-true"
-    precision = HalfPrecision("bf16-true") if halves else Precision()
-    with precision.module_init_context():
-        module.configure_model()
-    if path.is_dir():  # of an adapter alone, which is small
-        saved = CheckpointFolder(path).load_whole()
-    else:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    module.load_state_dict(_without_subspaces(saved["state_dict"]))
-    return export_model(module.model, module.tokenizer, target, merge=merge, dtype=dtype)
-
-
-def _export_parts(
-    checkpoint: CheckpointFolder, module: Any, folder: Path, dtype: str | None, max_shard_size: str
-) -> Path:
-    """Export what several ranks have saved, which may not fit this process's memory."""
-    from lit_ft.models import dtype_named, export_streamed
-
-    prefix = "state_dict.model."
-    weights = {
-        name.removeprefix(prefix): torch.empty(
-            entry.size, dtype=entry.properties.dtype, device="meta"
-        )
-        for name, entry in checkpoint.tensors(prefix).items()
-    }
-
-    def read(tensors: dict[str, Tensor]) -> None:
-        checkpoint.load({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, alone=True)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    export_streamed(
-        module.source.build_empty(),
-        _without_subspaces(weights),
-        read,
-        folder,
-        dtype=None if dtype is None else dtype_named(dtype),
-        max_shard_size=max_shard_size,
-    )
-    if module.tokenizer is not None:
-        module.tokenizer.save_pretrained(folder)
-    return folder
-
-
-def _without_subspaces(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what GaLore keeps beside each weight, into which its steps are folded already."""
-    names = ("weight", "delta", "basis")
-    layers = {name.rpartition(".")[0] for name in weights if name.endswith(".basis")}
-    layers = {layer for layer in layers if all(f"{layer}.{name}" in weights for name in names)}
-    beside = {f"{layer}.{name}" for layer in layers for name in names[1:]}
-    return {name: weight for name, weight in weights.items() if name not in beside}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,27 +20,28 @@ from torchmetrics import SumMetric
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat.checks import QUANTISED_ARE_NOT_SHARDED, check_optimizer, check_sharding
-from lit_ft.loss.token_mean import GlobalBatch, share_of_data
-from lit_ft.loss.probes import keeps_packed_examples_apart
-from lit_ft.loss.targets import IGNORED
-from lit_ft.loss.chunked import (
+from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
+from lit_ft.distributed.ranks import data_parallel_rank
+from lit_ft.loss import (
     ChunkedCrossEntropy,
     ModelLoss,
     TokenLoss,
-    without_adapter_wrapper,
+    unwrap_peft,
 )
+from lit_ft.loss.probes import keeps_packed_examples_apart
+from lit_ft.loss.targets import IGNORE_INDEX
+from lit_ft.loss.token_mean import TokenMean
 from lit_ft.models import ModelSource, add_adapter
 from lit_ft.models.adapters import rewrites_base_weights, start_magnitudes
 from lit_ft.optim import (
     DECAY_MATRICES,
     GroupRule,
     build_optimizer,
-    stepped_in_pieces,
+    row_chunked,
     stochastically_rounded,
 )
-from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
+from lit_ft.tensors.sharding import full_tensor
 from lit_ft.tensors.stochastic_rounding import keyed_generator
-from lit_ft.tensors.sharding import whole
 
 Batch = Mapping[str, Any]
 
@@ -95,7 +96,7 @@ class CausalLMModule(LightningModule):
         # Not a MeanMetric, which leaves out what is not a number: a validation would look better.
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
-        self._global_batch = GlobalBatch(self._sum_over_ranks)
+        self._token_mean = TokenMean(self._sum_over_ranks)
         self._unchecked = {"loss", "packing of one row", "packing of rows"}
 
     @cached_property
@@ -137,7 +138,7 @@ class CausalLMModule(LightningModule):
     def shard_model(self) -> None:
         """Spread `model` over the ranks; what changes a model's layers does so before (GaLore)."""
         assert isinstance(self.trainer.strategy, FSDP2Strategy | TensorParallelStrategy)
-        self.trainer.strategy.shard(without_adapter_wrapper(self.model))
+        self.trainer.strategy.shard(unwrap_peft(self.model))
 
     def _shard(self, model: Any) -> None:
         if self.adapter is not None and getattr(model, "is_quantized", False):
@@ -155,12 +156,12 @@ class CausalLMModule(LightningModule):
                 model = add_adapter(model, self.adapter)
         self.model = model.train()
         if self.compile_model:
-            without_adapter_wrapper(model).base_model.compile()
+            unwrap_peft(model).base_model.compile()
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer on the groups, and its schedule for the trainer's number of steps."""
         optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
-        optimizer = stepped_in_pieces(stochastically_rounded(optimizer, seed=self.seed))
+        optimizer = row_chunked(stochastically_rounded(optimizer, seed=self.seed))
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A fused optimizer would take float16's loss scale away in its kernel, after clipping:
             # now the trainer does, before.
@@ -182,8 +183,8 @@ class CausalLMModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the global batch's loss."""
         loss_sum, num_targets = self.loss_sum(batch)
-        _, shares = share_of_data(self.trainer)
-        loss = self._global_batch.add(loss_sum, num_targets, alone=shares == 1)
+        _, shares = data_parallel_rank(self.trainer)
+        loss = self._token_mean.add(loss_sum, num_targets, alone=shares == 1)
         # Lightning divides by the number of micro-batches, data parallelism by that of ranks.
         return loss * (self.trainer.accumulate_grad_batches * shares)
 
@@ -200,7 +201,7 @@ class CausalLMModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the accumulated gradient into that of the token mean."""
-        loss, _ = self._global_batch.finish(self.parameters())
+        loss, _ = self._token_mean.finish(self.parameters())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.global_step}: lower optim.lr, "
@@ -220,7 +221,7 @@ class CausalLMModule(LightningModule):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        self.log("grad_norm", whole(norm))
+        self.log("grad_norm", full_tensor(norm))
 
     # LayerwiseUpdate, which clips in backward, may take its place.
     configure_gradient_clipping.clips_as_lightning_does = True  # type: ignore[attr-defined]
@@ -254,7 +255,7 @@ class CausalLMModule(LightningModule):
         self._check_model_on(inputs)
         num_targets = batch.get("num_targets")
         if num_targets is None:
-            num_targets = int((labels[:, 1:] != IGNORED).sum())
+            num_targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
         loss = with_root_gathered(self.model, self.loss, self.model, inputs, labels)
         return loss, num_targets
 
@@ -297,7 +298,7 @@ class CausalLMModule(LightningModule):
             self._unchecked.discard("loss")
             row = inputs["input_ids"][:1, :64]
             if isinstance(self.loss, ChunkedCrossEntropy) and not with_root_gathered(
-                self.model, self.loss.agrees_with, self.model, row
+                self.model, self.loss.is_exact_for, self.model, row
             ):
                 rank_zero_info(
                     f"{self.source.name} transforms its logits or adds losses: training on its own "
@@ -318,7 +319,7 @@ class CausalLMModule(LightningModule):
                 )
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        _, shares = share_of_data(self.trainer)
+        _, shares = data_parallel_rank(self.trainer)
         if shares == 1:
             return tensor
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")

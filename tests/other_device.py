@@ -20,7 +20,7 @@ from torch.utils.backend_registration import (
 )
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.subspace import SubspaceStep, bases, head, inject, layer
+from lit_ft.subspace import SubspaceUpdater, bases, head, inject, layer
 from lit_ft.subspace.projectors import SVD, Oja, Projector, Random, SubspaceIteration
 from tests.test_losses import tiny_model
 
@@ -71,12 +71,12 @@ def train(
     with torch.device(DEVICE):  # as Lightning calls `configure_model`
         layers = inject(model, rank=4, side=side)
     stepped = optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    steps = SubspaceStep(layers, projector)
+    steps = SubspaceUpdater(layers, projector)
     steps.attach(stepped)
     ids = torch.zeros(2, 8, dtype=torch.long, device=DEVICE)
     for _ in range(4):
         if watched:
-            steps.observation.await_reading(1)
+            steps.stats.await_snapshot(1)
         ChunkedCrossEntropy()(model, {"input_ids": ids}, ids).backward()
         steps.before_step(stepped, skips_overflow=True)  # else it looks at values
         stepped.step()

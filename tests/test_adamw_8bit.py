@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchao.optim import AdamW8bit
 
-from lit_ft.tensors.quantized_state import zeros_8bit
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.adamw_8bit import _update
 from lit_ft.subspace.moments import rotate_moments
+from lit_ft.tensors.quantized_state import zeros_8bit
 
 
 def seeded(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_ft.data.batching import GlobalBatchSampler, deal
+from lit_ft.data.batching import GlobalBatchSampler, assign_rows
 
 # A busy machine is no failure of a law.
 settings.register_profile("unhurried", deadline=None)
@@ -79,7 +79,7 @@ def test_a_micro_batch_has_at_most_batch_size_rows_spread_evenly(lengths, cut):
     batch_size, _, num_replicas = cut
     sizes = [
         len(rows)
-        for step in deal(lengths, batch_size=batch_size, num_replicas=num_replicas)
+        for step in assign_rows(lengths, batch_size=batch_size, num_replicas=num_replicas)
         for rows in step
     ]
     assert max(sizes) <= batch_size
@@ -91,7 +91,7 @@ def test_ranks_differ_by_no_more_work_than_micro_batches_of_one_step(lengths, cu
     work = np.array(
         [
             [max((lengths[i] for i in rows), default=0) * len(rows) for rows in step]
-            for step in deal(lengths, batch_size=cut[0], num_replicas=cut[2])
+            for step in assign_rows(lengths, batch_size=cut[0], num_replicas=cut[2])
         ]
     )
     assert np.ptp(work.sum(axis=0)) <= np.ptp(work, axis=1).max()
@@ -101,7 +101,7 @@ def test_ranks_differ_by_no_more_work_than_micro_batches_of_one_step(lengths, cu
 def test_a_micro_batch_joins_neighbours_in_length(lengths, cut):
     micro_batches = [
         [lengths[i] for i in rows]
-        for step in deal(lengths, batch_size=cut[0], num_replicas=cut[2])
+        for step in assign_rows(lengths, batch_size=cut[0], num_replicas=cut[2])
         for rows in step
         if rows
     ]

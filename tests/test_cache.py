@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from lit_ft.data import cache
 from lit_ft.data.cache import cache_folder, cache_key, cached
 from lit_ft.data.encoding import Encoder
-from lit_ft.data.tables import encode_source
 from lit_ft.data.formats.prompt_completion import PromptCompletion
 from lit_ft.data.sources import open_source
+from lit_ft.data.tables import encode_source
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ FIXED = SubspaceIteration(every=10**6)
 
 
 def test_a_foreign_project_trains_and_its_update_has_the_rank(monkeypatch):
-    from lit_ft.subspace import bases
+    from lit_ft.subspace import basis_tracker as bases
 
     monkeypatch.setattr(bases, "_START_ROUNDS", 0)
     module, update = train(FIXED)
@@ -103,7 +103,7 @@ def test_bf16_true_keeps_the_small_tensors_in_float32_and_moves_the_weights(tmp_
     untrained = module_of()
     untrained.configure_model()
     start = dict(untrained.model.named_parameters())
-    for name, layer in callback.steps.layers.items():
+    for name, layer in callback.updater.layers.items():
         assert layer.weight.dtype == torch.bfloat16
         assert layer.basis.dtype == layer.delta.dtype == torch.float32
         assert not torch.equal(layer.weight, start[f"{name}.weight"].bfloat16()), name
@@ -189,14 +189,14 @@ def test_after_training_nothing_is_left_behind(tmp_path):
     callback = GaLore(rank=4)
     trainer = trainer_of(tmp_path, callbacks=[callback])
     trainer.fit(module, loader(*[batch_of([12])] * 2))
-    for layer in callback.steps.layers.values():
+    for layer in callback.updater.layers.values():
         assert not layer.delta.any()
         assert layer.basis.grad is None and layer.weight.grad is None
         assert not layer.basis.requires_grad
     assert "configure_model" not in vars(module)
-    step = callback.steps.step
+    step = callback.updater.step
     trainer.optimizers[0].step()  # no one follows it any more
-    assert callback.steps.step == step
+    assert callback.updater.step == step
     twin = copy.deepcopy(module.model)
     ids = torch.arange(3, 9)[None]
     assert torch.equal(twin(ids).logits, module.model(ids).logits)
@@ -208,8 +208,8 @@ def test_another_module_is_injected_anew(tmp_path):
         module = module_of(optimizer=partial(AdamW, lr=1e-2))
         trainer_of(tmp_path, callbacks=[callback]).fit(module, loader(*[batch_of([12])] * 2))
         layers = [part for part in module.modules() if hasattr(part, "delta")]
-        assert layers and set(callback.steps.layers.values()) <= set(layers)
-        assert callback.steps.step == 2
+        assert layers and set(callback.updater.layers.values()) <= set(layers)
+        assert callback.updater.step == 2
 
 
 def test_lightnings_learning_rate_finder_is_refused(tmp_path):

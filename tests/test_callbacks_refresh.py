@@ -60,13 +60,13 @@ class Moves(Callback):
         self.galore, self.steps, self.asked = galore, [], []
 
     def _bases(self):
-        return {n: la.basis.detach().clone() for n, la in self.galore.steps.layers.items()}
+        return {n: la.basis.detach().clone() for n, la in self.galore.updater.layers.items()}
 
     def on_train_batch_start(self, *_):
         self.before = self._bases()
 
     def on_before_backward(self, *_):
-        layers = self.galore.steps.layers.values()
+        layers = self.galore.updater.layers.values()
         self.asked.append({layer.energy.requires_grad for layer in layers} == {True})
 
     def on_train_batch_end(self, trainer, *_):
@@ -87,7 +87,7 @@ def test_it_sets_the_schedule_on_either_side_of_galore(tmp_path, first, module):
     callbacks = [*(pair if first == "galore" else reversed(pair)), moves]
     fit(tmp_path, callbacks, module=module(), data=data, max_steps=9)
     assert sorted({step for step, _ in moves.steps}) == [3, 7]
-    assert {name for _, name in moves.steps} == galore.steps.layers.keys()
+    assert {name for _, name in moves.steps} == galore.updater.layers.keys()
 
 
 @pytest.mark.parametrize("optim", sorted(path.stem for path in CONF.glob("optim/galore*.yaml")))
@@ -130,7 +130,7 @@ class Explicit(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         captured = total = 0.0
-        layers = self.galore.steps.layers
+        layers = self.galore.updater.layers
         for row in zip(*map(torch.cat, zip(*self.batches, strict=True)), strict=True):
             inner, outer = module.net[0], module.net[2]
             weights = [la.weight.detach().requires_grad_() for la in (inner, outer)]
@@ -148,7 +148,7 @@ class Explicit(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         if not self.batches:  # a step was taken
-            layers = self.galore.steps.layers.values()
+            layers = self.galore.updater.layers.values()
             moved = [(la.weight - b).ravel() for la, b in zip(layers, self.before, strict=True)]
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             self.rms.append(torch.cat(moved).square().mean().sqrt().item() / lr)
@@ -200,7 +200,7 @@ def test_every_part_of_a_language_model_is_logged(tmp_path):
 
 @pytest.mark.parametrize("options", [{"logger": False}, {"log_every_n_steps": 0}])
 def test_nothing_is_measured_where_nothing_is_logged(tmp_path, options, monkeypatch):
-    from lit_ft.subspace import bases
+    from lit_ft.subspace import basis_tracker as bases
 
     measured = []
     monkeypatch.setattr(bases, "overlap", lambda *_: measured.append(1))
@@ -214,7 +214,7 @@ def test_nothing_is_measured_where_nothing_is_logged(tmp_path, options, monkeypa
 def test_after_training_nothing_is_asked_for(tmp_path):
     galore = GaLore(rank=4)
     fit(tmp_path, [galore, SubspaceRefresh()], max_steps=3)
-    for layer in galore.steps.layers.values():
+    for layer in galore.updater.layers.values():
         assert not layer.energy.requires_grad
         assert layer.energy.grad is None
 
@@ -230,7 +230,7 @@ def test_an_adaptive_run_stopped_and_resumed_equals_uninterrupted(tmp_path, proj
         module = module_of(optimizer=partial(AdamW, lr=1e-2))
         data = loader(*[batch_of([12, 5, 7], seed=1)] * 14)
         trainer, module, _ = fit(tmp_path, callbacks, module=module, data=data, **options)
-        return trainer, module, callbacks[1].steps.bases.turns
+        return trainer, module, callbacks[1].updater.tracker.schedule
 
     _, straight, turns = run(max_steps=14)
     assert max(turns.interval.values()) > 2

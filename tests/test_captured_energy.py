@@ -12,7 +12,7 @@ from smollm2 import SMOLLM2
 from torch import Tensor
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.subspace import bases
+from lit_ft.subspace import basis_tracker as bases
 from lit_ft.subspace.layers.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import SubspaceIteration
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lit_ft.tensors.stochastic_rounding import random_bits, round_moved, round_with
 from lit_ft.subspace import inject
+from lit_ft.tensors.stochastic_rounding import random_bits, round_moved, round_with
 from tests.running import ANYWHERE, CONF, SAMPLES, run_job
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from lit_ft.callbacks import GaLore, SubspaceRefresh
-from lit_ft.subspace import SubspaceStep, inject, subspace_layers
+from lit_ft.subspace import SubspaceUpdater, inject, subspace_layers
 from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
 from tests.test_losses import tiny_model
 from tests.test_module import batch_of, loader, module_of, trainer_of
@@ -99,7 +99,7 @@ def test_a_checkpoint_goes_on_with_another_interval_but_not_with_another_rule(tm
         module, galore = adamw_module(), GaLore(rank=4, projector=projector)
         trainer = trainer_of(tmp_path, callbacks=[galore], max_steps=4)
         trainer.fit(module, loader(*SAME_BATCH), ckpt_path=tmp_path / "two.ckpt")
-        return galore.steps.step
+        return galore.updater.step
 
     assert go_on(Oja(every=2)) == 4
     with pytest.raises(MisconfigurationException, match=r"projector=Oja\(step_size=0.1, rot"):
@@ -129,7 +129,7 @@ def test_a_layer_that_early_steps_do_not_reach_has_its_rounds_later():
     torch.manual_seed(0)
     both = torch.nn.ModuleDict({"always": torch.nn.Linear(8, 8), "later": torch.nn.Linear(8, 8)})
     layers = inject(both, rank=2)
-    steps = SubspaceStep(layers, NEVER)
+    steps = SubspaceUpdater(layers, NEVER)
     optimizer = AdamW([p for p in both.parameters() if p.requires_grad])
     steps.attach(optimizer)
     start = layers["later"].basis.detach().clone()
@@ -161,7 +161,7 @@ def test_unfreezing_the_model_changes_no_rule():
 def test_a_rule_is_told_a_share_of_the_highest_rate(monkeypatch, schedule, peak):
     told = []
 
-    def move(self, basis, evidence, *, decay, **_):
+    def move(self, basis, basis_input, *, decay, **_):
         told.append(decay)
         return basis
 
@@ -195,7 +195,7 @@ def test_a_model_made_narrower_takes_its_small_tensors_along():
     model.float()
     assert {layer.basis.dtype for layer in layers.values()} == {torch.float32}
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
-    SubspaceStep(layers, SubspaceIteration(every=1)).attach(optimizer)
+    SubspaceUpdater(layers, SubspaceIteration(every=1)).attach(optimizer)
     model(batches(1)[0][0]).logits.sum().backward()
     optimizer.step()
     model.bfloat16()
@@ -215,7 +215,7 @@ def test_embeddings_that_were_resized_after_the_injection_are_refused():
     model = tiny_model("llama")
     layers = inject(model, rank=4)
     model.resize_token_embeddings(310)
-    steps = SubspaceStep(layers, NEVER)
+    steps = SubspaceUpdater(layers, NEVER)
     with pytest.raises(ValueError, match=r"embed_tokens is \[310, .*before GaLore"):
         steps.attach(AdamW(model.parameters()))
 

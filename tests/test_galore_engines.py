@@ -55,7 +55,7 @@ class States(Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, module, *_):
-        steps = torch.tensor(self.galore.steps.step)
+        steps = torch.tensor(self.galore.updater.step)
         tensors = [*module.state_dict().values(), *moments(module), steps]
         self.seen.append([tensor.clone() for tensor in tensors])
 

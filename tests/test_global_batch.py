@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_ft.loss.token_mean import GlobalBatch
+from lit_ft.loss.token_mean import TokenMean
 
 micro_batches = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
@@ -15,7 +15,7 @@ def test_unequal_micro_batches_equal_one_batch(sizes, seed):
 
     def gradient_of(parts):
         weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-        window = GlobalBatch(lambda tensor: tensor)
+        window = TokenMean(lambda tensor: tensor)
         for part in parts:
             window.add((weight.sin() * part).sum(), len(part)).backward()
         loss, count = window.finish([weight])
@@ -29,7 +29,7 @@ def test_unequal_micro_batches_equal_one_batch(sizes, seed):
 
 
 def test_the_next_window_forgets_the_last():
-    window = GlobalBatch(lambda tensor: tensor)
+    window = TokenMean(lambda tensor: tensor)
     weight = torch.ones((), requires_grad=True)
     for size in (5, 2):
         weight.grad = None

@@ -13,8 +13,8 @@ import torch
 from hydra.errors import CompactHydraException
 from torch.utils._pytree import tree_flatten
 
-from lit_ft.run.job import checkpoint_to_resume
 from lit_ft.models import FromConfig, Packaged, Pretrained, export_model
+from lit_ft.run.job import checkpoint_to_resume
 from lit_ft.run.summary import read_summary
 from tests.running import run_job
 from tests.stopping import at

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_ft.loss.targets import IGNORED
-from lit_ft.loss.chunked import ChunkedCrossEntropy, ModelLoss, chunked_cross_entropy
+from lit_ft.loss import ChunkedCrossEntropy, ModelLoss, chunked_cross_entropy
+from lit_ft.loss.targets import IGNORE_INDEX
 
 
 def tiny_model(model_type: str, **config):
@@ -37,11 +37,13 @@ def test_chunked_equals_whole_cross_entropy_in_value_and_gradients(
     hidden = torch.randn(*shape, 8, generator=generator, requires_grad=True)
     weight = torch.randn(20, 8, generator=generator, requires_grad=True)
     labels = torch.randint(0, 20, shape, generator=generator)
-    labels[torch.rand(shape, generator=generator) < masked] = IGNORED
+    labels[torch.rand(shape, generator=generator) < masked] = IGNORE_INDEX
 
     chunked = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
     logits = (hidden @ weight.T)[:, :-1].flatten(0, 1)
-    whole = cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORED)
+    whole = cross_entropy(
+        logits, labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+    )
 
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
     for ours, reference in zip(
@@ -56,7 +58,7 @@ def test_no_target_gives_zero_and_a_zero_gradient_to_every_parameter():
     for loss in (ChunkedCrossEntropy(), ModelLoss()):
         model = tiny_model("llama")
         ids = torch.arange(8)[None] + 5
-        value = loss(model, {"input_ids": ids}, torch.full_like(ids, IGNORED))
+        value = loss(model, {"input_ids": ids}, torch.full_like(ids, IGNORE_INDEX))
         value.backward()
         assert value.item() == 0
         assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.parameters())
@@ -67,7 +69,7 @@ def test_chunked_equals_the_models_own_loss(tied):
     model = tiny_model("llama", tie_word_embeddings=tied)
     ids = torch.randint(3, 300, (2, 16))
     labels = ids.clone()
-    labels[:, :5] = IGNORED
+    labels[:, :5] = IGNORE_INDEX
     chunked = ChunkedCrossEntropy()(model, {"input_ids": ids}, labels)
     own = ModelLoss()(model, {"input_ids": ids}, labels)
     torch.testing.assert_close(chunked, own, rtol=1e-5, atol=1e-5)
@@ -112,7 +114,7 @@ def test_vocabulary_sized_logits_are_never_allocated():
 def test_models_that_transform_logits_or_add_losses_are_detected(model_type, config, agrees, dtype):
     model = tiny_model(model_type, **config).to(dtype)
     ids = torch.randint(3, 300, (1, 32))
-    assert ChunkedCrossEntropy().agrees_with(model, ids) is agrees
+    assert ChunkedCrossEntropy().is_exact_for(model, ids) is agrees
     assert model.training
     assert not model.get_output_embeddings()._forward_pre_hooks
 
@@ -122,7 +124,7 @@ def test_an_adapter_on_the_head_takes_the_models_own_loss():
 
     config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model("llama"), config)
-    assert not ChunkedCrossEntropy().agrees_with(model, torch.randint(3, 300, (1, 32)))
+    assert not ChunkedCrossEntropy().is_exact_for(model, torch.randint(3, 300, (1, 32)))
 
 
 @pytest.mark.parametrize("tokens", [3, 513])
@@ -163,7 +165,7 @@ def test_packed_examples_have_the_loss_that_they_have_alone(loss):
     first, second = torch.randint(3, 300, (1, 9)), torch.randint(3, 300, (1, 6))
     alone = loss(model, {"input_ids": first}, first) + loss(model, {"input_ids": second}, second)
     labels = torch.cat([first, second], 1)
-    labels[0, 9] = IGNORED
+    labels[0, 9] = IGNORE_INDEX
     positions = torch.cat([torch.arange(9), torch.arange(6)])[None]
     inputs = {"input_ids": torch.cat([first, second], 1), "position_ids": positions}
     torch.testing.assert_close(loss(model, inputs, labels), alone, rtol=1e-5, atol=1e-4)

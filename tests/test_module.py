@@ -10,8 +10,8 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
-from lit_ft.loss.targets import IGNORED
-from lit_ft.loss.chunked import ChunkedCrossEntropy, ModelLoss
+from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
+from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.models import FromConfig
 from lit_ft.optim import WarmupSchedule
 
@@ -50,7 +50,7 @@ def batch_of(lengths, seed=0, width=12):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 64, (len(lengths), width), generator=generator)
     mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
-    labels = ids.masked_fill((mask == 0) | (torch.arange(width) < 2), IGNORED)
+    labels = ids.masked_fill((mask == 0) | (torch.arange(width) < 2), IGNORE_INDEX)
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
@@ -110,7 +110,7 @@ def test_validation_weighs_tokens_not_batches(tmp_path):
         ModelLoss()(module.model, {k: b[k] for k in ("input_ids", "attention_mask")}, b["labels"])
         for b in batches
     ]
-    targets = sum((b["labels"][:, 1:] != IGNORED).sum() for b in batches)
+    targets = sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in batches)
     expected = (sum(sums) / targets).item()
     assert metrics["val_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["val_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
@@ -124,7 +124,7 @@ def test_bfloat16_weights_do_not_round_the_validation_loss(tmp_path):
     [metrics] = trainer.validate(module, loader(*batches), verbose=False)
     with torch.no_grad():
         sums = [ChunkedCrossEntropy()(module.model, inputs_of(b), b["labels"]) for b in batches]
-    targets = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in batches)
+    targets = sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     expected = float(sum(s.double() for s in sums)) / targets
     assert metrics["val_loss"] == pytest.approx(expected, rel=1e-6)
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lit_ft.tensors import row_blocks as row_pieces
-from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stepped_in_pieces, stochastically_rounded
+from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, row_chunked, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.subspace.moments import rotate_moments
+from lit_ft.tensors import row_blocks as row_blocks
 from tests.allocations import peak_allocated
 
 EIGHT_BIT: dict[str, Callable[..., Optimizer]] = {
@@ -40,14 +40,14 @@ ROUNDED: dict[str, Callable[..., Optimizer]] = {
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_pieces, "_ON_CPU", 8192)
+    monkeypatch.setattr(row_blocks, "_ON_CPU", 8192)
 
 
 @given(rows=st.integers(1, 3000), columns=st.integers(1, 700), limit=st.integers(256, 20_000))
 def test_pieces_cover_the_rows_in_whole_blocks(rows: int, columns: int, limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_pieces, "_ON_CPU", limit)
-        pieces = row_pieces.row_pieces(torch.empty(rows, columns, device="cpu"))
+        patch.setattr(row_blocks, "_ON_CPU", limit)
+        pieces = row_blocks.row_blocks(torch.empty(rows, columns, device="cpu"))
     sizes = [len(range(*piece.indices(rows))) for piece in pieces]
     covered = [row for piece in pieces for row in range(*piece.indices(rows))]
     assert covered == list(range(rows))
@@ -65,7 +65,7 @@ def steps(factory: Callable[..., Optimizer], dtype: torch.dtype) -> tuple[Tensor
     groups: list[dict[str, Any]] = [{"params": [matrix]}, {"params": [vector]}]
     if getattr(factory, "func", None) is MuonAdamW:
         groups[0]["use_muon"] = True
-    optimizer = stepped_in_pieces(stochastically_rounded(factory(groups), seed=0))
+    optimizer = row_chunked(stochastically_rounded(factory(groups), seed=0))
     for step in range(4):
         if step == 2:  # as a resumed run does
             optimizer.load_state_dict(optimizer.state_dict())
@@ -78,7 +78,7 @@ def steps(factory: Callable[..., Optimizer], dtype: torch.dtype) -> tuple[Tensor
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_pieces_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, state = steps(EIGHT_BIT[name], torch.float32)
-    monkeypatch.setattr(row_pieces, "_ON_CPU", 8192)
+    monkeypatch.setattr(row_blocks, "_ON_CPU", 8192)
     in_pieces, its_state = steps(EIGHT_BIT[name], torch.float32)
     torch.testing.assert_close(in_pieces, weight, rtol=0, atol=0)
     torch.testing.assert_close(its_state, state, rtol=0, atol=0)
@@ -87,7 +87,7 @@ def test_pieces_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ROUNDED)
 def test_rounded_steps_in_pieces_keep_the_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, state = steps(ROUNDED[name], torch.bfloat16)
-    monkeypatch.setattr(row_pieces, "_ON_CPU", 8192)
+    monkeypatch.setattr(row_blocks, "_ON_CPU", 8192)
     in_pieces, its_state = steps(ROUNDED[name], torch.bfloat16)
     assert its_state.keys() == state.keys()
     assert its_state["times_rounded"] == 4
@@ -122,7 +122,7 @@ def test_an_8_bit_step_takes_the_room_of_a_piece() -> None:
 
     size = 4 * 8192 * 1024
     assert peak(lambda optimizer: optimizer) > 4 * size
-    assert peak(stepped_in_pieces) < size
+    assert peak(row_chunked) < size
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -154,7 +154,7 @@ def test_moments_turn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.step()
         monkeypatch.undo()
         whole = turned(optimizer.state[matrix])
-        monkeypatch.setattr(row_pieces, "_ON_CPU", 8192)
+        monkeypatch.setattr(row_blocks, "_ON_CPU", 8192)
         pieces = turned(optimizer.state[matrix])
         assert not whole[name].equal(optimizer.state[matrix][name])
         for key, value in whole.items():
@@ -166,9 +166,9 @@ def test_moments_turn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_needs_no_pieces_stays_what_it_is() -> None:
     large = [torch.nn.Parameter(torch.ones(2048, 1024))]
-    assert type(stepped_in_pieces(AdamW(large))) is AdamW
+    assert type(row_chunked(AdamW(large))) is AdamW
     small = [torch.nn.Parameter(torch.ones(64, 64))]
-    assert type(stepped_in_pieces(bnb.optim.AdamW8bit(small))) is bnb.optim.AdamW8bit
-    assert type(stepped_in_pieces(bnb.optim.LAMB8bit(large))) is bnb.optim.LAMB8bit
+    assert type(row_chunked(bnb.optim.AdamW8bit(small))) is bnb.optim.AdamW8bit
+    assert type(row_chunked(bnb.optim.LAMB8bit(large))) is bnb.optim.LAMB8bit
     paged = bnb.optim.PagedAdamW8bit  # its state stays where bitsandbytes has put it
-    assert type(stepped_in_pieces(paged(large))) is paged
+    assert type(row_chunked(paged(large))) is paged

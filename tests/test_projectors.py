@@ -1,4 +1,4 @@
-"""Rules that move a basis, on evidence that says little: few tokens, nothing, or no numbers."""
+"""Rules that move a basis, on basis_input that says little: few tokens, nothing, or no numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_ft.subspace.projectors import SVD, Evidence, Oja, Online, SubspaceIteration
+from lit_ft.subspace.projectors import SVD, BasisInput, Oja, Online, SubspaceIteration
 from lit_ft.subspace.projectors.base import principal_rows
 
 ORTHONORMAL = [Oja(every=1), Oja(step_size=10.0, every=1), SubspaceIteration(), SVD()]
@@ -21,8 +21,10 @@ def basis_and_gradient(seed, num_tokens, rank=6, rows=9, cols=20):
 
 
 def move(rule, basis, gradient):
-    evidence = gradient if rule.evidence is Evidence.GRADIENT else basis @ gradient.T @ gradient
-    return rule.move(basis, evidence, state={}, decay=1.0, generator=GENERATOR)
+    basis_input = (
+        gradient if rule.basis_input is BasisInput.GRADIENT else basis @ gradient.T @ gradient
+    )
+    return rule.move(basis, basis_input, state={}, decay=1.0, generator=GENERATOR)
 
 
 @pytest.mark.parametrize("rule", ORTHONORMAL)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_ft.storage.atomic import beside, put_in_place, whole_at
+from lit_ft.storage.atomic import existing_or_backup, replace_atomically, temporary_path
 
 KINDS = ["file", "folder"]
 
@@ -30,7 +30,7 @@ def test_what_is_new_takes_the_place_of_anything_and_leaves_nothing(before, afte
     target = tmp_path / "last.ckpt"
     if before is not None:
         make(target, before, "before")
-    put_in_place(make(beside(target), after, "after"), target)
+    replace_atomically(make(temporary_path(target), after, "after"), target)
     assert content(target) == "after"
     assert target.is_dir() is (after == "folder")
     assert list(tmp_path.iterdir()) == [target]
@@ -50,19 +50,19 @@ def test_killed_at_any_rename_it_leaves_something_whole(
     def killed(self, target):
         raise Killed
 
-    new = make(beside(target), after, "after")
+    new = make(temporary_path(target), after, "after")
     with monkeypatch.context() as patched:
         patched.setattr(Path, rename, killed)
         try:
-            put_in_place(new, target)
+            replace_atomically(new, target)
             assert (before, after) == ("file", "file")  # which takes one rename alone
             assert rename == "rename"
         except Killed:
-            assert content(whole_at(target)) == "before"
+            assert content(existing_or_backup(target)) == "before"
     # The next save does not stumble over what was left.
-    put_in_place(make(beside(tmp_path / "other"), after, "next"), target)
+    replace_atomically(make(temporary_path(tmp_path / "other"), after, "next"), target)
     assert content(target) == "next"
-    assert content(whole_at(target)) == "next"
+    assert content(existing_or_backup(target)) == "next"
 
 
 @pytest.mark.parametrize("after", KINDS)
@@ -74,11 +74,11 @@ def test_a_refused_rename_leaves_what_was_there(after, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", refused)
     with pytest.raises(PermissionError):
-        put_in_place(make(beside(target), after, "after"), target)
+        replace_atomically(make(temporary_path(target), after, "after"), target)
     assert content(target) == "before"
 
 
 def test_half_a_folder_is_never_found(tmp_path):
     target = tmp_path / "last.ckpt"
-    make(beside(target), "folder", "half")
-    assert whole_at(target) is None
+    make(temporary_path(target), "folder", "half")
+    assert existing_or_backup(target) is None

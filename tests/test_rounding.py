@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_ft.tensors.stochastic_rounding import random_bits, round_moved, round_stochastically, round_with
+from lit_ft.tensors.stochastic_rounding import (
+    random_bits,
+    round_moved,
+    round_stochastically,
+    round_with,
+)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -15,8 +15,8 @@ from hydra.types import HydraContext
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_ft.run.job import refuse_to_start_processes
 from lit_ft.distributed import FSDP2Strategy
+from lit_ft.run.job import refuse_to_start_processes
 from tests.commands import TINY, run
 from tests.running import CONF
 from tests.test_module import trainer_of

@@ -94,7 +94,7 @@ def test_a_models_energies_are_those_of_its_sequences_however_the_batch_is_cut(n
                 expected[owner] += torch.stack([part.square().sum() for part in parts])
     whole = energies_of(model, layers, ids, labels)
     for layer in layers.values():
-        layer.forget_evidence()
+        layer.clear_basis_input()
     energies_of(model, layers, ids[:1], labels[:1])
     cut = energies_of(model, layers, ids[1:], labels[1:])
     for key, layer in layers.items():

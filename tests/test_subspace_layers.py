@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_ft.loss.targets import IGNORED
-from lit_ft.loss.chunked import ChunkedCrossEntropy, ModelLoss
+from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
+from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.subspace import inject, layer_group, subspace_layers
 from tests.allocations import LargestTensor
 from tests.test_losses import tiny_model
 
 IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(0))
-LABELS = IDS.masked_fill(torch.arange(12) < torch.tensor([[2], [9], [5]]), IGNORED)
+LABELS = IDS.masked_fill(torch.arange(12) < torch.tensor([[2], [9], [5]]), IGNORE_INDEX)
 MODELS = {
     "llama": {},
     "llama tied": {"tie_word_embeddings": True},
@@ -35,7 +35,7 @@ def model_and_twin(name, **options):
 def forget(model, layers):
     model.zero_grad()
     for layer in layers.values():
-        layer.forget_evidence()
+        layer.clear_basis_input()
 
 
 def track(layers):
@@ -131,7 +131,7 @@ def test_without_sequences_each_row_is_a_sample(side):
         expected = expected + (gradient @ layer.basis.T).T @ gradient
     layer.basis.requires_grad_(True)
     for rows in ([x], list(x)):  # [5, 6], and five times [6]
-        layer.forget_evidence()
+        layer.clear_basis_input()
         for row in rows:
             layer(row).square().sum().backward()
         torch.testing.assert_close(layer.basis.grad, expected)
@@ -154,7 +154,7 @@ def test_the_heads_sketch_does_not_overflow_in_float16():
     hidden = 60 * torch.randn(2, 100, 64, generator=torch.Generator().manual_seed(0))
     sketches = []
     for half in (False, True):
-        head.forget_evidence()
+        head.clear_basis_input()
         with torch.autocast("cpu", torch.float16, enabled=half):
             labels = torch.arange(200).view(2, 100)
             head.summed_cross_entropy(hidden, labels, chunk_tokens=64).backward()

@@ -8,11 +8,11 @@ import torch
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.measure import optimizer_state_bytes
-from lit_ft.measure.storage_bytes import storage_bytes
 from lit_ft.measure.memory import state_tensors
+from lit_ft.measure.storage_bytes import storage_bytes
 from lit_ft.models import FromConfig
 from lit_ft.optim import build_optimizer
-from lit_ft.subspace import SubspaceStep, inject
+from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja
 from tests.allocations import NewTensors
 
@@ -35,7 +35,7 @@ def trained():
     weights = list(model.parameters())
     layers = inject(model, rank=64)
     optimizer = build_optimizer(bnb.optim.AdamW8bit, model.named_parameters())
-    steps = SubspaceStep(layers, Oja(every=1))
+    steps = SubspaceUpdater(layers, Oja(every=1))
     steps.attach(optimizer)
     ids = torch.randint(0, 4000, (3, 10))
     full = {shape for w in weights if w.ndim == 2 for shape in (w.shape, w.shape[::-1])}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_ft.subspace import Refresh
-from lit_ft.subspace.stats import overlap, squared_update
 from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
+from lit_ft.subspace.stats import overlap, squared_update
 from tests.test_subspace_step import Run, assert_equal, batches
 
 
@@ -40,34 +40,34 @@ def test_step_rms_is_what_the_weights_moved_by_over_the_learning_rate(projector)
     data = batches(3)
     run.train(data[:2])
     before = {n: la.weight.clone() for n, la in run.steps.layers.items()}
-    run.steps.observation.await_reading(1)
+    run.steps.stats.await_snapshot(1)
     run.train(data[2:])
     moved = torch.cat([(la.weight - before[n]).ravel() for n, la in run.steps.layers.items()])
-    reading = run.steps.observation.read(None)
+    reading = run.steps.stats.snapshot(None)
     assert reading.step_rms == pytest.approx(moved.square().mean().sqrt().item() / 1e-3, rel=1e-6)
-    assert run.steps.observation.read(None).step_rms is None
+    assert run.steps.stats.snapshot(None).step_rms is None
 
 
 def test_the_first_step_of_adamw_in_subspaces_has_adamws_size():
     run = Run(Oja(every=1), lr=1e-3)
-    run.steps.observation.await_reading(1)
+    run.steps.stats.await_snapshot(1)
     run.train(batches(1))
     # AdamW's first step is the gradient's sign; rows of the embedding that no token named rest.
     embedding = run.steps.layers["model.embed_tokens"].weight
-    assert run.steps.observation.read(None).step_rms == pytest.approx(1, abs=0.15), embedding.shape
+    assert run.steps.stats.snapshot(None).step_rms == pytest.approx(1, abs=0.15), embedding.shape
 
 
 def test_watching_changes_nothing_and_costs_only_the_step_that_is_read():
     data = batches(6)
     silent, watched = Run(Oja(every=1)).train(data), Run(Oja(every=1))
     asked = []
-    watched.steps.observation.await_reading(4)
+    watched.steps.stats.await_snapshot(4)
     for one in data:
         asked.append(all(la.energy.requires_grad for la in watched.steps.layers.values()))
         watched.step(*one)
     assert asked == [False, False, False, True, False, False]
     assert_equal(watched, silent)
-    reading = watched.steps.observation.read(None)
+    reading = watched.steps.stats.snapshot(None)
     for seen in (reading.energies, reading.overlaps, reading.seconds):
         assert seen.keys() == watched.steps.layers.keys()
     assert all(0 < captured < total for captured, total in reading.energies.values())
@@ -108,11 +108,11 @@ def test_the_host_waits_once_a_reading_and_once_a_step_of_adaptive_moves(
         for one in batches(9):
             waits = 0
             if watch:
-                run.steps.observation.await_reading(1)
+                run.steps.stats.await_snapshot(1)
             run.step(*one)
             yield waits
             waits = 0
-            run.steps.observation.read(None)
+            run.steps.stats.snapshot(None)
             assert waits <= 1
 
     fixed = replace(refresh, adaptive=False)
@@ -123,7 +123,7 @@ def test_the_host_waits_once_a_reading_and_once_a_step_of_adaptive_moves(
 
 @pytest.mark.parametrize(("every", "steps"), [(1, {3}), (3, {2, 3})])
 def test_of_a_layers_moves_before_a_reading_the_last_is_measured(every, steps, monkeypatch):
-    from lit_ft.subspace import bases
+    from lit_ft.subspace import basis_tracker as bases
 
     run = Run(Oja(every=every), refresh=Refresh())
     measured = []
@@ -133,7 +133,7 @@ def test_of_a_layers_moves_before_a_reading_the_last_is_measured(every, steps, m
         return overlap(old, new)
 
     monkeypatch.setattr(bases, "overlap", recorded)
-    run.steps.observation.await_reading(4)
+    run.steps.stats.await_snapshot(4)
     run.train(batches(8))
     assert len(measured) == len(run.steps.layers)
     assert set(measured) == steps

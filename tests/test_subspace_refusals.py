@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from transformers.optimization import Adafactor
 
-from lit_ft.subspace import Refresh, SubspaceStep, inject
+from lit_ft.subspace import Refresh, SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja
 from tests.test_losses import tiny_model
 from tests.test_subspace_step import NEVER, Run, batches
@@ -46,7 +46,7 @@ def test_a_state_with_a_maximum_over_coordinates_is_said_to_have_no_rule(caplog)
 def test_weights_that_became_float16_are_refused():
     """As Lightning's precision=16-true makes them, after the injection."""
     model = tiny_model("llama")
-    steps = SubspaceStep(inject(model, rank=4), NEVER)
+    steps = SubspaceUpdater(inject(model, rank=4), NEVER)
     optimizer = AdamW([p for p in model.half().parameters() if p.requires_grad])
     with pytest.raises(ValueError, match=r"embed_tokens has float16 weights"):
         steps.attach(optimizer)
@@ -55,7 +55,7 @@ def test_weights_that_became_float16_are_refused():
 def test_a_compiled_models_layers_have_no_turns_of_their_own():
     layers = inject(tiny_model("llama"), rank=4)
     with pytest.raises(ValueError, match="leave out one of the two"):
-        SubspaceStep(layers, NEVER, compiled=True, refresh=Refresh(adaptive=True))
+        SubspaceUpdater(layers, NEVER, compiled=True, refresh=Refresh(adaptive=True))
 
 
 def test_layers_that_the_loss_does_not_come_through_are_named(caplog):
@@ -68,7 +68,7 @@ def test_layers_that_the_loss_does_not_come_through_are_named(caplog):
             return nn.functional.linear(self.used(x), self.borrowed.weight)
 
     model = Tied()
-    steps = SubspaceStep(inject(model, rank=2), NEVER)
+    steps = SubspaceUpdater(inject(model, rank=2), NEVER)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
     steps.attach(optimizer)
     for _ in range(2):
@@ -82,6 +82,6 @@ def test_layers_that_the_loss_does_not_come_through_are_named(caplog):
 def test_an_optimizer_from_before_the_injection_is_refused():
     model = tiny_model("llama")
     optimizer = AdamW(model.parameters())
-    steps = SubspaceStep(inject(model, rank=4), NEVER)
+    steps = SubspaceUpdater(inject(model, rank=4), NEVER)
     with pytest.raises(ValueError, match=r"embed_tokens\.delta"):
         steps.attach(optimizer)

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim import build_optimizer, rounding, stochastically_rounded
-from lit_ft.subspace import SubspaceStep, inject, layer
+from lit_ft.subspace import SubspaceUpdater, inject, layer
 from lit_ft.subspace.projectors import Oja
 from tests.test_losses import tiny_model
 
@@ -32,7 +32,7 @@ def fall_in_loss(dtype: torch.dtype) -> float:
 
     layers = inject(model, rank=16)
     optimizer = build_optimizer(partial(AdamW, lr=LR), model.named_parameters())
-    SubspaceStep(layers, Oja(every=1)).attach(stochastically_rounded(optimizer, seed=0))
+    SubspaceUpdater(layers, Oja(every=1)).attach(stochastically_rounded(optimizer, seed=0))
     before = loss_now()
     for step in range(STEPS):
         ids = batches[step % len(batches)]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Muon
 
 from lit_ft.callbacks import GaLore
-from lit_ft.subspace import SubspaceStep, inject
+from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
 from lit_ft.subspace.scale import matching_scale
 
@@ -28,7 +28,7 @@ def step(optimizer, shape, side, gradient, rank=None):
         basis = next(iter(layers.values())).basis.detach().clone()
     built = optimizer([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     if rank is not None:
-        SubspaceStep(layers, SubspaceIteration(every=10**6)).attach(built)
+        SubspaceUpdater(layers, SubspaceIteration(every=10**6)).attach(built)
     # The loss <G, W>, whose gradient is G.
     (model(torch.eye(shape[1])) * gradient.T).sum().backward()
     built.step()
@@ -60,7 +60,7 @@ def test_what_is_no_scale_is_refused(scale):
     with pytest.raises(ValueError, match=f"scale={scale}: give a positive number"):
         GaLore(scale=scale)
     with pytest.raises(ValueError, match=f"scale={scale}: give a positive number"):
-        SubspaceStep(inject(nn.Sequential(nn.Linear(4, 4)), rank=2), Oja(), scale=scale)
+        SubspaceUpdater(inject(nn.Sequential(nn.Linear(4, 4)), rank=2), Oja(), scale=scale)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lit_ft.callbacks import GaLore
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Oja, Random, SubspaceIteration
-from lit_ft.subspace.schedule import Turns
+from lit_ft.subspace.schedule import RefreshSchedule
 from tests.test_subspace_step import Run, assert_equal, batches, tiny_model
 
 
@@ -27,7 +27,9 @@ def test_turns_come_every_so_many_steps_each_layer_at_its_offset(
     every, count, stagger, at_once, start
 ):
     names = [str(index) for index in range(count)]
-    turns = Turns(names, Refresh(stagger=stagger), every=every, at_once=at_once, step=start)
+    turns = RefreshSchedule(
+        names, Refresh(stagger=stagger), every=every, at_once=at_once, step=start
+    )
     for step in range(start, start + 40):
         for index, name in enumerate(names):
             offset = index * every // count if stagger else 0
@@ -36,7 +38,7 @@ def test_turns_come_every_so_many_steps_each_layer_at_its_offset(
             else:
                 due = (step + 1 - offset) % every == 0
             assert turns.is_due(name, step) == due
-        turns.pass_on(step, dict.fromkeys(names, 1.0))
+        turns.advance(step, dict.fromkeys(names, 1.0))
 
 
 def turns_taken(turns, overlaps, steps):
@@ -47,7 +49,7 @@ def turns_taken(turns, overlaps, steps):
         if turns.is_due("layer", step):
             taken.append(step)
             seen = {"layer": next(overlaps)}
-        turns.pass_on(step, seen)
+        turns.advance(step, seen)
     return taken
 
 
@@ -55,7 +57,7 @@ def test_a_layer_that_rests_waits_twice_as_long_up_to_the_longest_and_moves_on_a
     refresh = Refresh(every=10, adaptive=True, threshold=0.5, longest=4)
     rests, moves = 0.5, 0.49
     taken = turns_taken(
-        Turns(["layer"], refresh, every=1),
+        RefreshSchedule(["layer"], refresh, every=1),
         [rests] * 4 + [moves, rests, math.nan, rests, rests],
         230,
     )
@@ -63,30 +65,31 @@ def test_a_layer_that_rests_waits_twice_as_long_up_to_the_longest_and_moves_on_a
         *(20, 40, 40, 40),  # it rests
         *(10, 20, 10, 20),  # it moves, rests, lost its rank, rests
     ]
-    still = Turns(["layer"], Refresh(every=10), every=1)
+    still = RefreshSchedule(["layer"], Refresh(every=10), every=1)
     assert turns_taken(still, [rests] * 9, 90) == list(range(9, 90, 10))
 
 
 @given(longest=st.integers(1, 9), every=st.integers(1, 5), rests=st.lists(st.booleans()))
 def test_an_interval_lies_between_the_base_and_the_longest(longest, every, rests):
-    turns = Turns(["layer"], Refresh(adaptive=True, longest=longest), every=every)
+    turns = RefreshSchedule(["layer"], Refresh(adaptive=True, longest=longest), every=every)
     for rest in rests:
         before = turns.interval["layer"]
-        turns.pass_on(turns.next["layer"], {"layer": float(rest)})
+        turns.advance(turns.next["layer"], {"layer": float(rest)})
         assert turns.interval["layer"] == (min(2 * before, longest * every) if rest else every)
 
 
 def test_another_schedules_turns_are_not_continued():
     ours, theirs = (
-        Turns(["a", "b"], Refresh(adaptive=adaptive), every=4) for adaptive in (True, False)
+        RefreshSchedule(["a", "b"], Refresh(adaptive=adaptive), every=4)
+        for adaptive in (True, False)
     )
     for turns in (ours, theirs):
         for step in range(9):
-            turns.pass_on(step, {"a": 1.0, "b": 1.0})
-    fresh = Turns(["a", "b"], Refresh(), every=4)
+            turns.advance(step, {"a": 1.0, "b": 1.0})
+    fresh = RefreshSchedule(["a", "b"], Refresh(), every=4)
     fresh.load_state_dict(ours.state_dict(), step=9)
     assert (fresh.next, fresh.interval) == (theirs.next, theirs.interval)
-    again = Turns(["a", "b"], Refresh(adaptive=True), every=4)
+    again = RefreshSchedule(["a", "b"], Refresh(adaptive=True), every=4)
     again.load_state_dict(ours.state_dict(), step=9)
     assert (again.next, again.interval) == (ours.next, ours.interval)
     assert again.interval != fresh.interval

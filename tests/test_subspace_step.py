@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import AdamW
 
-from lit_ft.loss.targets import IGNORED
 from lit_ft.loss.chunked import ChunkedCrossEntropy
+from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.optim import RowwiseAdamW8bit
-from lit_ft.subspace import Refresh, SubspaceStep, bases, inject
+from lit_ft.subspace import Refresh, SubspaceUpdater, bases, inject
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration
 from tests.allocations import NewTensors
@@ -36,7 +36,7 @@ def batches(count, rows=4, seed=1):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 300, (count, rows, 10), generator=generator)
     lengths = torch.randint(1, 8, (count, rows, 1), generator=generator)
-    return list(zip(ids, ids.masked_fill(torch.arange(10) < lengths, IGNORED), strict=True))
+    return list(zip(ids, ids.masked_fill(torch.arange(10) < lengths, IGNORE_INDEX), strict=True))
 
 
 class Run:
@@ -49,11 +49,11 @@ class Run:
         scale = options.pop("scale", "match_adamw")
         refresh = options.pop("refresh", Refresh(stagger=stagger))
         self.optimizer = optimizer(trainable, **{"lr": 1e-3, **options})
-        self.steps = SubspaceStep(layers, projector, scale=scale, refresh=refresh)
+        self.steps = SubspaceUpdater(layers, projector, scale=scale, refresh=refresh)
         self.handle = self.steps.attach(self.optimizer)
 
     def step(self, ids, labels, micro_batches=1):
-        targets = (labels[:, 1:] != IGNORED).sum()
+        targets = (labels[:, 1:] != IGNORE_INDEX).sum()
         for rows in torch.arange(len(ids)).tensor_split(micro_batches):
             loss = ChunkedCrossEntropy(chunk_tokens=64)(
                 self.model, {"input_ids": ids[rows]}, labels[rows]
@@ -268,7 +268,7 @@ def test_a_skipped_step_leaves_no_trace():
     ids, labels = batches(1, seed=5)[0]
     ChunkedCrossEntropy()(skipping.model, {"input_ids": ids}, labels).backward()
     skipping.optimizer.zero_grad()
-    skipping.steps.begin_window()
+    skipping.steps.begin_accumulation()
     skipping.train(data[3:])
     assert_equal(skipping, straight)
 
@@ -281,10 +281,10 @@ def test_no_tensor_of_a_gradients_size_is_allocated(projector, watched):
     run = Run(projector, rank=4, model=tiny_model("llama", tie_word_embeddings=True))
     data = batches(4, rows=3)
     run.train(data[:2])
-    run.steps.observation.await_reading(2 if watched else None)
+    run.steps.stats.await_snapshot(2 if watched else None)
     with NewTensors(shapes, known=run.model.parameters()) as new:
         run.train(data[2:])
-        seen = run.steps.observation.read(None)
+        seen = run.steps.stats.snapshot(None)
     assert not new.found
     assert bool(seen.energies) == watched
 

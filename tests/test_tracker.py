@@ -26,7 +26,7 @@ from lit_ft.measure import (
 )
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.rounded import stochastically_rounded
-from lit_ft.tensors.row_blocks import row_pieces
+from lit_ft.tensors.row_blocks import row_blocks
 
 MIB = 2**20
 OPTIMIZERS = {
@@ -182,7 +182,7 @@ def test_the_estimate_knows_the_float32_state_of_rounded_bfloat16_weights(name):
 
 def test_the_estimate_knows_what_is_stepped_in_pieces():
     weight = nn.Parameter(torch.empty(3000, 10_000, dtype=torch.bfloat16))
-    assert len(row_pieces(weight.to("meta"))) > 1
+    assert len(row_blocks(weight.to("meta"))) > 1
     optimizer = stochastically_rounded(torch.optim.AdamW([weight]), seed=0)
     assert estimate_state_bytes(optimizer) == [weight.numel() * 8 + 4]
 

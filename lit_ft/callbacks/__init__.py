@@ -2,7 +2,6 @@
 
 from lit_ft.callbacks.batch_size import AutoBatchSize
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
-from lit_ft.storage.checkpoint_io import AtomicCheckpointIO
 from lit_ft.callbacks.export import ExportHF
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate
@@ -14,6 +13,7 @@ from lit_ft.callbacks.samples import SampleGenerations
 from lit_ft.callbacks.stop import StopOnSignal
 from lit_ft.callbacks.tables import StartTable, final_panel
 from lit_ft.callbacks.throughput import ThroughputMonitor
+from lit_ft.storage.checkpoint_io import AtomicCheckpointIO
 
 __all__ = [
     "AtomicCheckpointIO",

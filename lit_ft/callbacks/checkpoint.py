@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lit_ft.callbacks._support.every_n_steps import Cadence
+from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -33,7 +33,7 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,
         )
-        self._cadence = Cadence(every_n_steps)
+        self._every_n = EveryNSteps(every_n_steps)
 
     @property
     def state_key(self) -> str:
@@ -43,14 +43,14 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here."""
         super().on_train_start(trainer, pl_module)
-        self._cadence.start(trainer)
+        self._every_n.start(trainer)
         self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time, and at the last planned step."""
-        due = self._cadence.due(trainer)
+        due = self._every_n.due(trainer)
         if due or trainer.global_step == trainer.estimated_stepping_batches:
             self._save_once(trainer)
 

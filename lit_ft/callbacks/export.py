@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_ft.tensors.sharding import is_spread
+from lit_ft.tensors.sharding import is_model_sharded
 
 
 class ExportHF(Callback):
@@ -66,7 +66,7 @@ class ExportHF(Callback):
         """Write the folder."""
         # Ranks that torchrun has started may have named their run by different seconds.
         folder = Path(trainer.strategy.broadcast(str(self.folder)))
-        if not trainer.is_global_zero and not is_spread(pl_module.model):
+        if not trainer.is_global_zero and not is_model_sharded(pl_module.model):
             return  # ranks that hold a part each write that
         # Not above: it brings transformers and peft along.
         from lit_ft.models.export.whole import export_model

@@ -24,7 +24,7 @@ from lit_ft.callbacks._support.trainer import loss_scaler, only_optimizer
 from lit_ft.subspace import (
     MATCH_ADAMW,
     Refresh,
-    SubspaceStep,
+    SubspaceUpdater,
     inject,
     keep_out_of_broadcasts,
     subspace_layers,
@@ -81,7 +81,7 @@ class GaLore(Callback):
         self.side = side
         self.scale = scale
         self.seed = seed
-        self.steps: SubspaceStep | None = None
+        self.updater: SubspaceUpdater | None = None
         self._refresh: Refresh | None = None
         self._handle: RemovableHandle | None = None
         self._module: LightningModule | None = None  # that is injected
@@ -90,8 +90,8 @@ class GaLore(Callback):
     def reschedule(self, refresh: Refresh) -> None:
         """Let the bases move when `refresh` says; call it before training starts."""
         self._refresh = refresh
-        if self.steps is not None:
-            self.steps.reschedule(refresh)
+        if self.updater is not None:
+            self.updater.reschedule(refresh)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject once the model is there: now, behind `configure_model`, or before `shard_model`.
@@ -103,10 +103,10 @@ class GaLore(Callback):
         refuse_other_callbacks(trainer, self)
         refuse_module_or_strategy(trainer, pl_module, self.projector)
         if self._module is pl_module:
-            assert self.steps is not None
-            self.steps.freeze_weights()
+            assert self.updater is not None
+            self.updater.freeze_weights()
             return
-        self.steps = None  # the callback has trained another module
+        self.updater = None  # the callback has trained another module
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             self._inject(pl_module)
             return
@@ -141,7 +141,7 @@ class GaLore(Callback):
             allow_meta=getattr(module, "loads_after_sharding", False),
         )
         keep_out_of_broadcasts(module)
-        self.steps = SubspaceStep(
+        self.updater = SubspaceUpdater(
             layers,
             self.projector,
             scale=self.scale,
@@ -150,7 +150,7 @@ class GaLore(Callback):
             seed=self.seed,
             all_reduce=_average,
         )
-        self.steps.freeze_weights()  # which an earlier callback has left to train
+        self.updater.freeze_weights()  # which an earlier callback has left to train
         self._module = module
         small = sum(layer.delta.numel() for layer in layers.values())
         whole = sum(layer.weight.numel() for layer in layers.values())
@@ -162,37 +162,37 @@ class GaLore(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
         optimizer = only_optimizer(trainer, self)
-        assert self.steps is not None
+        assert self.updater is not None
         if loss_scaler(trainer) is not None and self.projector.forms_gradients:
             raise MisconfigurationException(
                 f"{self.projector} takes bases from whole gradients, which the grad scaler of "
                 f"precision={trainer.precision} does not unscale: use SubspaceIteration or Oja, or "
                 "precision=bf16-mixed."
             )
-        self._handle = self.steps.attach(optimizer)
+        self._handle = self.updater.attach(optimizer)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Begin a window where the module, which steps by hand, has zeroed gradients unheard."""
-        assert self.steps is not None
-        layers = self.steps.layers.values()
+        assert self.updater is not None
+        layers = self.updater.layers.values()
         if not pl_module.automatic_optimization and all(x.delta.grad is None for x in layers):
-            self.steps.begin_window()
+            self.updater.begin_accumulation()
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Begin a window of micro-batches."""
-        assert self.steps is not None
-        self.steps.begin_window()
+        assert self.updater is not None
+        self.updater.begin_accumulation()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Check the gradients of this step and take the bases that come from them."""
-        assert self.steps is not None
-        self.steps.before_step(optimizer, skips_overflow=loss_scaler(trainer) is not None)
+        assert self.updater is not None
+        self.updater.before_step(optimizer, skips_overflow=loss_scaler(trainer) is not None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizer and the module's methods."""
@@ -207,7 +207,7 @@ class GaLore(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the model's own tensors."""
         made_with = {"rank": self.rank, "side": self.side, "projector": self._rule}
-        steps = None if self.steps is None else self.steps.state_dict()
+        steps = None if self.updater is None else self.updater.state_dict()
         return {"made_with": made_with, "steps": steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,8 +224,8 @@ class GaLore(Callback):
                     "its bases and moments do not fit. Set the same, or start from its exported "
                     "weights."
                 )
-        if self.steps is not None and state_dict["steps"] is not None:
-            self.steps.load_state_dict(state_dict["steps"])
+        if self.updater is not None and state_dict["steps"] is not None:
+            self.updater.load_state_dict(state_dict["steps"])
 
     @property
     def _rule(self) -> str:
@@ -242,8 +242,8 @@ class GaLore(Callback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self.steps is not None:
-            self.steps.stop()
+        if self.updater is not None:
+            self.updater.stop()
 
 
 def _after(first: Callable[[], None], hook: Callable[..., Any]) -> Any:

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks._support.trainer import find_callback, loss_scaler, only_optimizer
+from lit_ft.callbacks.galore import GaLore
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters, refuse_not_by_parameter
 from lit_ft.subspace import subspace_layers

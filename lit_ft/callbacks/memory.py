@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_ft.callbacks._support.every_n_steps import Cadence
+from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.measure.memory import current_bytes, peak_bytes, reset_peak
 
 _GIB = 2**30
@@ -25,18 +25,18 @@ class MemoryMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        self._cadence = Cadence(every_n_steps)
+        self._every_n = EveryNSteps(every_n_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the peak count from here."""
-        self._cadence.start(trainer)
+        self._every_n.start(trainer)
         reset_peak(trainer.strategy.root_device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log when it is time."""
-        if not self._cadence.due(trainer):
+        if not self._every_n.due(trainer):
             return
         device = trainer.strategy.root_device
         readings = [current_bytes(device).value, peak_bytes(device).value]

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.callbacks import RichProgressBar
 
-from lit_ft.callbacks._support.every_n_steps import Cadence
+from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 
 
 class ProgressBar(LightningProgressBar):
@@ -35,7 +35,7 @@ class ProgressBar(LightningProgressBar):
 
     def __init__(self, every_n_steps: int | None = None, every_n_seconds: float = 30.0) -> None:
         super().__init__()
-        self._cadence = Cadence(every_n_steps)
+        self._every_n = EveryNSteps(every_n_steps)
         self._every_n_seconds = every_n_seconds
 
 
@@ -106,7 +106,7 @@ class LineProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the count that the remaining time is computed from."""
-        self._cadence.start(trainer)
+        self._every_n.start(trainer)
         self._first_step = trainer.global_step
         self._started_at = time.monotonic()
 
@@ -115,7 +115,7 @@ class LineProgress(ProgressBar):
     ) -> None:
         """Print when it is time, and at the last step."""
         step, total = trainer.global_step, _total_steps(trainer)
-        if self._cadence.due(trainer) or step == total or self._is_overdue():
+        if self._every_n.due(trainer) or step == total or self._is_overdue():
             parts = [f"step {step}/{total:,}" if math.isfinite(total) else f"step {step}"]
             parts += _formatted(self.get_metrics(trainer, pl_module))
             lr, eta = _learning_rate(trainer), self._remaining_seconds(step, total)

@@ -8,11 +8,11 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_ft.callbacks._support.every_n_steps import Cadence
-from lit_ft.callbacks.galore import GaLore
+from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.callbacks._support.trainer import find_callback
-from lit_ft.subspace import Refresh, SubspaceLayer, SubspaceStep, layer_group
-from lit_ft.subspace.stats import Reading
+from lit_ft.callbacks.galore import GaLore
+from lit_ft.subspace import Refresh, SubspaceLayer, SubspaceUpdater, layer_group
+from lit_ft.subspace.stats import Snapshot
 
 
 class SubspaceRefresh(Callback):
@@ -59,7 +59,7 @@ class SubspaceRefresh(Callback):
         every_n_steps: int | None = None,
     ) -> None:
         self.refresh = Refresh(every, stagger, adaptive, threshold, longest)
-        self._cadence = Cadence(every_n_steps)
+        self._every_n = EveryNSteps(every_n_steps)
         self._galore: GaLore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -74,52 +74,52 @@ class SubspaceRefresh(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here."""
-        self._cadence.start(trainer)
+        self._every_n.start(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Ask the step under way for what will be logged after it."""
         if trainer.loggers:
-            self._steps.observation.await_reading(self._cadence.remaining(trainer))
+            self._updater.stats.await_snapshot(self._every_n.remaining(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log when it is time."""
-        if not self._cadence.due(trainer) or not trainer.loggers:
+        if not self._every_n.due(trainer) or not trainer.loggers:
             return
-        steps = self._steps
-        metrics = metrics_of(steps.observation.read(steps.all_reduce), steps.layers)
+        updater = self._updater
+        metrics = metrics_of(updater.stats.snapshot(updater.all_reduce), updater.layers)
         for logger in trainer.loggers:
             # Lightning numbers logged steps from 0.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
 
     @property
-    def _steps(self) -> SubspaceStep:
-        assert self._galore is not None and self._galore.steps is not None
-        return self._galore.steps
+    def _updater(self) -> SubspaceUpdater:
+        assert self._galore is not None and self._galore.updater is not None
+        return self._galore.updater
 
 
-def metrics_of(reading: Reading, layers: dict[str, SubspaceLayer]) -> dict[str, float]:
-    """Return the numbers of a reading by the names that they are logged under.
+def metrics_of(snapshot: Snapshot, layers: dict[str, SubspaceLayer]) -> dict[str, float]:
+    """Return the numbers of a snapshot by the names that they are logged under.
 
     Args:
-        reading: By layer.
+        snapshot: By layer.
         layers: By name.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(layer_group(name, layer), []).append(name)
-    metrics = {} if reading.step_rms is None else {"subspace/step_rms": reading.step_rms}
+    metrics = {} if snapshot.step_rms is None else {"subspace/step_rms": snapshot.step_rms}
     for group, names in groups.items():
-        energies = [reading.energies[name] for name in names if name in reading.energies]
+        energies = [snapshot.energies[name] for name in names if name in snapshot.energies]
         if total := sum(total for _, total in energies):
             captured = sum(captured for captured, _ in energies)
             metrics[f"subspace/{group}/captured_energy"] = captured / total
         for metric, values in (
-            ("overlap", reading.overlaps),
-            ("refresh_seconds", reading.seconds),
+            ("overlap", snapshot.overlaps),
+            ("refresh_seconds", snapshot.seconds),
         ):
             if known := [values[name] for name in names if name in values]:
                 metrics[f"subspace/{group}/{metric}"] = fmean(known)

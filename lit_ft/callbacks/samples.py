@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_ft.callbacks._support.every_n_steps import Cadence
-from lit_ft.tensors.sharding import fsdp_root, is_spread
+from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
 
 Prompt = str | Sequence[dict[str, str]]
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
@@ -56,7 +56,7 @@ class SampleGenerations(Callback):
         self.num_prompts = num_prompts
         self.max_new_tokens = max_new_tokens
         self.generations: list[dict[str, Any]] = []
-        self._cadence = None if every_n_steps is None else Cadence(every_n_steps)
+        self._every_n = None if every_n_steps is None else EveryNSteps(every_n_steps)
         self._fixed_prompts: list[Prompt] = []
         self._sampled_at: int | None = None
 
@@ -64,8 +64,8 @@ class SampleGenerations(Callback):
         """Fix the prompts and generate before the first step."""
         self.generations = []
         self._sampled_at = None
-        if self._cadence is not None:
-            self._cadence.start(trainer)
+        if self._every_n is not None:
+            self._every_n.start(trainer)
         prompts = [] if _obstacle(trainer, pl_module) else self._find_prompts(trainer)
         self._fixed_prompts = trainer.strategy.broadcast(prompts)
         self._sample(trainer, pl_module)
@@ -74,7 +74,7 @@ class SampleGenerations(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Generate when it is time."""
-        if self._cadence is not None and self._cadence.due(trainer):
+        if self._every_n is not None and self._every_n.due(trainer):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +91,7 @@ class SampleGenerations(Callback):
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._fixed_prompts:
             return
-        if not trainer.is_global_zero and not is_spread(pl_module.model):
+        if not trainer.is_global_zero and not is_model_sharded(pl_module.model):
             return  # of a model in parts each rank has to generate
         self._sampled_at = trainer.global_step
         try:
@@ -103,7 +103,7 @@ class SampleGenerations(Callback):
                     max_new_tokens=self.max_new_tokens,
                 )
         except (RuntimeError, ValueError, TemplateError) as error:
-            if isinstance(error, RuntimeError) and is_spread(pl_module.model):
+            if isinstance(error, RuntimeError) and is_model_sharded(pl_module.model):
                 raise  # the other ranks wait for this one
             rank_zero_warn(f"No more samples: generating failed with {error!r}.")
             self._fixed_prompts = []
@@ -178,7 +178,7 @@ def as_markdown(prompt: str, text: str) -> str:
 def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why this run cannot generate, said once; None if it can."""
     reason = None
-    shared = is_spread(getattr(pl_module, "model", None))
+    shared = is_model_sharded(getattr(pl_module, "model", None))
     if isinstance(trainer.strategy, _SHARDED) and not shared:
         reason = f"the model is sharded by {type(trainer.strategy).__name__}"
     elif not hasattr(getattr(pl_module, "model", None), "generate"):

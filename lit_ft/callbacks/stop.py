@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_ft.callbacks.checkpoint import LastCheckpoint
 from lit_ft.callbacks._support.trainer import callbacks_of
+from lit_ft.callbacks.checkpoint import LastCheckpoint
 
 _WARNING: Any = getattr(signal, "SIGUSR2", None)  # which Windows does not have
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_ft.loss.token_mean import share_of_data
+from lit_ft.distributed.ranks import data_parallel_rank
 from lit_ft.measure import estimate_state_bytes
 from lit_ft.measure.model_size import model_size, num_weights
 
@@ -143,7 +143,7 @@ def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
     if steps < 0:
         epochs = trainer.max_epochs
         return {} if epochs is None or epochs < 0 else {"this run": f"{epochs:,} times all rows"}
-    rows *= trainer.accumulate_grad_batches * share_of_data(trainer)[1]
+    rows *= trainer.accumulate_grad_batches * data_parallel_rank(trainer)[1]
     extent = f"{steps:,} steps of {rows:,} rows"
     if 0 < batches < math.inf:
         extent += f", {steps * trainer.accumulate_grad_batches / batches:.3g} times all rows"

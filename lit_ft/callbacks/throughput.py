@@ -10,10 +10,10 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_ft.measure.batch_counts import Work, count_tokens, num_samples, sum_squared_lengths
-from lit_ft.callbacks._support.every_n_steps import Cadence
+from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.distributed.ranks import data_parallel_rank
+from lit_ft.measure.batch_counts import BatchCounts, count_tokens, num_samples, sum_squared_lengths
 from lit_ft.measure.flops import TrainingFlops, training_flops
-from lit_ft.loss.token_mean import share_of_data
 
 
 class Stopwatch:
@@ -40,8 +40,8 @@ class ThroughputMonitor(Callback):
 
     `tokens_per_second`, `samples_per_second` and `step_seconds` are over the optimizer steps since
     the last log, summed over all ranks; tokens are those that are not padding. `mfu` (model FLOPs
-    utilisation, see `lit_ft.measure.flops`; the output head counts on target tokens) comes along where
-    Lightning knows the device's peak rate. The progress bar shows `tok/s`.
+    utilisation, see `lit_ft.measure.flops`; the output head counts on target tokens) comes along
+    where Lightning knows the device's peak rate. The progress bar shows `tok/s`.
 
     **What is timed.** The wait for data, the training step, and the module's own hooks. What
     other callbacks do is not: validation, checkpoints, generated samples. Hooks of
@@ -72,7 +72,7 @@ class ThroughputMonitor(Callback):
     ) -> None:
         self.skip_steps = skip_steps
         self.num_tokens = num_tokens
-        self._cadence = Cadence(every_n_steps)
+        self._every_n = EveryNSteps(every_n_steps)
         self._clock = Stopwatch()
         self._restart = _StartClock(self._clock)
         self._reset()
@@ -83,10 +83,10 @@ class ThroughputMonitor(Callback):
         self._steps_to_skip = self.skip_steps
         self._step_seconds: list[float] = []
         self._logged_steps = 0  # those of _step_seconds that are in the totals
-        self._step = Work()  # of the optimizer step under way
-        self._skipped = Work()  # since the last log, as _window, and not timed
-        self._window = Work()
-        self._timed_total = self._skipped_total = Work()
+        self._step = BatchCounts()  # of the optimizer step under way
+        self._skipped = BatchCounts()  # since the last log, as _window, and not timed
+        self._window = BatchCounts()
+        self._timed_total = self._skipped_total = BatchCounts()
         self._flops: TrainingFlops | None = None
         self._peak_flops: int | None = None
 
@@ -134,7 +134,7 @@ class ThroughputMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up what the device and the model allow to compute."""
         self._reset()
-        self._cadence.start(trainer)
+        self._every_n.start(trainer)
         self._global_step = trainer.global_step
         device = trainer.strategy.root_device
         self._peak_flops = get_available_flops(device, _compute_dtype(trainer, pl_module))
@@ -152,7 +152,7 @@ class ThroughputMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Close the optimizer step if this batch completed one, and log when it is time."""
-        due = self._cadence.due(trainer)
+        due = self._every_n.due(trainer)
         if due:
             _wait_for(trainer.strategy.root_device)
         self._clock.stop()
@@ -197,7 +197,7 @@ class ThroughputMonitor(Callback):
         else:
             self._step_seconds.append(seconds)
             self._window += self._step
-        self._step = Work()
+        self._step = BatchCounts()
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seconds = self._step_seconds[self._logged_steps :]
@@ -217,27 +217,27 @@ class ThroughputMonitor(Callback):
             logger.log_metrics(metrics, step=trainer.global_step - 1)  # type: ignore[arg-type]
         pl_module.log("tok/s", metrics["throughput/tokens_per_second"], prog_bar=True, logger=False)
 
-    def _gather(self, trainer: Trainer) -> Work:
+    def _gather(self, trainer: Trainer) -> BatchCounts:
         """Sum the window over all ranks, add it to the totals, and begin another."""
         local = [*vars(self._window).values(), *vars(self._skipped).values()]
         device = trainer.strategy.root_device
         counts = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in local])
         sums: Any = trainer.strategy.reduce(counts, reduce_op="sum")
-        _, shares = share_of_data(trainer)
+        _, shares = data_parallel_rank(trainer)
         sums = sums // (trainer.world_size // shares)  # tensor-parallel ranks count the same
-        window, skipped = Work(*sums[:4].tolist()), Work(*sums[4:].tolist())
+        window, skipped = BatchCounts(*sums[:4].tolist()), BatchCounts(*sums[4:].tolist())
         self._timed_total += window
         self._skipped_total += skipped
-        self._window, self._skipped = Work(), Work()
+        self._window, self._skipped = BatchCounts(), BatchCounts()
         self._logged_steps = len(self._step_seconds)
         return window
 
-    def _work(self, batch: Any) -> Work:
+    def _work(self, batch: Any) -> BatchCounts:
         tokens = count_tokens(batch) if self.num_tokens is None else self.num_tokens(batch)
         if self._peak_flops is None or not isinstance(batch, Mapping):
-            return Work(tokens, samples=num_samples(batch))
+            return BatchCounts(tokens, samples=num_samples(batch))
         targets = batch.get("num_targets", tokens)
-        return Work(tokens, targets, sum_squared_lengths(batch), num_samples(batch))
+        return BatchCounts(tokens, targets, sum_squared_lengths(batch), num_samples(batch))
 
 
 class _StartClock(Callback):
@@ -260,7 +260,7 @@ class _StartClock(Callback):
             self._clock.start()
 
 
-def _flops_of(work: Work, flops: TrainingFlops) -> int:
+def _flops_of(work: BatchCounts, flops: TrainingFlops) -> int:
     return flops.of(
         num_tokens=int(work.tokens),
         num_targets=int(work.targets),

@@ -11,15 +11,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_ft.models import ModelSource
-from lit_ft.models.adapters import refuse_sharded_base
-from lit_ft.optim import GroupRule
 from lit_ft.distributed import (
     FSDP2Strategy,
     TensorParallelStrategy,
     refuse_not_elementwise,
     refuse_sharded_state,
 )
+from lit_ft.models import ModelSource
+from lit_ft.models.adapters import refuse_sharded_base
+from lit_ft.optim import GroupRule
 
 QUANTISED_ARE_NOT_SHARDED = (
     "Quantised weights, as adapter=qlora's, are not sharded: use adapter=lora, that is a model in "

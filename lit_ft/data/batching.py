@@ -60,7 +60,7 @@ def epoch_order(
     return np.concatenate((full, rest))
 
 
-def deal(
+def assign_rows(
     lengths: Sequence[int] | NDArray[np.int64], *, batch_size: int, num_replicas: int
 ) -> list[list[list[int]]]:
     """Deal the rows of one global batch to micro-batches and ranks.
@@ -143,7 +143,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         group_by_length: bool,
         seed: int,
     ) -> None:
-        check_cut(batch_size, micro_batches, num_replicas, rank)
+        check_batch_geometry(batch_size, micro_batches, num_replicas, rank)
         self.lengths: NDArray[np.int64] = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
         self.micro_batches = micro_batches
@@ -224,7 +224,7 @@ class _EpochIterator(Iterator[list[int]]):
         """Return this rank's micro-batches of a global batch."""
         sampler = self._sampler
         rows = order[global_batch * sampler.global_size :][: sampler.global_size]
-        steps = deal(
+        steps = assign_rows(
             sampler.lengths[rows],
             batch_size=sampler.batch_size,
             num_replicas=sampler.num_replicas,
@@ -286,7 +286,7 @@ def _other_data(name: str, saved: int, now: int) -> str:
     )
 
 
-def check_cut(batch_size: int, micro_batches: int, num_replicas: int, rank: int) -> None:
+def check_batch_geometry(batch_size: int, micro_batches: int, num_replicas: int, rank: int) -> None:
     """Refuse sizes that cut no global batch.
 
     Raises:

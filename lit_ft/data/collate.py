@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.targets import IGNORE_INDEX
 
 Example = Mapping[str, Sequence[int]]
 Row = Sequence[Example]
@@ -66,7 +66,7 @@ class Collator:
         starts = (lengths.cumsum() - lengths).repeat(lengths)  # of each token's example
         offsets = np.arange(len(starts)) - starts
         labels = _flatten(examples, "labels", lengths)
-        labels[offsets == 0] = IGNORED
+        labels[offsets == 0] = IGNORE_INDEX
 
         columns = np.arange(self._width(int(row_lengths.max())))
         is_token = columns < row_lengths[:, None]
@@ -74,14 +74,14 @@ class Collator:
             "input_ids": _fill(
                 is_token, _flatten(examples, "input_ids", lengths), self.pad_token_id
             ),
-            "labels": _fill(is_token, labels, IGNORED),
+            "labels": _fill(is_token, labels, IGNORE_INDEX),
         }
         if self.packed or any(len(row) > 1 for row in rows):
             batch["position_ids"] = _fill(is_token, offsets, columns - row_lengths[:, None])
         elif not is_token.all():
             batch["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
         batch["num_tokens"] = int(lengths.sum())
-        batch["num_targets"] = int((labels != IGNORED).sum())
+        batch["num_targets"] = int((labels != IGNORE_INDEX).sum())
         return batch
 
     def _width(self, tokens: int) -> int:
@@ -93,7 +93,7 @@ class Collator:
         width = self._width(2)
         batch: dict[str, Any] = {
             "input_ids": torch.full((1, width), self.pad_token_id),
-            "labels": torch.full((1, width), IGNORED),
+            "labels": torch.full((1, width), IGNORE_INDEX),
         }
         if self.packed:
             batch["position_ids"] = torch.arange(width)[None]

@@ -7,27 +7,20 @@ is always so at the first token, since nothing predicts it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lit_ft.data.formats import Conversation, Message
+from lit_ft.data.masks import assistant_mask
 from lit_ft.data.rows import ParsedRow
-from lit_ft.loss.targets import IGNORED
-
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REMEDY = (
-    "give a template that marks the assistant's turns with {% generation %} and "
-    "{% endgeneration %}: data.chat_template=template.jinja, or the simple data.chat_template=plain"
-)
+from lit_ft.loss.targets import IGNORE_INDEX
 
 
 class EncodedRow(NamedTuple):
@@ -158,13 +151,13 @@ class Encoder:
         too_long = len(ids) > self.max_length
         keep = 0 if too_long and self.drop_overlong else self.max_length
         ids, labels = ids[:keep], labels[:keep]
-        labels[:1] = [IGNORED][: len(labels)]
+        labels[:1] = [IGNORE_INDEX][: len(labels)]
         return EncodedRow(
             origin=row.origin,
             input_ids=ids,
             labels=labels,
             num_tokens=len(ids),
-            num_targets=len(labels) - labels.count(IGNORED),
+            num_targets=len(labels) - labels.count(IGNORE_INDEX),
             truncated=too_long and not self.drop_overlong,
             overlong=too_long and self.drop_overlong,
             prompt=prompt_of(row.conversation),
@@ -179,13 +172,9 @@ class Encoder:
         return ids if ids[-1:] == [eos] else [*ids, eos]
 
     def _chat(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        template = self.tokenizer.chat_template
-        if not isinstance(template, str):
-            raise ValueError(f"the tokenizer has no chat template: {REMEDY}")
-        mark = _mark_by_template if GENERATION_MARK.search(template) else _mark_by_prefix
-        ids, is_target = mark(self.tokenizer, messages)
+        ids, is_target = assistant_mask(self.tokenizer, messages)
         pairs = zip(ids, is_target, strict=True)
-        return ids, [token if target else IGNORED for token, target in pairs]
+        return ids, [token if target else IGNORE_INDEX for token, target in pairs]
 
 
 def prompt_of(conversation: Conversation) -> list[Message]:
@@ -211,72 +200,3 @@ def load_chat_template(name: str) -> str:
         raise ValueError(
             f"chat_template={name}: neither `plain` nor a text file: {error}"
         ) from error
-
-
-def _mark_by_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[list[int], Sequence[int]]:
-    """Return a chat's token ids and 1 where the template says that the assistant speaks."""
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    assert isinstance(encoded, BatchEncoding)
-    return encoded["input_ids"], encoded["assistant_masks"]
-
-
-def _mark_by_prefix(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[list[int], Sequence[int]]:
-    """Return the same for a template without marks, by what each turn adds to the text."""
-    text = _render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-    is_target = np.zeros(len(starts), dtype=np.int64)
-    for first, last in _assistant_spans(tokenizer, messages, text):
-        # A token that only reaches into the turn counts, as it does in transformers' own mask.
-        is_target |= (starts < last) & (ends > first)
-    return encoded["input_ids"], is_target.tolist()
-
-
-def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str
-) -> list[tuple[int, int]]:
-    """Find the characters [first, last) of each assistant turn in a rendered chat.
-
-    Raises:
-        ValueError: If the template renders a chat's beginning otherwise than alone.
-    """
-    end_tokens = tuple(tokenizer.get_added_vocab())
-    spans = []
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if place == 0:
-            raise ValueError(f"the chat begins with the assistant; begin with a user, or {REMEDY}")
-        before = _render(tokenizer, messages[:place], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: place + 1])
-        if not (text.startswith(through) and through.startswith(before)):
-            raise ValueError(
-                f"the chat template renders message {place} otherwise at the end of a chat than "
-                f"in it, so its tokens cannot be told: {REMEDY}"
-            )
-        # The newline that templates put after the end of a turn is no part of it.
-        turn = through.rstrip()
-        spans.append((len(before), len(turn if turn.endswith(end_tokens) else through)))
-    return spans
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    assert isinstance(text, str)
-    return text

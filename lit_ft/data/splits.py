@@ -9,10 +9,18 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_ft.data import examples
 from lit_ft.data.encoding import Encoder, EncodingReport
 from lit_ft.data.formats import Format, named
+from lit_ft.data.mixing import mix, side, split
 from lit_ft.data.sources import Source, open_source, parse
+from lit_ft.data.tables import (
+    drop_unusable,
+    encode_rows,
+    encode_source,
+    refuse_nothing,
+    report,
+    stream_source,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -28,7 +36,7 @@ class WeightedSource:
 
     def table(self, encoder: Encoder) -> Dataset:
         """Encode the source, or take it from the cache."""
-        return examples.encode_source(self.source, self.format, encoder)
+        return encode_source(self.source, self.format, encoder)
 
 
 @dataclass(frozen=True)
@@ -106,17 +114,17 @@ def load_tables(
     """
     tables = [one.table(encoder) for one in train]
     if val is None:
-        sides = [examples.split(table, val_fraction=val_fraction) for table in tables]
+        sides = [split(table, val_fraction=val_fraction) for table in tables]
         kept, held_out = [one[0] for one in sides], [one[1] for one in sides]
     else:
-        kept = [examples.side(table, held_out=False) for table in tables]
-        held_out = [examples.side(val.table(encoder), held_out=True)]
-    reports = [examples.report(table) for table in kept]
-    for one, report in zip(train, reports, strict=True):
-        examples.refuse_nothing(report, f"training on {one.source.name}")
-    usable = [examples.drop_unusable(table) for table in kept]
+        kept = [side(table, held_out=False) for table in tables]
+        held_out = [side(val.table(encoder), held_out=True)]
+    reports = [report(table) for table in kept]
+    for one, counts in zip(train, reports, strict=True):
+        refuse_nothing(counts, f"training on {one.source.name}")
+    usable = [drop_unusable(table) for table in kept]
     return Splits(
-        train=examples.mix(usable, [one.weight for one in train], seed=seed),
+        train=mix(usable, [one.weight for one in train], seed=seed),
         val=_validation(held_out),
         reports={"train": sum(reports, EncodingReport()), "val": _count(held_out)},
     )
@@ -136,32 +144,31 @@ def open_streams(
     """
     reports = {"train": EncodingReport()}
 
-    def tally(report: EncodingReport) -> None:
-        reports["train"] += report
+    def tally(counts: EncodingReport) -> None:
+        reports["train"] += counts
 
     skip = 0
     if val is not None:
-        held_out = [examples.side(val.table(encoder), held_out=True)]
+        held_out = [side(val.table(encoder), held_out=True)]
     else:
         assert val_rows is not None
         skip = ceil(val_rows / len(train))
         first = [islice(parse(one.source, one.format), skip) for one in train]
-        held_out = [examples.encode_rows(rows, encoder) for rows in first]
+        held_out = [encode_rows(rows, encoder) for rows in first]
     streams = [
-        examples.stream_source(one.source, one.format, encoder, skip=skip, tally=tally)
-        for one in train
+        stream_source(one.source, one.format, encoder, skip=skip, tally=tally) for one in train
     ]
     reports["val"] = _count(held_out)
-    mixed = examples.mix(streams, [one.weight for one in train], seed=seed)
+    mixed = mix(streams, [one.weight for one in train], seed=seed)
     return Splits(train=mixed, val=_validation(held_out), reports=reports)
 
 
 def _count(tables: Iterable[Dataset]) -> EncodingReport:
-    return sum(map(examples.report, tables), EncodingReport())
+    return sum(map(report, tables), EncodingReport())
 
 
 def _validation(tables: list[Dataset]) -> Dataset:
     from datasets import concatenate_datasets
 
-    examples.refuse_nothing(_count(tables), "validation")
-    return concatenate_datasets([examples.drop_unusable(table) for table in tables])
+    refuse_nothing(_count(tables), "validation")
+    return concatenate_datasets([drop_unusable(table) for table in tables])

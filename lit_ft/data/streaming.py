@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lit_ft.data.batching import check_cut, deal
+from lit_ft.data.batching import assign_rows, check_batch_geometry
 from lit_ft.data.collate import Example, Row
 from lit_ft.data.packing import pack
 
@@ -77,7 +77,7 @@ class StreamingBatches(IterableDataset[Batch]):
         seed: int = 0,
         prefetched: int = 0,
     ) -> None:
-        check_cut(batch_size, micro_batches, num_replicas, rank)
+        check_batch_geometry(batch_size, micro_batches, num_replicas, rank)
         self.examples = examples
         self.collate = collate
         self.batch_size = batch_size
@@ -132,7 +132,7 @@ class _Pass(Iterator[Batch]):
             if not window:
                 break
             lengths = [sum(len(example["input_ids"]) for example in row) for row in window]
-            steps = deal(lengths, batch_size=data.batch_size, num_replicas=data.num_replicas)
+            steps = assign_rows(lengths, batch_size=data.batch_size, num_replicas=data.num_replicas)
             while step < len(steps):
                 batch = data.collate([window[row] for row in steps[step][data.rank]])
                 step += 1

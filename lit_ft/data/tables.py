@@ -1,4 +1,4 @@
-"""Encoded rows as tables, and what is done with tables: split, choose, mix, put into bins.
+"""Encoded rows as tables and streams, and the counts of what became of each row.
 
 A table is a `datasets.Dataset` of `EncodedRow`s, memory-mapped from the cache.
 """
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset as TorchDataset
 
 from lit_ft.data.cache import cache_key, cached
 from lit_ft.data.encoding import EncodedRow, Encoder, EncodingReport
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 TENSOR_COLUMNS = ["input_ids", "labels"]
 REPORT_COLUMNS = ["num_tokens", "num_targets", "truncated", "overlong"]
 STREAM_CHUNK = 32  # rows encoded at once
-SPLIT_SEED = 0  # no setting, so that runs with other seeds validate on the same examples
 
 
 def encode_source(source: Source, format: Format | None, encoder: Encoder) -> Dataset:
@@ -130,96 +128,6 @@ def column(table: Dataset, name: str) -> NDArray[Any]:
 def drop_unusable(table: Dataset) -> Dataset:
     """Leave out the rows that make no example."""
     return table.select(np.flatnonzero(column(table, "num_targets") > 0))
-
-
-def split(table: Dataset, *, val_fraction: float) -> tuple[Dataset, Dataset]:
-    """Split a table into a training and a validation side.
-
-    A source that holds rows out itself is obeyed. Otherwise a row's side depends on its place in
-    the source alone, so that neither a seed nor rows appended to a file move other rows. Both
-    sides get an example at least, if there are two.
-    """
-    if _splits_itself(table):
-        return side(table, held_out=False), side(table, held_out=True)
-    usable = column(table, "num_targets") > 0
-    drawn = _draw(len(table), usable=usable, share=val_fraction)
-    return table.select(np.flatnonzero(~drawn)), table.select(np.flatnonzero(drawn))
-
-
-def side(table: Dataset, *, held_out: bool) -> Dataset:
-    """Return the rows on one side of the source's own split; all if it has none."""
-    if not _splits_itself(table):
-        return table
-    return table.select(np.flatnonzero(column(table, "held_out") == held_out))
-
-
-def subset(table: Dataset, size: int | None) -> Dataset:
-    """Return so many rows, chosen at random once and for all, in their order; all if None."""
-    if size is None or size >= len(table):
-        return table
-    chosen = np.argsort(_random(len(table)), kind="stable")[:size]
-    return table.select(np.sort(chosen))
-
-
-def mix(tables: Sequence[Any], weights: Sequence[float], *, seed: int) -> Any:
-    """Interleave tables or streams, drawing the next example from each with its weight's share.
-
-    The mixture ends when every table has been seen whole (`all_exhausted` in `datasets`): no
-    example is left out, and those of a table small for its weight occur several times an epoch.
-    """
-    if len(tables) == 1:
-        return tables[0]
-    from datasets import interleave_datasets
-
-    return interleave_datasets(
-        list(tables),
-        probabilities=[weight / sum(weights) for weight in weights],
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
-
-
-class Bins(TorchDataset[list[dict[str, NDArray[np.int64]]]]):
-    """Rows of a batch: the examples that lie behind each other in each.
-
-    Args:
-        table: The examples.
-        bins: The indices of the examples in each row; None for one example a row.
-    """
-
-    def __init__(self, table: Dataset, bins: list[list[int]] | None = None) -> None:
-        self.examples = table.select_columns(TENSOR_COLUMNS).with_format("numpy")
-        self.bins = bins or [[index] for index in range(len(table))]
-        lengths = column(table, "num_tokens")
-        self.lengths = [int(lengths[indices].sum()) for indices in self.bins]
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.bins)
-
-    def __getitem__(self, index: int) -> list[dict[str, NDArray[np.int64]]]:
-        """Return the examples of a row."""
-        return [self.examples[place] for place in self.bins[index]]
-
-
-def _splits_itself(table: Dataset) -> bool:
-    return len(table) > 0 and table[0]["held_out"] is not None
-
-
-def _draw(rows: int, *, usable: NDArray[Any], share: float) -> NDArray[np.bool_]:
-    """Draw a share of rows by their places; of the usable ones never none or all, if avoidable."""
-    numbers = _random(rows)
-    drawn: NDArray[np.bool_] = numbers < int(share * 2**64)
-    places = np.flatnonzero(usable)
-    if len(places) > 1:
-        places = places[np.argsort(numbers[places], kind="stable")]
-        drawn[places[0]], drawn[places[-1]] = True, False
-    return drawn
-
-
-def _random(rows: int) -> NDArray[np.uint64]:
-    # numpy keeps the stream of a bit generator over its versions, not so that of other methods.
-    return np.random.PCG64(SPLIT_SEED).random_raw(rows)
 
 
 def _array(rows: Sequence[EncodedRow], name: str) -> NDArray[Any]:

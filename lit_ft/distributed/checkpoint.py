@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lit_ft.storage.atomic import remove, replace_atomically, sync_folder, temporary_path
 from lit_ft.storage.checkpoint_folder import CheckpointFolder, write_parts, write_rest
-from lit_ft.storage.atomic import beside, put_in_place, remove, sync_folder
-from lit_ft.tensors.sharding import spread_like
+from lit_ft.tensors.sharding import shard_like
 
 
 def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
@@ -34,7 +34,7 @@ def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
     parts = {"state_dict": rest.pop("state_dict")}
     for index, state in enumerate(rest.pop("optimizer_states", [])):
         parts[f"optimizer_{index}"] = state
-    folder = beside(target)
+    folder = temporary_path(target)
 
     def begin() -> None:
         remove(folder)
@@ -43,7 +43,7 @@ def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
     def finish() -> None:
         write_rest(rest, folder)
         sync_folder(folder)
-        put_in_place(folder, target)
+        replace_atomically(folder, target)
 
     try:
         _on_first_rank(begin)
@@ -114,7 +114,7 @@ def load_file(
     spread = get_model_state_dict(module)
     saved = checkpoint.pop("state_dict")
     module.load_state_dict(
-        {name: spread_like(value, spread.get(name, value)) for name, value in saved.items()}
+        {name: shard_like(value, spread.get(name, value)) for name, value in saved.items()}
     )
     states = checkpoint.pop("optimizer_states", [])
     for optimizer, state in zip(optimizers, states, strict=bool(optimizers)):

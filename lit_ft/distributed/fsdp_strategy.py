@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lit_ft.distributed.checkpoint import load_file, load_parts, save_parts
 from lit_ft.distributed.fully_shard import fully_shard_model
-from lit_ft.tensors.sharding import is_spread
+from lit_ft.tensors.sharding import is_model_sharded
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -107,7 +107,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return
         assert self.model is not None
         for child in self.model.children():
-            if not is_spread(child):
+            if not is_model_sharded(child):
                 child.to(self.root_device)
 
     def shard(self, model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from lit_ft.tensors.sharding import fsdp_root
 from lit_ft.subspace import SubspaceLayer
+from lit_ft.tensors.sharding import fsdp_root
 
 T = TypeVar("T")
 _GATHERED = "with_root_gathered"

@@ -13,7 +13,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.tensors.sharding import is_sharded
 
 _CHUNK_TOKENS = 256
@@ -72,7 +72,7 @@ def chunked_cross_entropy(
         linear_cross_entropy,
         target=targets,
         reduction="sum",  # comes back in the input's dtype; its gradient is not rounded that way
-        ignore_index=IGNORED,
+        ignore_index=IGNORE_INDEX,
         weight=None if unit == 1.0 else weight.new_full(weight.shape[:1], 1.0 / unit),
         options=LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens, acc_policy=policy),
     )
@@ -100,7 +100,7 @@ def cross_entropy_through(
     def summed(states: Tensor, targets: Tensor) -> Tensor:
         logits = head(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+        return cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
     size = chunk_tokens or _CHUNK_TOKENS
     states, targets = _at_targets(hidden, labels)
@@ -112,7 +112,7 @@ def cross_entropy_through(
 
 def _at_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:].reshape(-1)
-    keep = (targets != IGNORED).nonzero().squeeze(1)
+    keep = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     # With no target at all one ignored position keeps the graph whole: under DDP every parameter
     # must receive a gradient on every rank.
     keep = keep if keep.numel() else keep.new_zeros(1)
@@ -158,7 +158,7 @@ class ChunkedCrossEntropy:
     """Cross-entropy from the hidden states and the output head, chunk by chunk.
 
     Right for models whose loss is the cross-entropy of `head(hidden)` and nothing else:
-    `agrees_with` finds out whether that is so.
+    `is_exact_for` finds out whether that is so.
 
     Args:
         chunk_tokens: As in `chunked_cross_entropy`.
@@ -170,7 +170,7 @@ class ChunkedCrossEntropy:
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """Return the summed loss of the batch, a scalar."""
-        causal_lm = without_adapter_wrapper(model)
+        causal_lm = unwrap_peft(model)
         # Without a cache, or transformers would not look for packed examples.
         hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal_lm.get_output_embeddings()
@@ -191,9 +191,9 @@ class ChunkedCrossEntropy:
         )
 
     @torch.no_grad()
-    def agrees_with(self, model: nn.Module, input_ids: Tensor) -> bool:
+    def is_exact_for(self, model: nn.Module, input_ids: Tensor) -> bool:
         """Whether the model's loss on `input_ids` [B, T] is the cross-entropy of `head(hidden)`."""
-        causal_lm = without_adapter_wrapper(model)
+        causal_lm = unwrap_peft(model)
         head: Any = causal_lm.get_output_embeddings()
         plain = type(head) is nn.Linear or hasattr(head, "summed_cross_entropy")
         if not plain or head._forward_pre_hooks or head._forward_hooks:
@@ -221,18 +221,6 @@ class ChunkedCrossEntropy:
         return adds_no_loss and bool(difference <= tolerance * scale)
 
 
-@dataclass
-class ModelLoss:
-    """The loss that the model computes itself: it may transform its logits and add losses."""
-
-    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Return the summed loss of the batch, a scalar."""
-        num_targets = (labels[:, 1:] != IGNORED).sum()
-        loss = model(**inputs, labels=labels, use_cache=False).loss
-        # A mean over no targets is 0/0.
-        return torch.where(num_targets > 0, loss, torch.zeros_like(loss)) * num_targets
-
-
-def without_adapter_wrapper(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """Return the causal LM inside a `PeftModel`, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_ft.loss.chunked import without_adapter_wrapper
+from lit_ft.loss.chunked import unwrap_peft
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def keeps_packed_examples_apart(
     if len(starts) < 2:
         return True
     begin, end = starts[1], (starts[2] if len(starts) > 2 else len(input_ids))
-    causal_lm = without_adapter_wrapper(model)
+    causal_lm = unwrap_peft(model)
     changed = input_ids[:end].clone()
     changed[:begin] = (changed[:begin] + 1) % causal_lm.config.get_text_config().vocab_size
     was_training = model.training

@@ -1,3 +1,3 @@
 """The label that says: this token is no target."""
 
-IGNORED = -100  # transformers' and torch's own default
+IGNORE_INDEX = -100  # transformers' and torch's own default

@@ -6,22 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 
-def share_of_data(trainer: Trainer) -> tuple[int, int]:
-    """Return which share of the data this rank gets, and of how many.
-
-    There is one for each rank, but where ranks compute parts of the same layers (tensor
-    parallelism): those get the same.
-    """
-    dealt = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-    return dealt["rank"], dealt["num_replicas"]
-
-
 @dataclass
-class GlobalBatch:
+class TokenMean:
     """Makes the gradient the mean over the target tokens of the whole global batch.
 
     A mean of micro-batch means would weigh a token by the length of its neighbours. So every

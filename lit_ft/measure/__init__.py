@@ -1,6 +1,5 @@
 """What a run really holds in memory, and what its optimizer will hold."""
 
-from lit_ft.measure.optimizer_state import estimate_state_bytes
 from lit_ft.measure.memory import (
     MemoryReading,
     current_bytes,
@@ -10,6 +9,7 @@ from lit_ft.measure.memory import (
     reset_peak,
     weight_bytes,
 )
+from lit_ft.measure.optimizer_state import estimate_state_bytes
 
 __all__ = [
     "MemoryReading",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass
-class Work:
+class BatchCounts:
     """What a number of batches asked for; sums may be tensors on the device until they are read."""
 
     tokens: int | Tensor = 0
@@ -20,10 +20,10 @@ class Work:
     squared_lengths: int | Tensor = 0
     samples: int | Tensor = 0
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: BatchCounts) -> BatchCounts:
         """Sum field by field."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Work(*(a + b for a, b in pairs))
+        return BatchCounts(*(a + b for a, b in pairs))
 
 
 def count_tokens(batch: Any) -> int | Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_ft.measure import weight_bytes
+from lit_ft.measure.memory import weight_bytes
 from lit_ft.measure.storage_bytes import storage_bytes
 from lit_ft.subspace import subspace_layers
 

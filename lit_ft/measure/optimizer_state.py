@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_ft.measure.storage_bytes import storage_bytes
 from lit_ft.measure.memory import state_tensors
+from lit_ft.measure.storage_bytes import storage_bytes
 
 
 def estimate_state_bytes(optimizer: Optimizer) -> list[int | None]:

@@ -1,8 +1,8 @@
 """Where a model comes from, the adapter that goes onto it, and how it leaves again."""
 
 from lit_ft.models.adapters import add_adapter
-from lit_ft.models.export.whole import export_model
 from lit_ft.models.export.streamed import export_streamed
+from lit_ft.models.export.whole import export_model
 from lit_ft.models.sources import FromConfig, ModelSource, Packaged, Pretrained, dtype_named
 
 __all__ = [

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lit_ft.tensors.sharding import spread_like, whole
+from lit_ft.tensors.sharding import full_tensor, shard_like
 
 # What reads no base weight, changes none, and trains no copy of one.
 _WORK_SHARDED = {
@@ -100,7 +100,7 @@ def start_magnitudes(model: nn.Module) -> None:
             gathered = _gathered(layer)
             gathered.lora_variant[name].init(gathered, adapter_name=name)
             started = gathered.lora_magnitude_vector[name].weight
-            magnitude.weight.copy_(spread_like(started.detach(), magnitude.weight))
+            magnitude.weight.copy_(shard_like(started.detach(), magnitude.weight))
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def merged_layer(layer: Any) -> nn.Module:
     merged = base_layer_of(gathered)
     for name, parameter in merged.named_parameters():
         merged.register_parameter(
-            name, nn.Parameter(spread_like(parameter, base.get_parameter(name)), False)
+            name, nn.Parameter(shard_like(parameter, base.get_parameter(name)), False)
         )
     return merged
 
@@ -154,7 +154,7 @@ def _refuse_tied_layers(model: PeftModel) -> None:
 def _gathered(layer: nn.Module) -> Any:
     """Return a copy of `layer` with whole weights."""
     return copy.deepcopy(
-        layer, {id(p): nn.Parameter(whole(p).clone(), False) for p in layer.parameters()}
+        layer, {id(p): nn.Parameter(full_tensor(p).clone(), False) for p in layer.parameters()}
     )
 
 

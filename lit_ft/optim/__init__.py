@@ -4,8 +4,8 @@ from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
 from lit_ft.optim.groups import DECAY_MATRICES, GroupRule, build_optimizer, parameter_groups
 from lit_ft.optim.muon import MuonAdamW
 from lit_ft.optim.narrowed import narrowed
-from lit_ft.optim.row_chunked import stepped_in_pieces
 from lit_ft.optim.rounded import stochastically_rounded
+from lit_ft.optim.row_chunked import row_chunked
 from lit_ft.optim.schedules import WarmupSchedule
 
 __all__ = [
@@ -17,6 +17,6 @@ __all__ = [
     "build_optimizer",
     "narrowed",
     "parameter_groups",
-    "stepped_in_pieces",
+    "row_chunked",
     "stochastically_rounded",
 ]

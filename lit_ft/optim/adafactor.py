@@ -12,7 +12,7 @@ import transformers.optimization
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lit_ft.tensors.sharding import added_over_ranks, holds_whole_rows, local, whole
+from lit_ft.tensors.sharding import added_over_ranks, full_tensor, holds_whole_rows, local
 
 
 class Adafactor(transformers.optimization.Adafactor):
@@ -179,7 +179,7 @@ class RelativeStepAdafactor(Adafactor):
         for group in self.param_groups:
             group.setdefault("relative_size", relative_size)
             first = [
-                {"step": 1, "RMS": whole(p.detach().norm()) / p.numel() ** 0.5}
+                {"step": 1, "RMS": full_tensor(p.detach().norm()) / p.numel() ** 0.5}
                 for p in group["params"]
             ]
             group["lr"] = self._mean_rate(group, first)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lit_ft.tensors.quantized_state import as_float, zeros_8bit
-from lit_ft.tensors.row_blocks import row_pieces, rows_of
+from lit_ft.tensors.row_blocks import row_blocks, rows_of
 from lit_ft.tensors.sharding import local
 
 
@@ -89,7 +89,7 @@ class RowwiseAdamW8bit(Optimizer):
         state["step"] += 1
         weight, gradient = local(parameter), local(parameter.grad)
         held = {key: local(v) if isinstance(v, Tensor) else v for key, v in state.items()}
-        for rows in row_pieces(weight):
+        for rows in row_blocks(weight):
             part = rows_of(held, tuple(weight.shape), rows) if weight.ndim else held
             self._update(
                 weight[rows] if weight.ndim else weight,

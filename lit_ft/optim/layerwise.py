@@ -10,9 +10,9 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lit_ft.compat.match import reason_against
 from lit_ft.optim.narrowed import narrowed
 from lit_ft.optim.row_chunked import without_hooks
-from lit_ft.compat.match import reason_against
 
 # Optimizers whose step is not the sum of its parameters' steps.
 _NOT_BY_PARAMETER = {

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_ft.optim.row_chunked import AnyOptimizer, InPieces, at, take_class
-from lit_ft.tensors.stochastic_rounding import keyed_generator, round_stochastically
+from lit_ft.optim.row_chunked import AnyOptimizer, RowChunked, at, take_class
 from lit_ft.tensors.sharding import first_element, local
+from lit_ft.tensors.stochastic_rounding import keyed_generator, round_stochastically
 
 
 def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
@@ -53,7 +53,7 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
     return optimizer
 
 
-class _StochasticallyRounded(InPieces):
+class _StochasticallyRounded(RowChunked):
     """Steps bfloat16 parameters apart, each on a float32 copy of a few of its rows at a time."""
 
     _rounding_seed: int

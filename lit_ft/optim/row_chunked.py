@@ -12,13 +12,13 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
 
 from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
 from lit_ft.optim.narrowed import narrowed
-from lit_ft.tensors.row_blocks import put_rows, row_pieces, rows_of
+from lit_ft.tensors.row_blocks import put_rows, row_blocks, rows_of
 from lit_ft.tensors.sharding import is_sharded
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
-def stepped_in_pieces(optimizer: AnyOptimizer) -> AnyOptimizer:
+def row_chunked(optimizer: AnyOptimizer) -> AnyOptimizer:
     """Let bitsandbytes' 8-bit optimizers step a few rows at a time where they run on the CPU.
 
     Their CPU step holds about five float32 copies of a parameter at once, which for the largest
@@ -26,13 +26,13 @@ def stepped_in_pieces(optimizer: AnyOptimizer) -> AnyOptimizer:
     copies, and on a GPU bitsandbytes' do not either. The result is the same bit for bit.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    in_copies = _is_elementwise_bitsandbytes(optimizer) and not isinstance(optimizer, InPieces)
-    if in_copies and any(p.device.type == "cpu" and len(row_pieces(p)) > 1 for p in parameters):
-        take_class(optimizer, InPieces)
+    in_copies = _is_elementwise_bitsandbytes(optimizer) and not isinstance(optimizer, RowChunked)
+    if in_copies and any(p.device.type == "cpu" and len(row_blocks(p)) > 1 for p in parameters):
+        take_class(optimizer, RowChunked)
     return optimizer
 
 
-class InPieces(Optimizer):
+class RowChunked(Optimizer):
     """What `take_class` puts in front of an optimizer's own class: it steps some parameters apart.
 
     A parameter apart is stepped by itself, on a stand-in for each of its pieces: a float32 view of
@@ -65,7 +65,7 @@ class InPieces(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # torch's mark: it must not hook the step twice
 
     def _is_apart(self, parameter: Tensor) -> bool:
-        return parameter.device.type == "cpu" and len(row_pieces(parameter)) > 1
+        return parameter.device.type == "cpu" and len(row_blocks(parameter)) > 1
 
     def _stand_in(self, parameter: Tensor, rows: slice | None) -> Tensor:
         assert parameter.grad is not None
@@ -80,7 +80,7 @@ class InPieces(Optimizer):
         elementwise = type(self)._own_step in _ELEMENTWISE or _is_elementwise_bitsandbytes(self)
         by_row = elementwise and not is_sharded(parameter)
         by_row &= not parameter.is_meta  # where an estimate steps it, and memory is free
-        pieces = row_pieces(parameter) if by_row else [slice(None)]
+        pieces = row_blocks(parameter) if by_row else [slice(None)]
         if len(pieces) == 1:
             stand_in = self._stand_in(parameter, None)
             self._step_stand_in(parameter, stand_in, self.state[parameter])
@@ -115,7 +115,7 @@ def at(tensor: Tensor, rows: slice | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def take_class(optimizer: Optimizer, mixin: type[InPieces], **attributes: Any) -> None:
+def take_class(optimizer: Optimizer, mixin: type[RowChunked], **attributes: Any) -> None:
     """Let `optimizer` become a subclass of `mixin` and of what it is, the same object.
 
     Raises:

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStra
 from lit_ft.callbacks import GaLore, LayerwiseUpdate
 from lit_ft.callbacks._support.trainer import find_callback
 from lit_ft.datamodule import InstructionDataModule
-from lit_ft.module import CausalLMModule
 from lit_ft.distributed import TensorParallelStrategy
+from lit_ft.module import CausalLMModule
 from lit_ft.run.summary import status_of
 
 

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
-    ExportHF,
-    LastCheckpoint,
     LayerwiseUpdate,
     SampleGenerations,
     StopOnSignal,
-    ThroughputMonitor,
     final_panel,
 )
 from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
 from lit_ft.datamodule import InstructionDataModule
-from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
-from lit_ft.measure.model_size import model_size
 from lit_ft.module import CausalLMModule
 from lit_ft.run.failures import (
     errors_of_starting_loaders,
-    not_this_run,
     optimizer_name,
     remedies_for_another_run,
     remedies_for_out_of_memory,
 )
-from lit_ft.storage.atomic import whole_at
+from lit_ft.run.recorder import Recorder
 from lit_ft.run.summary import RunSummary
+from lit_ft.storage.atomic import existing_or_backup
 
 
 def fine_tune(
@@ -67,7 +60,7 @@ def fine_tune(
             "data.max_val_examples=8 makes that short."
         )
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
-    recorder = _Recorder(summary, optimizer_name(module), datamodule.source_names)
+    recorder = Recorder(summary, optimizer_name(module), datamodule.source_names)
     callbacks_of(trainer).extend([recorder, StopOnSignal()])
     if auto_batch_size:
         callbacks_of(trainer).insert(0, AutoBatchSize())
@@ -101,11 +94,11 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
     if resume is None:
         return None
     if resume == "auto":
-        last = whole_at(Path(run_dir) / "checkpoints" / "last.ckpt")
+        last = existing_or_backup(Path(run_dir) / "checkpoints" / "last.ckpt")
         if last is None:
             rank_zero_info(f"There is no checkpoint in {run_dir}: the run starts afresh.")
         return last
-    path = whole_at(resume)
+    path = existing_or_backup(resume)
     if path is None:
         raise ValueError(
             f"resume={resume}: there is no such checkpoint. resume=auto takes the last one of "
@@ -162,97 +155,6 @@ def _refuse_before_loading(trainer: Trainer, module: CausalLMModule) -> None:
             callback.check(trainer)
         if isinstance(callback, LayerwiseUpdate):
             callback.check(trainer, module)
-
-
-class _Recorder(Callback):
-    """Fills the summary while the trainer has the objects at hand, failed runs included.
-
-    Its part of a checkpoint is the validation loss that the run began with, as a resumed run has no
-    other way to know it, the optimizer, whose state fits no other, and the names of the data.
-    """
-
-    def __init__(self, summary: RunSummary, optimizer: str, data: list[str]) -> None:
-        self.summary = summary
-        self.optimizer = optimizer
-        self.data = data
-        self.ready = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "initial_val_loss": self.summary.fields["initial_val_loss"],
-            "optimizer": self.optimizer,
-            "data": self.data,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        made_with = state_dict.get("optimizer", self.optimizer)
-        if made_with != self.optimizer:
-            raise not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
-        data = state_dict.get("data", self.data)
-        if data != self.data:
-            rank_zero_warn(
-                f"The checkpoint was trained on {', '.join(data)}, and goes on with "
-                f"{', '.join(self.data)}: repeat its run's data.path if that is not meant."
-            )
-        self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loaded(pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loaded(pl_module)
-        # As MemoryMonitor does where it is: else the peak is that of a sweep's largest run so far.
-        reset_peak(trainer.strategy.root_device)
-        self.summary.write()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.summary.fields["steps"]:
-            self._record(trainer)  # a finished run was resumed, and there was nothing to train
-        export = find_callback(trainer, ExportHF)
-        if export is not None and export.export_path is not None:
-            self.summary.update(export_path=str(export.export_path))
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._record(trainer)
-
-    def _loaded(self, module: LightningModule) -> None:
-        if self.ready:
-            return
-        self.ready = True
-        self.summary.loaded()
-        size = model_size(module)
-        self.summary.update(
-            model={
-                "name": getattr(getattr(module, "source", None), "name", type(module).__name__),
-                "parameters": size.parameters,
-                "trainable_parameters": size.trainable_parameters,
-                "weight_bytes": size.weight_bytes,
-            }
-        )
-
-    def _record(self, trainer: Trainer) -> None:
-        fields: dict[str, Any] = {"steps": trainer.global_step}
-        peak = peak_bytes(trainer.strategy.root_device)
-        fields["peak_bytes"] = {"value": peak.value, "source": peak.source}
-        fields["optimizer_state_bytes"] = sum(map(optimizer_state_bytes, trainer.optimizers))
-        train_loss = trainer.callback_metrics.get("train_loss")
-        fields["train_loss"] = None if train_loss is None else float(train_loss)
-        throughput = find_callback(trainer, ThroughputMonitor)
-        if throughput is not None:
-            fields["tokens"] = throughput.tokens
-            fields["tokens_per_second"] = throughput.tokens_per_second
-            fields["step_seconds"] = throughput.step_seconds
-            self.summary.fields["seconds"]["train"] = throughput.training_seconds
-        checkpoint = find_callback(trainer, LastCheckpoint)
-        if checkpoint is not None:
-            fields["checkpoint_path"] = checkpoint.last_model_path or None
-        self.summary.update(**fields)
 
 
 @rank_zero_only

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -15,30 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.measure import is_out_of_memory
+from lit_ft.measure.environment import hardware, versions
 
 SCHEMA_VERSION = 1
 FILE_NAME = "summary.json"
-_PACKAGES = [
-    "lit_ft",
-    "torch",
-    "lightning",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "galore-torch",
-    "torchmetrics",
-    "torchdata",
-    "datasets",
-    "hydra-core",
-    "omegaconf",
-    "safetensors",
-]
 _SECRET = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
 _NOT_SECRET = re.compile(r"tokens|tokenizer|token_id", re.IGNORECASE)
 
@@ -154,40 +135,6 @@ def redacted(config: Any) -> Any:
             for key, value in config.items()
         }
     return [redacted(value) for value in config] if isinstance(config, list) else config
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape a run."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """Return what the run ran on: processor, memory in bytes, GPUs by name."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        gpus = ["Apple MPS"]
-    return {
-        "cpu": _cpu_name(),
-        "cpu_cores": psutil.cpu_count(logical=True),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
-        "platform": sys.platform,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"model name\s*:\s*(.+)", text)
-    return name.group(1) if name else platform.machine()
 
 
 def _is_secret(key: str) -> bool:

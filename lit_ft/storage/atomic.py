@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 
 
-def beside(target: Path) -> Path:
+def temporary_path(target: Path) -> Path:
     """Return where to write what will be `target`: on the same file system, under a hidden name."""
     return target.with_name(f".{target.name}.tmp")
 
 
-def put_in_place(new: Path, target: Path) -> None:
+def replace_atomically(new: Path, target: Path) -> None:
     """Let `new`, which is on disk, take the place of `target`, a file or folder or nothing.
 
     A file takes a file's place at once. A folder's place has to be free: between two renames
-    `target` is not there, and `whole_at` gives the one before it.
+    `target` is not there, and `existing_or_backup` gives the one before it.
 
     Raises:
         OSError: It could not; `target` is what it was.
@@ -36,8 +36,8 @@ def put_in_place(new: Path, target: Path) -> None:
     remove(before)
 
 
-def whole_at(path: str | Path) -> Path | None:
-    """Return what is at `path`, or what a process killed in `put_in_place` has left of it."""
+def existing_or_backup(path: str | Path) -> Path | None:
+    """Return what is at `path`, or what a process killed in `replace_atomically` has left of it."""
     path = Path(path)
     return next((place for place in (path, _before(path)) if place.exists()), None)
 

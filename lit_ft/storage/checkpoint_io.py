@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from lit_ft.storage.atomic import remove, replace_atomically, temporary_path
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
-from lit_ft.storage.atomic import beside, put_in_place, remove
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes local files, without storage_options.")
         target = Path(path)
-        temporary = beside(target)
+        temporary = temporary_path(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove(temporary)
@@ -47,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            put_in_place(temporary, target)
+            replace_atomically(temporary, target)
         except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
             raise OSError(
                 f"Cannot write the checkpoint {target}: {_reason(error)}. The file before it, if "

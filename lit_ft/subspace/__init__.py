@@ -14,13 +14,13 @@ from lit_ft.subspace.inject import (
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.subspace.scale import MATCH_ADAMW
 from lit_ft.subspace.schedule import Refresh
-from lit_ft.subspace.updater import SubspaceStep
+from lit_ft.subspace.updater import SubspaceUpdater
 
 __all__ = [
     "MATCH_ADAMW",
     "Refresh",
     "SubspaceLayer",
-    "SubspaceStep",
+    "SubspaceUpdater",
     "inject",
     "keep_out_of_broadcasts",
     "layer_group",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_ft.tensors.stochastic_rounding import keyed_generator
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
-from lit_ft.subspace.stats import Observation, Stretch, overlap
-from lit_ft.subspace.projectors import SVD, Evidence, Projector, SubspaceIteration
-from lit_ft.subspace.schedule import Refresh, Turns
+from lit_ft.subspace.projectors import SVD, BasisInput, Projector, SubspaceIteration
+from lit_ft.subspace.schedule import Refresh, RefreshSchedule
+from lit_ft.subspace.stats import DeviceTimer, SubspaceStats, overlap
+from lit_ft.tensors.stochastic_rounding import keyed_generator
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 _START_ROUNDS = 3
 
 
-class Bases:
-    """Moves bases, step by step; the arguments are those of `SubspaceStep`.
+class BasisTracker:
+    """Moves bases, step by step; the arguments are those of `SubspaceUpdater`.
 
     `step` is everywhere the optimizer step, from 0, that is being taken or comes next.
     """
@@ -39,61 +39,61 @@ class Bases:
         compiled: bool,
         seed: int,
         all_reduce: Callable[[Sequence[Tensor]], None] | None,
-        observation: Observation,
+        stats: SubspaceStats,
     ) -> None:
         self.layers = layers
         self.projector = projector
         self.compiled = compiled
         self.seed = seed
         self.all_reduce = all_reduce
-        self.observation = observation
-        self.turns = self._turns(refresh, step=0)
+        self.stats = stats
+        self.schedule = self._schedule_for(refresh, step=0)
         self._indices = {name: index for index, name in enumerate(layers)}
         self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
-        in_rounds = projector.evidence is Evidence.SKETCH
+        in_rounds = projector.basis_input is BasisInput.SKETCH
         self._starts = dict.fromkeys(layers, _START_ROUNDS if in_rounds else 0)  # that are left
         self._moved: dict[str, Tensor | None] = {}  # at this step, with the overlap if it is seen
         self._said: set[type] = set()
 
     def reschedule(self, refresh: Refresh, *, step: int) -> None:
         """Let the bases move when `refresh` says."""
-        turns = self._turns(refresh, step=step)
-        if turns.refresh != self.turns.refresh:
-            self.turns = turns
+        schedule = self._schedule_for(refresh, step=step)
+        if schedule.refresh != self.schedule.refresh:
+            self.schedule = schedule
 
     def prepare(self, step: int) -> None:
         """Ask the coming window for what its moves will look at."""
         for name, layer in self.layers.items():
             frozen = not (layer.delta.requires_grad or layer.weight.requires_grad)
-            evidence = Evidence.NOTHING if frozen else self.evidence(name, step)
-            layer.basis.requires_grad_(evidence is Evidence.SKETCH)
-            layer.weight.requires_grad_(evidence is Evidence.GRADIENT)
+            basis_input = BasisInput.NOTHING if frozen else self.basis_input(name, step)
+            layer.basis.requires_grad_(basis_input is BasisInput.SKETCH)
+            layer.weight.requires_grad_(basis_input is BasisInput.GRADIENT)
 
-    def reduce_evidence(self, layers: Iterable[SubspaceLayer]) -> None:
+    def reduce_basis_inputs(self, layers: Iterable[SubspaceLayer]) -> None:
         """Average over the ranks what the moves of these layers will look at."""
         if self.all_reduce is None:
             return
-        evidence = []
+        basis_input = []
         for layer in layers:
             if layer.basis.requires_grad:
                 if layer.basis.grad is None:  # this rank's rows did not come through the layer
                     layer.basis.grad = torch.zeros_like(layer.basis)
-                evidence.append(layer.basis.grad)
-        self.all_reduce(evidence)
+                basis_input.append(layer.basis.grad)
+        self.all_reduce(basis_input)
 
-    def evidence(self, name: str, step: int) -> Evidence:
+    def basis_input(self, name: str, step: int) -> BasisInput:
         """Return what the layer's move at `step` looks at, or would; NOTHING if it has none."""
         if self._starts[name] == _START_ROUNDS and self.projector.starts_from_svd:
-            return Evidence.GRADIENT
-        due = self._starts[name] > 0 or self.turns.is_due(name, step)
-        return self.projector.evidence if due else Evidence.NOTHING
+            return BasisInput.GRADIENT
+        due = self._starts[name] > 0 or self.schedule.is_due(name, step)
+        return self.projector.basis_input if due else BasisInput.NOTHING
 
     def move_to_gradient(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, gradient: Tensor, *, step: int
     ) -> None:
         """Take the layer's basis from its whole gradient, before a step."""
         rule: Projector = SVD()  # or the first basis of a rule that starts from one
-        if self.projector.evidence is Evidence.GRADIENT:
+        if self.projector.basis_input is BasisInput.GRADIENT:
             rule = self.projector
         self._move(optimizer, group, name, rule, gradient, step=step)
 
@@ -108,21 +108,21 @@ class Bases:
             name: The layer's.
             step: That was taken.
         """
-        evidence, layer = self.evidence(name, step), self.layers[name]
-        if evidence is Evidence.SKETCH and layer.basis.grad is not None:
+        basis_input, layer = self.basis_input(name, step), self.layers[name]
+        if basis_input is BasisInput.SKETCH and layer.basis.grad is not None:
             starting = self._starts[name] and not self.projector.starts_from_svd
             rule: Projector = SubspaceIteration() if starting else self.projector
             self._move(optimizer, group, name, rule, layer.basis.grad, step=step)
-        elif evidence is Evidence.NOTHING and self.turns.is_due(name, step):
+        elif basis_input is BasisInput.NOTHING and self.schedule.is_due(name, step):
             self._move(optimizer, group, name, self.projector, None, step=step)
-        layer.forget_evidence()
+        layer.clear_basis_input()
 
-    def pass_turns_on(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """End `step`: who has moved waits for the next turn; who could not keeps this one."""
         overlaps = {name: seen for name, seen in self._moved.items() if seen is not None}
         starting = any(self._starts[name] for name in self._moved)
         rests: dict[str, float] = dict.fromkeys(self._moved, 0.0)
-        if self.turns.refresh.adaptive and overlaps and not starting:
+        if self.schedule.refresh.adaptive and overlaps and not starting:
             values = torch.stack(list(overlaps.values()))
             if self.all_reduce is not None:  # no rank may come to another decision
                 self.all_reduce([values])
@@ -130,18 +130,18 @@ class Bases:
         for name in self._moved:
             self._starts[name] = max(self._starts[name] - 1, 0)
         self._moved.clear()
-        self.turns.pass_on(step, rests)
+        self.schedule.advance(step, rests)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the bases themselves."""
-        turns = self.turns.state_dict()
-        return {"memory": self._memory, "turns": turns, "starts": dict(self._starts)}
+        schedule = self.schedule.state_dict()
+        return {"memory": self._memory, "turns": schedule, "starts": dict(self._starts)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, step: int) -> None:
         """Continue from `state_dict`."""
         self._memory = {name: dict(memory) for name, memory in state["memory"].items()}
         self._starts = dict(state["starts"])
-        self.turns.load_state_dict(state["turns"], step)
+        self.schedule.load_state_dict(state["turns"], step)
 
     def _move(
         self,
@@ -149,7 +149,7 @@ class Bases:
         group: dict[str, Any],
         name: str,
         rule: Projector,
-        evidence: Tensor | None,
+        basis_input: Tensor | None,
         *,
         step: int,
     ) -> None:
@@ -157,10 +157,10 @@ class Bases:
         # A run that goes on loads it before Lightning takes the module to its device.
         memory |= {k: v.to(layer.basis) for k, v in memory.items() if v.ndim}
         measured = self._is_measured(name, step)
-        move = Stretch(layer.basis.device) if measured else None
+        move = DeviceTimer(layer.basis.device) if measured else None
         moved = rule.move(
             layer.basis.detach(),
-            evidence,
+            basis_input,
             state=memory,
             decay=_share_of_peak(group),
             generator=keyed_generator(layer.basis.device, self.seed, step, self._indices[name], 1),
@@ -175,25 +175,25 @@ class Bases:
         self._moved[name] = None
         if move is not None:
             self._moved[name] = turned = overlap(layer.basis.detach(), moved)
-            self.observation.see_move(name, turned=turned, move=move.end())
+            self.stats.record_move(name, turned=turned, move=move.end())
         layer.basis.copy_(moved)
 
     def _is_measured(self, name: str, step: int) -> bool:
         """Whether the schedule or the coming reading looks at the layer's move at this step."""
-        if self.turns.refresh.adaptive:
+        if self.schedule.refresh.adaptive:
             return True
-        remaining = self.observation.steps_to_reading
+        remaining = self.stats.steps_to_snapshot
         if remaining is None:
             return False
         # Of a layer's moves before a reading the last one counts.
-        next_move = step + 1 if self._starts[name] > 1 else self.turns.after(name, step)
+        next_move = step + 1 if self._starts[name] > 1 else self.schedule.after(name, step)
         return next_move >= step + remaining
 
-    def _turns(self, refresh: Refresh, *, step: int) -> Turns:
+    def _schedule_for(self, refresh: Refresh, *, step: int) -> RefreshSchedule:
         if self.compiled and refresh.adaptive:
             raise ValueError(
                 "Of a compiled model the bases move together, and adaptive=True lets each have its "
-                "own turns, with a graph for each set of them: leave out one of the two."
+                "own schedule, with a graph for each set of them: leave out one of the two."
             )
         if refresh.adaptive and not self.projector.renews:
             name = type(self.projector).__name__
@@ -205,9 +205,9 @@ class Bases:
         if self.compiled:
             refresh = replace(refresh, stagger=False)
         # The gradient at hand is projected with the basis that it gives: from step 0 on.
-        at_once = self.projector.evidence is Evidence.GRADIENT
+        at_once = self.projector.basis_input is BasisInput.GRADIENT
         every = self.projector.every
-        return Turns(list(self.layers), refresh, every=every, at_once=at_once, step=step)
+        return RefreshSchedule(list(self.layers), refresh, every=every, at_once=at_once, step=step)
 
     def _say_once(self, optimizer: Optimizer) -> None:
         if type(optimizer) not in self._said:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ft.compat.match import reason_against
-from lit_ft.tensors.sharding import holds_whole_rows, is_sharded, whole
 from lit_ft.subspace.layers.base import SubspaceLayer
+from lit_ft.tensors.sharding import full_tensor, holds_whole_rows, is_sharded
 
 # What the optimizer's own step must not depend on: S is zero before it.
 _NEEDS_THE_WEIGHT = {
@@ -116,9 +116,9 @@ def refuse_non_finite(gradients: Mapping[str, Tensor | None], step: int) -> None
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     # A sum over the ranks: the maximum of NaN and a number may be the number.
     norm = torch.nn.utils.get_total_norm(present.values())
-    if whole(norm).isfinite():  # the one time that the host waits for the device
+    if full_tensor(norm).isfinite():  # the one time that the host waits for the device
         return
-    bad = [name for name, gradient in present.items() if not whole(gradient).isfinite().all()]
+    bad = [name for name, gradient in present.items() if not full_tensor(gradient).isfinite().all()]
     if bad:  # else the norm alone left its range
         raise FloatingPointError(
             f"The gradient of {', '.join(bad[:4])}{', ...' * (len(bad) > 4)} is not finite at step "

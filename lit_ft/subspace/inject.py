@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from lit_ft.tensors.stochastic_rounding import keyed_generator
-from lit_ft.tensors.sharding import is_sharded
+from lit_ft.subspace.checks import refuse_float16
+from lit_ft.subspace.layers.base import Sides, SubspaceLayer
 from lit_ft.subspace.layers.conv1d import SubspaceConv1D
 from lit_ft.subspace.layers.embedding import SubspaceEmbedding
 from lit_ft.subspace.layers.head import SubspaceHead
-from lit_ft.subspace.layers.base import Sides, SubspaceLayer
 from lit_ft.subspace.layers.linear import SubspaceLinear
-from lit_ft.subspace.checks import refuse_float16
+from lit_ft.tensors.sharding import is_sharded
+from lit_ft.tensors.stochastic_rounding import keyed_generator
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lit_ft.tensors.quantized_state import as_float
-from lit_ft.tensors.row_blocks import row_pieces, rows_of
+from lit_ft.tensors.row_blocks import row_blocks, rows_of
 from lit_ft.tensors.sharding import local
 
 
@@ -120,7 +120,7 @@ def _turn_pair(
     # A few rows at a time: the moments of an embedding are the largest tensors that turn.
     held = {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}
     shape = tuple(held[first].shape)
-    for rows in row_pieces(held[first]):
+    for rows in row_blocks(held[first]):
         _turn_rows(rows_of(held, shape, rows), first, second, betas, rotation)
 
 

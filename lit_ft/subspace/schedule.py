@@ -56,7 +56,7 @@ def refuse_interval(every: object) -> None:
         raise ValueError(f"every={every}: give a whole number of optimizer steps, at least 1.")
 
 
-class Turns:
+class RefreshSchedule:
     """Each layer's next turn; the same on every rank, and continued by a resumed run.
 
     Args:
@@ -107,7 +107,7 @@ class Turns:
             return self._first(name, 1)
         return step + self.interval[name]
 
-    def pass_on(self, step: int, overlaps: Mapping[str, float]) -> None:
+    def advance(self, step: int, overlaps: Mapping[str, float]) -> None:
         """End `step`: the layers that moved when it was their turn take their next one.
 
         Args:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_ft.tensors.sharding import whole
 from lit_ft.subspace.layers.base import SubspaceLayer
+from lit_ft.tensors.sharding import full_tensor
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def squared_update(delta: Tensor, basis: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What was seen since the last reading, as plain numbers by layer.
+class Snapshot:
+    """What was seen since the last snapshot, as plain numbers by layer.
 
     Attributes:
         energies: How much of the gradients' energy the basis captured at the last step, and all of
@@ -55,11 +55,11 @@ class Reading:
     step_rms: float | None
 
 
-class Observation:
-    """Collects on the device what `read` then gives out.
+class SubspaceStats:
+    """Collects on the device what `snapshot` then returns.
 
-    The last step before a reading shows its gradients' energies, which cost products of tokens with
-    tokens, and the size of its update; of each layer's moves the last one before it is measured.
+    The last step before a snapshot shows its gradients' energies, which cost products of tokens
+    with tokens, and the size of its update. Of each layer's moves the last one is measured.
 
     Args:
         layers: By name.
@@ -67,31 +67,31 @@ class Observation:
 
     def __init__(self, layers: Mapping[str, SubspaceLayer]) -> None:
         self._layers = layers
-        self.steps_to_reading: int | None = None
+        self.steps_to_snapshot: int | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._energies: dict[str, Tensor] = {}
         self._overlaps: dict[str, Tensor] = {}
-        self._moves: dict[str, Stretch] = {}
+        self._moves: dict[str, DeviceTimer] = {}
         self._squared_steps: list[Tensor] = []
         self._num_weights = 0
 
-    def await_reading(self, steps: int | None) -> None:
-        """Let the next reading come after so many more optimizer steps (1 or more), or never."""
-        self.steps_to_reading = steps
+    def await_snapshot(self, steps: int | None) -> None:
+        """Let the next snapshot come after so many more optimizer steps (1 or more), or never."""
+        self.steps_to_snapshot = steps
         for layer in self._layers.values():
             layer.energy.requires_grad_(steps == 1)
 
-    def see_step(self, name: str, *, scale: float, lr: float) -> None:
-        """Look at what a step has left in a layer, before it is folded; in a reading's step only.
+    def record_step(self, name: str, *, scale: float, lr: float) -> None:
+        """Look at what a step has left in a layer, before it is folded; in a snapshot's step only.
 
         Args:
             name: The layer's.
             scale: α.
             lr: Of the step.
         """
-        if self.steps_to_reading != 1:
+        if self.steps_to_snapshot != 1:
             return
         layer = self._layers[name]
         # None: this rank's rows did not come through the layer.
@@ -99,11 +99,11 @@ class Observation:
         self._energies[name] = torch.zeros_like(layer.energy) if energy is None else energy
         if lr:
             basis = layer.basis.detach()
-            squared = squared_update(whole(layer.delta).to(basis.device), basis)
+            squared = squared_update(full_tensor(layer.delta).to(basis.device), basis)
             self._squared_steps.append(squared * (scale / lr) ** 2)
             self._num_weights += layer.weight.numel()
 
-    def see_move(self, name: str, *, turned: Tensor, move: Stretch) -> None:
+    def record_move(self, name: str, *, turned: Tensor, move: DeviceTimer) -> None:
         """Take note of a basis that has moved.
 
         Args:
@@ -114,15 +114,15 @@ class Observation:
         self._overlaps[name], self._moves[name] = turned, move
 
     def end_step(self) -> None:
-        """Count down to the reading."""
-        if self.steps_to_reading is not None:
-            self.await_reading(self.steps_to_reading - 1 or None)
+        """Count down to the snapshot."""
+        if self.steps_to_snapshot is not None:
+            self.await_snapshot(self.steps_to_snapshot - 1 or None)
 
-    def read(self, all_reduce: Callable[[Sequence[Tensor]], None] | None) -> Reading:
-        """Return what was seen since the last reading; waits for the device once.
+    def snapshot(self, all_reduce: Callable[[Sequence[Tensor]], None] | None) -> Snapshot:
+        """Return what was seen since the last snapshot; waits for the device once.
 
         Args:
-            all_reduce: Averages tensors over the ranks, in place: then every rank must read.
+            all_reduce: Averages tensors over the ranks, in place: then every rank must call.
         """
         tensors = [*self._energies.values(), *self._overlaps.values(), *self._squared_steps]
         values: list[float] = []
@@ -132,7 +132,7 @@ class Observation:
                 all_reduce([flat])
             values = flat.tolist()
         numbers = iter(values)
-        reading = Reading(
+        snapshot = Snapshot(
             energies={name: (next(numbers), next(numbers)) for name in self._energies},
             overlaps={name: next(numbers) for name in self._overlaps},
             # They ended before what was just waited for.
@@ -140,10 +140,10 @@ class Observation:
             step_rms=(sum(numbers) / self._num_weights) ** 0.5 if self._num_weights else None,
         )
         self._clear()
-        return reading
+        return snapshot
 
 
-class Stretch:
+class DeviceTimer:
     """A stretch of the device's work, from the construction to `end`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -156,7 +156,7 @@ class Stretch:
             self._events[0].record()
         self._began = self._ended = time.perf_counter()
 
-    def end(self) -> Stretch:
+    def end(self) -> DeviceTimer:
         """End here."""
         if self._events is not None:
             self._events[1].record()

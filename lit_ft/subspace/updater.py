@@ -12,10 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.subspace.basis_tracker import Bases
-from lit_ft.subspace.layers.base import SubspaceLayer
-from lit_ft.subspace.stats import Observation
-from lit_ft.subspace.projectors import Evidence, Projector
+from lit_ft.subspace.basis_tracker import BasisTracker
 from lit_ft.subspace.checks import (
     refuse_float16,
     refuse_non_finite,
@@ -23,8 +20,11 @@ from lit_ft.subspace.checks import (
     refuse_sharding,
     refuse_unfit,
 )
+from lit_ft.subspace.layers.base import SubspaceLayer
+from lit_ft.subspace.projectors import BasisInput, Projector
 from lit_ft.subspace.scale import MATCH_ADAMW, matching_scale, refuse_scale
 from lit_ft.subspace.schedule import Refresh
+from lit_ft.subspace.stats import SubspaceStats
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
     """Of a step that is taken under autocast, as Lightning's manual optimization takes it."""
 
     @wraps(method)
-    def exact(self: SubspaceStep, *args: Any, **kwargs: Any) -> None:
+    def exact(self: SubspaceUpdater, *args: Any, **kwargs: Any) -> None:
         device = next(iter(self.layers.values())).basis.device
         with torch.autocast(device.type, enabled=False):
             method(self, *args, **kwargs)
@@ -41,7 +41,7 @@ def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
     return exact
 
 
-class SubspaceStep:
+class SubspaceUpdater:
     """Trains layers in subspaces with an ordinary optimizer.
 
     After the optimizer has stepped S, the step is folded into W and S is zero again; then the
@@ -78,15 +78,15 @@ class SubspaceStep:
         self.seed = seed
         self.all_reduce = all_reduce
         self.step = 0
-        self.observation = Observation(self.layers)
-        self.bases = Bases(
+        self.stats = SubspaceStats(self.layers)
+        self.tracker = BasisTracker(
             self.layers,
             projector,
             refresh=refresh or Refresh(),
             compiled=compiled,
             seed=seed,
             all_reduce=all_reduce,
-            observation=self.observation,
+            stats=self.stats,
         )
         self._by_delta: dict[Tensor, str] = {}
         self._indices = {name: index for index, name in enumerate(self.layers)}
@@ -94,7 +94,7 @@ class SubspaceStep:
 
     def reschedule(self, refresh: Refresh) -> None:
         """Let the bases move when `refresh` says; call it while nothing trains."""
-        self.bases.reschedule(refresh, step=self.step)
+        self.tracker.reschedule(refresh, step=self.step)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Follow `optimizer`'s steps, until the handle that is returned is removed.
@@ -112,7 +112,7 @@ class SubspaceStep:
         for name, layer in self.layers.items():
             refuse_float16(name, layer.weight)
             refuse_resized(name, layer)
-        refuse_sharding(self.layers, forms_gradients=self.bases.projector.forms_gradients)
+        refuse_sharding(self.layers, forms_gradients=self.tracker.projector.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             if layer.delta.requires_grad and layer.delta not in held:
@@ -123,13 +123,13 @@ class SubspaceStep:
         # Not before: sharding a model puts other parameters in place of those of `inject`.
         self._by_delta = {layer.delta: name for name, layer in self.layers.items()}
         self._attached = True
-        self.bases.prepare(self.step)
+        self.tracker.prepare(self.step)
         return optimizer.register_step_post_hook(self._after_step)
 
-    def begin_window(self) -> None:
-        """Forget the evidence of a step that was skipped; call it where gradients are zeroed."""
+    def begin_accumulation(self) -> None:
+        """Forget the basis_input of a step that was skipped; call it where gradients are zeroed."""
         for layer in self.layers.values():
-            layer.forget_evidence()
+            layer.clear_basis_input()
 
     @_without_autocast
     @torch.no_grad()
@@ -151,7 +151,7 @@ class SubspaceStep:
             )
         for group, name, layer in self._stepped(optimizer):
             gradient, layer.weight.grad = layer.weight.grad, None
-            if self.bases.evidence(name, self.step) is not Evidence.GRADIENT:
+            if self.tracker.basis_input(name, self.step) is not BasisInput.GRADIENT:
                 continue  # a callback that unfreezes the model has asked for it
             if gradient is None and self.all_reduce is not None:
                 gradient = torch.zeros_like(layer.weight)
@@ -160,7 +160,7 @@ class SubspaceStep:
             if self.all_reduce is not None:
                 self.all_reduce([gradient])
             gradient = gradient.mT if layer.views_transposed else gradient
-            self.bases.move_to_gradient(optimizer, group, name, gradient, step=self.step)
+            self.tracker.move_to_gradient(optimizer, group, name, gradient, step=self.step)
             assert layer.delta.grad is not None
             layer.delta.grad.copy_(gradient.to(layer.basis.dtype) @ layer.basis.T)
 
@@ -170,51 +170,51 @@ class SubspaceStep:
         # A grad scaler leaves it to a fused optimizer to take no step after an overflow.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and overflow.item():
-            self.begin_window()
+            self.begin_accumulation()
             return
         stepped = self._stepped(optimizer)
         if not stepped:  # a training step without a loss
             return
         if self.step == 0:
             self._warn_of_idle_layers()
-        self.bases.reduce_evidence(layer for _, _, layer in stepped)
+        self.tracker.reduce_basis_inputs(layer for _, _, layer in stepped)
         for group, name, layer in stepped:
             scale = self.scale
             if isinstance(scale, str):
                 scale = matching_scale(layer, optimizer, group)
-            self.observation.see_step(name, scale=scale, lr=group["lr"])
+            self.stats.record_step(name, scale=scale, lr=group["lr"])
             layer.fold(
                 scale=scale,
                 decay=group["lr"] * group.get("weight_decay", 0.0),
                 rounding_key=(self.seed, self.step, self._indices[name]),
             )
-            self.bases.move_if_due(optimizer, group, name, step=self.step)
-        self.bases.pass_turns_on(self.step)
-        self.observation.end_step()
+            self.tracker.move_if_due(optimizer, group, name, step=self.step)
+        self.tracker.advance(self.step)
+        self.stats.end_step()
         self.step += 1
-        self.bases.prepare(self.step)
+        self.tracker.prepare(self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the layers' own tensors."""
-        return {"step": self.step, **self.bases.state_dict()}
+        return {"step": self.step, **self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.step = state["step"]
-        self.bases.load_state_dict(state, step=self.step)
+        self.tracker.load_state_dict(state, step=self.step)
         if self._attached:  # an optimizer that is built later would take what asks for a gradient
-            self.bases.prepare(self.step)
+            self.tracker.prepare(self.step)
 
     def stop(self) -> None:
         """Ask for no more sketches, and leave layers whose weights whoever comes next can train."""
         self._attached = False
-        self.observation.await_reading(None)
+        self.stats.await_snapshot(None)
         for layer in self.layers.values():
             layer.basis.requires_grad_(False)
             if layer.delta.requires_grad:  # else frozen, or stopped before
                 layer.weight.requires_grad_(True)
                 layer.delta.requires_grad_(False)
-            layer.forget_evidence()
+            layer.clear_basis_input()
 
     def freeze_weights(self) -> None:
         """Let the layers move through their deltas again, after `stop`; but not the frozen ones."""

@@ -15,7 +15,7 @@ _ON_CPU, _ELSEWHERE = 2**20, 2**24
 _BLOCK = 256
 
 
-def row_pieces(matrix: Tensor) -> list[slice]:
+def row_blocks(matrix: Tensor) -> list[slice]:
     """Split the rows of [m, ...] into pieces of 2^20 elements or so (2^24 on a GPU), or into one.
 
     Every piece but the last holds whole blocks of 256 elements.
@@ -23,13 +23,13 @@ def row_pieces(matrix: Tensor) -> list[slice]:
     if matrix.ndim == 0 or matrix.numel() <= _elements(matrix.device):
         return [slice(None)]
     rows, columns = len(matrix), matrix.numel() // len(matrix)
-    size = rows_of_a_piece(columns, matrix.device)
+    size = rows_per_block(columns, matrix.device)
     # A short rest goes with the last piece: bitsandbytes keeps other state for tiny tensors.
     starts = range(0, max(rows - size // 2, 1), size)
     return [slice(start, start + size) for start in starts[:-1]] + [slice(starts[-1], rows)]
 
 
-def rows_of_a_piece(columns: int, device: torch.device) -> int:
+def rows_per_block(columns: int, device: torch.device) -> int:
     """Return how many rows of so many columns make a piece on that device."""
     step = _BLOCK // gcd(_BLOCK, columns)
     return max(_elements(device) // columns // step, 1) * step
@@ -44,7 +44,7 @@ def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> di
     Args:
         state: One parameter's.
         shape: The parameter's.
-        rows: One of its `row_pieces`.
+        rows: One of its `row_blocks`.
     """
     parts = {key: _part(key, value, shape, rows) for key, value in state.items()}
     return {key: state[key] if part is None else state[key][part] for key, part in parts.items()}

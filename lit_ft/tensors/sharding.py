@@ -19,7 +19,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def is_spread(model: object) -> bool:
+def is_model_sharded(model: object) -> bool:
     """Whether ranks hold parts of `model`: what it does, all of them have to do together."""
     return isinstance(model, nn.Module) and (
         isinstance(model, FSDPModule) or any(is_sharded(p) for p in model.parameters())
@@ -36,12 +36,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return all rows, gathered from the ranks where they are sharded."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return `tensor`, whole and the same on all ranks, spread as `like` is; nothing is sent."""
     if not isinstance(like, DTensor):
         return tensor

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import AtomicCheckpointIO, SampleGenerations
+from lit_ft.distributed import FSDP2Strategy
 from lit_ft.models import FromConfig, Pretrained, add_adapter, export_model
 from lit_ft.models.export.whole import merged
-from lit_ft.distributed import FSDP2Strategy
-from lit_ft.tensors.sharding import is_sharded, whole
+from lit_ft.tensors.sharding import full_tensor, is_sharded
 from tests.allocations import watched
 from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import (
@@ -142,7 +142,7 @@ def started(source, sharded=True, seed=0):
     """Return the model's whole weights before any step."""
     torch.manual_seed(dist.get_rank() + 1 if sharded else 0)  # which must not matter
     model = built(source, DORA, sharded, seed)
-    return {name: whole(p).clone() for name, p in model.named_parameters()}
+    return {name: full_tensor(p).clone() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("values_first", [True, False])
@@ -285,7 +285,7 @@ def sample(path, run_dir, tokenizer, sharded=True):
     trainer.fit(module, StatefulDataLoader(batches(1, rank, size), batch_size=None))
     parameters = dict(module.model.named_parameters())
     assert all(is_sharded(p) is sharded for p in parameters.values())  # nothing stays gathered
-    weights = {name: whole(p).clone() for name, p in parameters.items()}
+    weights = {name: full_tensor(p).clone() for name, p in parameters.items()}
     return [each["text"] for each in samples.generations], weights
 
 

@@ -24,13 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import AtomicCheckpointIO, ExportHF, GaLore, LastCheckpoint, LayerwiseUpdate
+from lit_ft.distributed import FSDP2Strategy, fully_shard_model
 from lit_ft.models import Pretrained
 from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 from lit_ft.optim.galore_torch import GaLoreTorchAdafactor
-from lit_ft.distributed import FSDP2Strategy, fully_shard_model
-from lit_ft.tensors.sharding import whole
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
+from lit_ft.tensors.sharding import full_tensor
 from tests.ranks import WORLD
 from tests.test_module import batch_of, rows, trainer_of
 
@@ -157,7 +157,7 @@ def train(
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, data, ckpt_path=resume)
     held = {n: type(p).__name__ for n, p in module.named_parameters()}
-    weights = {n: whole(p.detach()).clone() for n, p in module.model.state_dict().items()}
+    weights = {n: full_tensor(p.detach()).clone() for n, p in module.model.state_dict().items()}
     loss = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return weights, held, loss
 

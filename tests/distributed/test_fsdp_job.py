@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from lit_ft.callbacks import AtomicCheckpointIO
 from lit_ft.chat import main as chat
 from lit_ft.export import main as export
-from lit_ft.storage.atomic import whole_at
+from lit_ft.storage.atomic import existing_or_backup
 from tests.commands import TINY, start
 
 pytestmark = pytest.mark.slow
@@ -162,7 +162,7 @@ def test_two_ranks_that_are_killed_again_and_again_go_on_and_so_does_one_process
         for rank in [*psutil.Process(process.pid).children(), process]:
             rank.kill()
         process.communicate(timeout=60)
-        path = whole_at(last)
+        path = existing_or_backup(last)
         assert whole(path)
         steps.append(AtomicCheckpointIO().load_checkpoint(path)["global_step"])
     end = steps[-1] + 2

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft.callbacks import GaLore
-from lit_ft.loss.targets import IGNORED
-from lit_ft.loss.chunked import ModelLoss
-from lit_ft.tensors.sharding import whole
-from lit_ft.subspace import SubspaceStep, inject
+from lit_ft.loss import ModelLoss
+from lit_ft.loss.targets import IGNORE_INDEX
+from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
+from lit_ft.tensors.sharding import full_tensor
 from tests.ranks import WORLD
 from tests.test_module import trainer_of
 
@@ -59,7 +59,7 @@ def world():
 
 
 def whole_tensors(module):
-    return {name: whole(t).clone() for name, t in module.state_dict().items()}
+    return {name: full_tensor(t).clone() for name, t in module.state_dict().items()}
 
 
 def train(model_type, side, projector):
@@ -75,14 +75,14 @@ def train(model_type, side, projector):
         fully_shard(model)
     model.double()  # as Lightning's precision plugins do: behind the sharding
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    steps = SubspaceStep(layers, PROJECTORS[projector], all_reduce=average if size > 1 else None)
+    steps = SubspaceUpdater(layers, PROJECTORS[projector], all_reduce=average if size > 1 else None)
     steps.attach(optimizer)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         ids = torch.randint(3, 300, (ROWS, 10), generator=generator)
         starts = torch.randint(1, 8, (ROWS, 1), generator=generator)
-        labels = ids.masked_fill(torch.arange(10) < starts, IGNORED)
-        targets = (labels[:, 1:] != IGNORED).sum()
+        labels = ids.masked_fill(torch.arange(10) < starts, IGNORE_INDEX)
+        targets = (labels[:, 1:] != IGNORE_INDEX).sum()
         # The same micro-batches on one rank as on two: transformers' norms and losses compute in
         # float32, and near directions magnify what other cuts would round otherwise.
         for rows in torch.arange(ROWS).chunk(size)[rank].chunk(2 * WORLD // size):
@@ -92,8 +92,8 @@ def train(model_type, side, projector):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
-        steps.begin_window()
-    assert whole(norm) > 0.1  # clipped, by the norm of what all ranks hold
+        steps.begin_accumulation()
+    assert full_tensor(norm) > 0.1  # clipped, by the norm of what all ranks hold
     return whole_tensors(model)
 
 
@@ -114,7 +114,7 @@ def bad_gradient_of_the_last_row():
     layers = inject(model, rank=2)
     fully_shard(model)
     optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
-    steps = SubspaceStep(layers, Oja(every=1), all_reduce=average)
+    steps = SubspaceUpdater(layers, Oja(every=1), all_reduce=average)
     steps.attach(optimizer)
     [layer] = layers.values()
     layer.delta.grad = torch.zeros_like(layer.delta)
@@ -142,7 +142,7 @@ def refused_on_sharded_weights():
 
     def attach(model, layers, projector):
         optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
-        SubspaceStep(layers, projector).attach(optimizer)
+        SubspaceUpdater(layers, projector).attach(optimizer)
 
     messages = []
     for attempt in (
@@ -187,7 +187,7 @@ def train_in_bfloat16(side):
     if size > 1:
         fully_shard(model)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    SubspaceStep(layers, SubspaceIteration(every=10**6)).attach(optimizer)
+    SubspaceUpdater(layers, SubspaceIteration(every=10**6)).attach(optimizer)
     for layer in layers.values():
         layer.delta.grad = torch.ones_like(layer.delta)
     optimizer.step()

@@ -8,8 +8,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
-from lit_ft.models import Pretrained
 from lit_ft.distributed import FSDP2Strategy
+from lit_ft.models import Pretrained
 from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import folder, train
 from tests.test_module import trainer_of

@@ -14,9 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_ft.models import Pretrained
 from lit_ft.distributed import FSDP2Strategy
-from lit_ft.tensors.sharding import whole
+from lit_ft.models import Pretrained
+from lit_ft.tensors.sharding import full_tensor
 from tests.allocations import watched
 from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import LARGER, LLAMA, folder, save_llama, train
@@ -98,7 +98,7 @@ def loaded(model_folder, **options):
         module.configure_model()
     except (MisconfigurationException, ValueError) as error:
         return str(error)
-    return {n: whole(p.detach()) for n, p in module.model.named_parameters()}
+    return {n: full_tensor(p.detach()) for n, p in module.model.named_parameters()}
 
 
 def test_a_model_that_brings_its_own_code(tmp_path, on_both):

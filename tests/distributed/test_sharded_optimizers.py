@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from lit_ft.optim import RowwiseAdamW8bit, narrowed, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
-from lit_ft.tensors.sharding import whole
 from lit_ft.subspace.moments import rotate_moments
+from lit_ft.tensors.sharding import full_tensor
 from tests.ranks import WORLD
 
 pytestmark = pytest.mark.slow
@@ -66,10 +66,10 @@ def train(
             else:
                 optimizer.step()
     states = [
-        {k: whole(v) if isinstance(v, Tensor) else v for k, v in optimizer.state[w].items()}
+        {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in optimizer.state[w].items()}
         for w in weights
     ]
-    return [whole(weight).clone() for weight in weights], states, messages.call_count
+    return [full_tensor(weight).clone() for weight in weights], states, messages.call_count
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
@@ -109,7 +109,7 @@ def turn(name: str, sharded: bool) -> dict[str, Any]:
     optimizer.step()
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(2))).Q
     assert rotate_moments(optimizer.state[weight], optimizer.param_groups[0], rotation)
-    return {k: whole(v) for k, v in optimizer.state[weight].items() if isinstance(v, Tensor)}
+    return {k: full_tensor(v) for k, v in optimizer.state[weight].items() if isinstance(v, Tensor)}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

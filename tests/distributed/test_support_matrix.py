@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_ft.tensors.sharding import is_sharded, whole
+from lit_ft.tensors.sharding import full_tensor, is_sharded
 from tests.distributed.test_fsdp import batches, save_llama
 from tests.ranks import WORLD
 from tests.support_matrix import (
@@ -128,7 +128,7 @@ def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
     trainer.callbacks += [_Start(before), _Agreement()]
     trainer.fit(module, data)
     return {
-        name: whole(p.detach()).clone() - before[name]
+        name: full_tensor(p.detach()).clone() - before[name]
         for name, p in module.model.state_dict().items()
         if p.is_floating_point() and not name.endswith(("basis", "delta"))
     }
@@ -141,7 +141,7 @@ class _Start(L.Callback):
     def on_train_start(self, trainer, pl_module):
         for name, p in pl_module.model.state_dict().items():
             if p.is_floating_point():
-                self.before[name] = whole(p.detach()).clone()
+                self.before[name] = full_tensor(p.detach()).clone()
 
 
 class _Agreement(L.Callback):

@@ -26,13 +26,13 @@ from lit_ft.callbacks import (
     SampleGenerations,
     ThroughputMonitor,
 )
-from lit_ft.loss.token_mean import share_of_data
+from lit_ft.distributed import TensorParallelStrategy
+from lit_ft.distributed.ranks import data_parallel_rank
+from lit_ft.distributed.tensor_parallel import tensor_parallel_model
 from lit_ft.models import FromConfig, Pretrained
 from lit_ft.optim import MuonAdamW, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
-from lit_ft.distributed import TensorParallelStrategy
-from lit_ft.distributed.tensor_parallel import tensor_parallel_model
-from lit_ft.tensors.sharding import whole
+from lit_ft.tensors.sharding import full_tensor
 from tests.distributed.test_fsdp import LLAMA, STEPS, batches, save_llama
 from tests.test_module import trainer_of
 
@@ -109,13 +109,13 @@ def train(
     data = StatefulDataLoader(batches(accumulate, 0, 1), batch_size=None)
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, data, ckpt_path=resume)
-    assert share_of_data(trainer) == (0, 1)
+    assert data_parallel_rank(trainer) == (0, 1)
     held = (
         {n: (p.to_local().shape, p.placements) for n, p in module.named_parameters()}
         if (ranks > 1)
         else {}
     )
-    weights = {n: whole(p.detach()).clone() for n, p in module.model.state_dict().items()}
+    weights = {n: full_tensor(p.detach()).clone() for n, p in module.model.state_dict().items()}
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     logged = {name: value for name, value in logged.items() if name != "tok/s"}
     logged["tokens"] = throughput.tokens

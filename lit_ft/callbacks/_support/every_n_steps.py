@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 
-class Cadence:
+class EveryNSteps:
     """Tells a callback's `on_train_batch_end` when `every_n_steps` optimizer steps have passed.
 
     Args:

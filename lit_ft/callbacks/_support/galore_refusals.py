@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lit_ft.callbacks._support.trainer import callbacks_of
 from lit_ft.distributed import TensorParallelStrategy
-from lit_ft.tensors.sharding import is_sharded
 from lit_ft.subspace import SubspaceLayer, targeted
 from lit_ft.subspace.layers.base import Sides
 from lit_ft.subspace.projectors import Projector
+from lit_ft.tensors.sharding import is_sharded
 
 
 def refuse_other_callbacks(trainer: Trainer, galore: Callback) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_ft.models.adapters import in_place_of_adapters, merged_layer
 from lit_ft.models.export.sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
-from lit_ft.tensors.sharding import is_spread, whole
+from lit_ft.tensors.sharding import full_tensor, is_model_sharded
 
 
 def export_model(
@@ -57,7 +57,7 @@ def export_model(
             "beside it: give the adapter a folder of its own."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if is_spread(model):
+    if is_model_sharded(model):
         _export_together(model, folder, merge=merge, dtype=target_dtype)
         tokenizer = tokenizer if dist.get_rank() == 0 else None
     else:
@@ -70,7 +70,7 @@ def export_model(
 def _export_together(model: Any, folder: Path, *, merge: bool, dtype: torch.dtype | None) -> None:
     base = model
     if isinstance(model, PeftModel):
-        adapter = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+        adapter = {name: full_tensor(p) for name, p in model.named_parameters() if p.requires_grad}
         if dist.get_rank() == 0:
             model.save_pretrained(str(folder / "adapter" if merge else folder), state_dict=adapter)
         if not merge:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_ft.tensors.row_blocks import rows_per_block
+from lit_ft.tensors.sharding import first_row, full_tensor, is_sharded, local
 from lit_ft.tensors.stochastic_rounding import keyed_generator, random_bits, round_moved
-from lit_ft.tensors.row_blocks import rows_of_a_piece
-from lit_ft.tensors.sharding import first_row, is_sharded, local, whole
 
 Side = Literal["right", "left"]
 Sides = Literal["right", "left", "std"]
@@ -113,7 +113,7 @@ class SubspaceLayer(nn.Module):
         """Rows of the basis."""
         return self.basis.shape[0]
 
-    def forget_evidence(self) -> None:
+    def clear_basis_input(self) -> None:
         """Drop what backward passes have left for a move of the basis."""
         self.basis.grad = self.weight.grad = self.energy.grad = None
 
@@ -131,14 +131,14 @@ class SubspaceLayer(nn.Module):
         weight, first = local(self.weight), first_row(self.weight)
         basis = self.basis.to(weight.device)  # FSDP2 offloads parameters, not buffers
         if self.views_transposed:  # as it is stored, W moves by Pᵀ Sᵀ
-            left, right = basis.T[first : first + len(weight)], whole(self.delta).T
+            left, right = basis.T[first : first + len(weight)], full_tensor(self.delta).T
         else:
             left, right = local(self.delta), basis
         if weight.dtype is right.dtype:
             weight.addmm_(left, right, beta=1 - decay, alpha=scale)
             self.delta.zero_()
             return
-        rows_a_block = rows_of_a_piece(weight.shape[1], weight.device)
+        rows_a_block = rows_per_block(weight.shape[1], weight.device)
         left = left * scale
         if weight.is_cuda and torch.version.cuda:  # what is lost is small beside the rounding
             left, right = left.to(weight.dtype), right.to(weight.dtype)

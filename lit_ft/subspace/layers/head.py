@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lit_ft.loss.targets import IGNORED
+from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.subspace.layers.autograd import thin_backward
 from lit_ft.subspace.layers.energy import captured_and_total_energy
 from lit_ft.subspace.layers.linear import SubspaceLinear
@@ -139,7 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _pieces(targets: Tensor, size: int, *, by_sequence: bool) -> list[tuple[Tensor, Tensor]]:
     """Return indices into [B, T] that cover the positions with a target, at most `size` each."""
-    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(targets)).tolist() if by_sequence else [len(rows)]
     sizes = [min(size, n - begin) for n in counts for begin in range(0, n, size)]
     if not sizes:

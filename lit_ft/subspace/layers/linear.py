@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from lit_ft.subspace.layers.autograd import thin_backward
-from lit_ft.subspace.layers.energy import captured_and_total_energy
 from lit_ft.subspace.layers.base import Side, SubspaceLayer
+from lit_ft.subspace.layers.energy import captured_and_total_energy
 from lit_ft.subspace.layers.products import projected_gradient, projected_gradient_and_sketch
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Evidence(Enum):
+class BasisInput(Enum):
     """What a projector looks at when it moves a basis."""
 
     NOTHING = "nothing"
@@ -22,14 +22,14 @@ class Projector(ABC):
     """A rule that moves a basis; a frozen dataclass, whose repr says with what a run was made.
 
     Attributes:
-        evidence: What `move` is given.
+        basis_input: What `move` is given.
         renews: Whether a move finds the basis anew; after a small step it always looks at rest.
         starts_from_svd: Whether the first basis comes from an SVD of the first gradient.
         every: Optimizer steps between two moves of the same layer's basis.
         rotates_moments: Whether the optimizer's moments follow the basis.
     """
 
-    evidence: ClassVar[Evidence]
+    basis_input: ClassVar[BasisInput]
     renews: ClassVar[bool] = True
     starts_from_svd: bool = False
     every: int
@@ -38,23 +38,23 @@ class Projector(ABC):
     @property
     def forms_gradients(self) -> bool:
         """Whether a basis is ever taken from a whole gradient."""
-        return self.evidence is Evidence.GRADIENT or self.starts_from_svd
+        return self.basis_input is BasisInput.GRADIENT or self.starts_from_svd
 
     @abstractmethod
     def move(
         self,
         basis: Tensor,
-        evidence: Tensor | None,
+        basis_input: Tensor | None,
         *,
         state: dict[str, Tensor],
         decay: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """Return the new basis [r, cols]; the old one where the evidence says nothing.
+        """Return the new basis [r, cols]; the old one where the basis_input says nothing.
 
         Args:
             basis: [r, cols], in float32 or wider.
-            evidence: As `evidence` says; None for NOTHING.
+            basis_input: As `basis_input` says; None for NOTHING.
             state: What the rule remembers of this basis; saved with the run.
             decay: The weights' learning rate now over its peak.
             generator: Random numbers that a resumed run repeats.

@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence, Projector, captured_energy, where_informative
+from lit_ft.subspace.projectors.base import (
+    BasisInput,
+    Projector,
+    captured_energy,
+    where_informative,
+)
 
 
 def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
@@ -47,14 +52,14 @@ class Oja(Projector):
         step_size: η is `step_size` √r.
     """
 
-    evidence: ClassVar[Evidence] = Evidence.SKETCH
+    basis_input: ClassVar[BasisInput] = BasisInput.SKETCH
     renews: ClassVar[bool] = False
     step_size: float = 0.1
     every: int = 4
     rotates_moments: bool = True
 
-    def move(self, basis: Tensor, evidence: Tensor | None, **_: Any) -> Tensor:
+    def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:
         """Return the basis after one step of Oja's rule."""
-        assert evidence is not None
-        moved = oja_step(basis, evidence, step_size=self.step_size * math.sqrt(len(basis)))
-        return where_informative(evidence, moved, basis)
+        assert basis_input is not None
+        moved = oja_step(basis, basis_input, step_size=self.step_size * math.sqrt(len(basis)))
+        return where_informative(basis_input, moved, basis)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lit_ft.subspace.projectors.base import Evidence, Projector, captured_energy, where_informative
+from lit_ft.subspace.projectors.base import (
+    BasisInput,
+    Projector,
+    captured_energy,
+    where_informative,
+)
 
 
 def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) -> Tensor:
@@ -41,7 +46,7 @@ class Online(Projector):
         penalty: λ of the orthonormality term (0 in the authors' code).
     """
 
-    evidence: ClassVar[Evidence] = Evidence.SKETCH
+    basis_input: ClassVar[BasisInput] = BasisInput.SKETCH
     renews: ClassVar[bool] = False
     lr: float = 0.005
     penalty: float = 0.0
@@ -52,19 +57,19 @@ class Online(Projector):
     def move(
         self,
         basis: Tensor,
-        evidence: Tensor | None,
+        basis_input: Tensor | None,
         *,
         state: dict[str, Tensor],
         decay: float,
         **_: Any,
     ) -> Tensor:
         """Return the basis after one AdamW step on the objective."""
-        assert evidence is not None
+        assert basis_input is not None
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(basis), torch.zeros_like(basis)
             state["step"] = torch.zeros(())
-        gradient = online_pca_gradient(basis, evidence, penalty=self.penalty)
-        gradient = where_informative(evidence, gradient, torch.zeros_like(gradient))
+        gradient = online_pca_gradient(basis, basis_input, penalty=self.penalty)
+        gradient = where_informative(basis_input, gradient, torch.zeros_like(gradient))
         moved = basis.clone()
         adamw(
             [moved],

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence, Projector, orthonormal_rows
+from lit_ft.subspace.projectors.base import BasisInput, Projector, orthonormal_rows
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Random(Projector):
         every: Optimizer steps between two draws.
     """
 
-    evidence: ClassVar[Evidence] = Evidence.NOTHING
+    basis_input: ClassVar[BasisInput] = BasisInput.NOTHING
     every: int = 200
     rotates_moments: bool = True
 
     def move(
-        self, basis: Tensor, evidence: Tensor | None, *, generator: torch.Generator, **_: Any
+        self, basis: Tensor, basis_input: Tensor | None, *, generator: torch.Generator, **_: Any
     ) -> Tensor:
         """Return a new random orthonormal basis."""
         drawn = torch.randn(

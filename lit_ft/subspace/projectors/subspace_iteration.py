@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence, Projector, principal_rows, where_informative
+from lit_ft.subspace.projectors.base import BasisInput, Projector, principal_rows, where_informative
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class SubspaceIteration(Projector):
     singular vectors that GaLore (arXiv:2403.03507) takes from an SVD of G.
     """
 
-    evidence: ClassVar[Evidence] = Evidence.SKETCH
+    basis_input: ClassVar[BasisInput] = BasisInput.SKETCH
     every: int = 200
     rotates_moments: bool = True
 
-    def move(self, basis: Tensor, evidence: Tensor | None, **_: Any) -> Tensor:
+    def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:
         """Return the sketch's principal directions."""
-        assert evidence is not None
-        limits = torch.finfo(evidence.dtype)
-        scaled = evidence / evidence.abs().amax().clamp_min(limits.tiny)
+        assert basis_input is not None
+        limits = torch.finfo(basis_input.dtype)
+        scaled = basis_input / basis_input.abs().amax().clamp_min(limits.tiny)
         shifted = torch.add(scaled, basis, alpha=math.sqrt(limits.eps))
-        return where_informative(evidence, principal_rows(shifted), basis)
+        return where_informative(basis_input, principal_rows(shifted), basis)

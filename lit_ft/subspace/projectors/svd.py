@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_ft.subspace.projectors.base import Evidence, Projector
+from lit_ft.subspace.projectors.base import BasisInput, Projector
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class SVD(Projector):
         every: Optimizer steps between two moves (the paper: 200).
     """
 
-    evidence: ClassVar[Evidence] = Evidence.GRADIENT
+    basis_input: ClassVar[BasisInput] = BasisInput.GRADIENT
     every: int = 200
     rotates_moments: bool = False
 
-    def move(self, basis: Tensor, evidence: Tensor | None, **_: Any) -> Tensor:
-        """Return the top right singular vectors of `evidence` [rows, cols]."""
-        assert evidence is not None
-        right: Tensor = torch.linalg.svd(evidence.to(basis.dtype), full_matrices=False)[2]
+    def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:
+        """Return the top right singular vectors of `basis_input` [rows, cols]."""
+        assert basis_input is not None
+        right: Tensor = torch.linalg.svd(basis_input.to(basis.dtype), full_matrices=False)[2]
         return right[: len(basis)].contiguous()

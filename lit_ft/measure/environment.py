@@ -1,0 +1,63 @@
+"""What a run ran on: versions of the packages that shape it, processor, memory, GPUs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_PACKAGES = [
+    "lit_ft",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "galore-torch",
+    "torchmetrics",
+    "torchdata",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a run."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the run ran on: processor, memory in bytes, GPUs by name."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus = ["Apple MPS"]
+    return {
+        "cpu": _cpu_name(),
+        "cpu_cores": psutil.cpu_count(logical=True),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "platform": sys.platform,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"model name\s*:\s*(.+)", text)
+    return name.group(1) if name else platform.machine()
