@@ -20,7 +20,10 @@ from torch.utils.backend_registration import (
 )
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.subspace import SubspaceUpdater, bases, head, inject, layer
+from lit_ft.subspace import SubspaceUpdater, inject
+from lit_ft.subspace import basis_tracker as bases
+from lit_ft.subspace.layers import base as layer
+from lit_ft.subspace.layers import head
 from lit_ft.subspace.projectors import SVD, Oja, Projector, Random, SubspaceIteration
 from tests.test_losses import tiny_model
 

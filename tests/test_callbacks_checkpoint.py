@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch.utils.data import DataLoader
 
-from lit_ft.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, checkpoint_io
+from lit_ft.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from lit_ft.storage import checkpoint_io
 
 
 class Plain(BoringModel):

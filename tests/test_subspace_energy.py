@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.subspace import energy as energy_module
 from lit_ft.subspace import inject
+from lit_ft.subspace.layers import energy as energy_module
 from lit_ft.subspace.layers.energy import captured_and_total_energy
 from tests.test_subspace_step import batches, tiny_model
 

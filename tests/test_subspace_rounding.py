@@ -9,8 +9,10 @@ import torch
 from torch.optim import AdamW
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.optim import build_optimizer, rounding, stochastically_rounded
-from lit_ft.subspace import SubspaceUpdater, inject, layer
+from lit_ft.optim import build_optimizer, stochastically_rounded
+from lit_ft.optim import rounded as rounding
+from lit_ft.subspace import SubspaceUpdater, inject
+from lit_ft.subspace.layers import base as layer
 from lit_ft.subspace.projectors import Oja
 from tests.test_losses import tiny_model
 

@@ -15,7 +15,8 @@ from torch.optim import AdamW
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.optim import RowwiseAdamW8bit
-from lit_ft.subspace import Refresh, SubspaceUpdater, bases, inject
+from lit_ft.subspace import Refresh, SubspaceUpdater, inject
+from lit_ft.subspace import basis_tracker as bases
 from lit_ft.subspace.moments import change_of_basis, rotated
 from lit_ft.subspace.projectors import SVD, Oja, Online, Random, SubspaceIteration
 from tests.allocations import NewTensors

@@ -21,9 +21,9 @@ from lit_ft.measure import (
     optimizer_state_bytes,
     peak_bytes,
     reset_peak,
-    tracker,
     weight_bytes,
 )
+from lit_ft.measure import memory as tracker
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.rounded import stochastically_rounded
 from lit_ft.tensors.row_blocks import row_blocks

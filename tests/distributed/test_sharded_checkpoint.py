@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
 
-from lit_ft import checkpoint_folder, replacing
 from lit_ft.callbacks import AtomicCheckpointIO
 from lit_ft.distributed.checkpoint import save_parts
 from lit_ft.models import FromConfig
 from lit_ft.run.export_run import export_run
+from lit_ft.storage import atomic as replacing
+from lit_ft.storage import checkpoint_folder
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 from tests.allocations import watched
 from tests.distributed.test_fsdp import LARGER, LLAMA, save_llama, train
