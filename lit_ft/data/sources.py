@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal, Remedy, located
 from lit_ft.data.docstrings import Docstrings
 from lit_ft.data.files import READERS, read
 from lit_ft.data.formats import Format, detect
@@ -80,7 +82,7 @@ def parse(source: Source, format: Format | None = None) -> Iterator[ParsedRow]:
             format = format or detect(row.fields)
             conversation = format.parse(row.fields)
         except ValueError as error:
-            raise ValueError(f"{row.origin}: {error}") from error
+            raise located(error, row.origin) from error
         yield ParsedRow(row.origin, conversation, row.held_out)
 
 
@@ -103,9 +105,10 @@ class Files:
                 raise ValueError(f"{file}: unknown kind of file {file.suffix!r}; known are {known}")
         splits = [file.name for file in files if SPLIT_NAME.search(file.stem)]
         if len(files) > 1 and splits:
-            raise ValueError(
-                f"{name} holds the splits of a data set ({', '.join(splits)}): name one file as "
-                "data.path and another as data.val_path, or give +data.source_options.split=train"
+            raise Refusal(
+                f"{name} holds the splits of a data set ({', '.join(splits)})",
+                remedies.TWO_FILES,
+                remedies.THROUGH_DATASETS,
             )
         self.name = name
         self.files = files
@@ -185,10 +188,12 @@ def _refuse_unread(folder: Path, files: list[Path]) -> None:
         and not READERS.keys().isdisjoint(map(str.lower, file.suffixes))
     ]
     if unread:
-        raise ValueError(
+        raise Refusal(
             f"{folder}: files in folders of their own and compressed ones would not be read "
-            f"({', '.join(unread[:3])}): unpack them beside the others or take them away, or give "
-            "+data.source_options.split=train, to read the folder through `datasets`"
+            f"({', '.join(unread[:3])})",
+            Remedy("unpack them next to the others"),
+            Remedy("take them away"),
+            remedies.THROUGH_DATASETS,
         )
 
 

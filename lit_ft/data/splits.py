@@ -9,6 +9,8 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
 from lit_ft.data.encoding import Encoder, EncodingReport
 from lit_ft.data.formats import Format, named
 from lit_ft.data.mixing import mix, side, split
@@ -75,9 +77,7 @@ def weighted_sources(
         weight, own_format = options.pop("weight", 1.0), options.pop("format", None) or format
         path = options.get("path")
         if path is None:
-            raise ValueError(
-                "a source has no path: data.path=my.jsonl names a file, a folder or a hub dataset"
-            )
+            raise Refusal("a source has no path", remedies.OWN_DATA)
         if isinstance(own_format, str):
             own_format = named(own_format)
         if not (weight > 0 and isfinite(weight)):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.data.cache import cache_key, cached
 from lit_ft.data.encoding import EncodedRow, Encoder, EncodingReport
 from lit_ft.data.formats import Format
@@ -81,9 +83,10 @@ def stream_source(
             count += 1
             yield row._asdict()
         if count <= skip:
-            raise ValueError(
-                f"{source.name} has {count} rows, and the first {skip} are validated on: "
-                "lower data.max_val_examples, or give data.val_path"
+            raise Refusal(
+                f"{source.name} has {count} rows, and the first {skip} are validated on",
+                remedies.VALIDATE_ON_LESS,
+                remedies.VALIDATE_ELSEWHERE,
             )
 
     def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -103,15 +106,15 @@ def stream_source(
 
 
 def refuse_nothing(report: EncodingReport, purpose: str) -> None:
-    """Raise ValueError with the counts and the remedy if a report has no example."""
+    """Raise Refusal with the counts and the remedies if a report has no example."""
     if report.examples:
         return
-    remedy = "give more data"
+    ways = [Remedy("give more data")]
     if report.dropped_overlong:
-        remedy = "raise data.max_length, or cut the rows with data.drop_overlong=false"
+        ways = [remedies.LONGER_ROWS, remedies.CUT_ROWS]
     elif report.dropped_without_targets:
-        remedy = "raise data.max_length if answers are cut off, or add assistant turns"
-    raise ValueError(f"nothing is left for {purpose} ({report}): {remedy}")
+        ways = [remedies.LONGER_ROWS, Remedy("add assistant turns")]
+    raise Refusal(f"nothing is left for {purpose} ({report})", *ways)
 
 
 def report(table: Dataset) -> EncodingReport:

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from lit_ft.subspace.checks import refuse_float16
+from lit_ft.compat.plan import Adapter, Basis, Plan
+from lit_ft.compat.rules import check
+from lit_ft.subspace.checks import check_dtype
 from lit_ft.subspace.layers.base import Sides, SubspaceLayer
 from lit_ft.subspace.layers.conv1d import SubspaceConv1D
 from lit_ft.subspace.layers.embedding import SubspaceEmbedding
@@ -72,10 +74,7 @@ def inject(
     if not targets:
         raise ValueError("targets is empty: give all, or leave GaLore out.")
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError(
-            "The model has a LoRA adapter, whose few weights need no subspace: "
-            "use adapter=none with GaLore, or optim=adamw with the adapter."
-        )
+        check(Plan(adapter=Adapter(), basis=Basis("")), parts=["galore"])
     chosen = targeted(model, targets)
     _refuse_half_tied(model, chosen)
     for name, module in chosen.items():
@@ -237,7 +236,7 @@ def _refuse_untrainable(name: str, module: nn.Module, *, allow_meta: bool) -> No
         )
     if weight.is_meta and not allow_meta:
         raise ValueError(f"{name} has no values yet (it is on the meta device): load it first.")
-    refuse_float16(name, weight)
+    check_dtype(name, weight)
     if "forward" in vars(module):
         raise ValueError(
             f"{name} has a forward of its own instance (accelerate's hooks give it one), which "
