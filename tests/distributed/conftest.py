@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.ranks import ranks
+from tests.support.ranks import ranks
 
 
 @pytest.fixture(scope="session")

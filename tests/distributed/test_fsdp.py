@@ -31,7 +31,7 @@ from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 from lit_ft.optim.galore_torch import GaLoreTorchAdafactor
 from lit_ft.subspace.projectors import Oja, SubspaceIteration
 from lit_ft.tensors.sharding import full_tensor
-from tests.ranks import WORLD
+from tests.support.ranks import WORLD
 from tests.test_module import batch_of, rows, trainer_of
 
 pytestmark = pytest.mark.slow

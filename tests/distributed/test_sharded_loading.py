@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_ft.distributed import FSDP2Strategy
 from lit_ft.models import Pretrained
 from lit_ft.tensors.sharding import full_tensor
-from tests.allocations import watched
-from tests.distributed.joining import joined
 from tests.distributed.test_fsdp import LARGER, LLAMA, folder, save_llama, train
+from tests.support.allocations import watched
+from tests.support.joining import joined
 
 __all__ = ["folder"]  # a fixture
 

@@ -1,0 +1,46 @@
+"""Faults that a test puts into a run through the configuration."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from lightning.pytorch import Callback
+
+TRUSTED = "trusted_packages=[tests]"
+
+
+def at(hook: str, step: int, *, fault: str = "interrupt") -> list[str]:
+    """Return the overrides that let `fault` happen when `hook` runs after `step` steps."""
+    return [
+        TRUSTED,
+        "+callbacks.fault._target_=tests.support.stopping.Fault",
+        f"+callbacks.fault.hook={hook}",
+        f"+callbacks.fault.step={step}",
+        f"+callbacks.fault.fault={fault}",
+    ]
+
+
+class Fault(Callback):
+    def __init__(self, hook: str, step: int, fault: str) -> None:
+        self.step = step
+        self.fault = getattr(self, fault)
+        setattr(self, hook, self._when_due)
+
+    def _when_due(self, trainer, *_, **__) -> None:
+        if trainer.global_step == self.step and trainer.state.fn == "fit":
+            self.step = -1
+            self.fault()
+
+    def interrupt(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def terminate(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def warn(self) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    def out_of_memory(self) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
