@@ -1,49 +1,22 @@
+"""Fixtures of more than one room."""
+
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lit_ft.data import docstrings
-
-# SmolLM2's template, with a shorter system message.
-CHATML = (
-    "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from tests.support.ranks import ranks
+from tests.support.tokenizer import byte_level_tokenizer
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Make a byte-level tokenizer of about 300 tokens with ChatML's special tokens and template."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(
-        ["the user asks and the assistant answers this question"] * 2, trainer
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
+    """Make a tokenizer of its own for each test, which may change it."""
+    return byte_level_tokenizer()
 
 
 @pytest.fixture
@@ -62,3 +35,24 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "library" / f"m{name}.py").write_text(code)
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda _: str(tmp_path / "library"))
     return tmp_path / "library"
+
+
+@pytest.fixture(scope="session")
+def on_both() -> Iterator[Callable[..., list]]:
+    """Runs a function on two ranks, which are the same two processes for all tests."""
+    with ranks() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Callable[..., list]]:
+    """Runs a function on one rank, in a process of its own."""
+    with ranks(world=1) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Callable[..., list]]:
+    """Runs a function on four ranks, which are the same four processes for all tests."""
+    with ranks(world=4) as run:
+        yield run

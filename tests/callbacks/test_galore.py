@@ -19,7 +19,8 @@ from examples.other_project import RANK, train
 from lit_ft.callbacks import GaLore
 from lit_ft.optim import WarmupSchedule
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
-from tests.test_module import batch_of, loader, module_of, trainer_of
+from tests.support.stopping import StopAt
+from tests.support.tiny_module import batch_of, loader, module_of, trainer_of
 
 FIXED = SubspaceIteration(every=10**6)
 
@@ -55,18 +56,6 @@ def fit(tmp_path, data, *, projector, steps=6, ckpt=None, rank=4, stop=None, **o
     )
     trainer.fit(module, loader(*data), ckpt_path=ckpt)
     return module, trainer
-
-
-class StopAt:
-    """Ends training after a step, as an interruption between steps does."""
-
-    def __new__(cls, step):
-        class _StopAt(Callback):
-            def on_train_batch_end(self, trainer, *_):
-                if trainer.global_step == step:
-                    trainer.should_stop = True
-
-        return _StopAt()
 
 
 @pytest.mark.parametrize("projector", [Oja(every=1), Online(), SubspaceIteration(every=2)])

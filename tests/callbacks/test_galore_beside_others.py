@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from lit_ft.callbacks import GaLore, SubspaceRefresh
 from lit_ft.subspace import SubspaceUpdater, inject, subspace_layers
 from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
-from tests.loss.test_chunked import tiny_model
-from tests.subspace.test_updater import NEVER, Run, batches
-from tests.test_module import batch_of, loader, module_of, trainer_of
+from tests.support.subspace_run import NEVER, Run, batches
+from tests.support.tiny_model import tiny_model
+from tests.support.tiny_module import batch_of, loader, module_of, trainer_of
 
 SAME_BATCH = [batch_of([12, 5, 7], seed=1)] * 6
 

@@ -17,9 +17,9 @@ from examples.other_project import Regression
 from lit_ft.callbacks import GaLore, LayerwiseUpdate
 from lit_ft.distributed import FSDP2Strategy
 from lit_ft.subspace.projectors import SVD
-from tests.run.test_job import same
+from tests.support.checkpoints import same
 from tests.support.running import CONF, run_job
-from tests.test_module import batch_of, float16, loader, module_of, trainer_of
+from tests.support.tiny_module import batch_of, float16, loader, module_of, trainer_of
 
 OPTIMIZERS = sorted(path.stem for path in (CONF / "optim").glob("*.yaml"))
 JOB = [

@@ -20,9 +20,9 @@ from examples.other_project import Regression
 from lit_ft.callbacks import GaLore, SubspaceRefresh
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Random, SubspaceIteration
-from tests.callbacks.test_galore import StopAt
 from tests.support.running import CONF
-from tests.test_module import batch_of, loader, module_of, trainer_of
+from tests.support.stopping import StopAt
+from tests.support.tiny_module import batch_of, loader, module_of, trainer_of
 
 
 def fit(folder, callbacks, *, module=None, data=None, ckpt=None, **options):

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_ft.tensors.sharding import full_tensor, is_sharded
-from tests.distributed.test_fsdp import batches, save_llama
 from tests.support.matrix import (
     BEGIN,
     DIMENSIONS,
@@ -30,6 +29,7 @@ from tests.support.matrix import (
     table,
 )
 from tests.support.ranks import WORLD
+from tests.support.sharded_training import batches, save_llama
 
 STEPS = 10  # two moves of every basis, and a start
 # Settings that the cover tells apart as on and off alone; where they are on, they take turns.

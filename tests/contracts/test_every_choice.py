@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lit_ft.models import FromConfig, Packaged, export_model
-from tests.run.test_summary import KEYS
-from tests.support.running import ANYWHERE, CONF, SHORT, run_job
+from tests.support.running import ANYWHERE, CONF, KEYS, SHORT, run_job
 
 FORMATS = {
     "chat": {

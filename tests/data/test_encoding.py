@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_ft.data.encoding import EncodedRow, Encoder, EncodingReport, load_chat_template
 from lit_ft.data.rows import ParsedRow
-from tests.conftest import CHATML
+from tests.support.tokenizer import CHATML
 
 END = "<|im_end|>"
 CHAT = [

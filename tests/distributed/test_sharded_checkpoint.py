@@ -22,8 +22,8 @@ from lit_ft.run.export_run import export_run
 from lit_ft.storage import atomic as replacing
 from lit_ft.storage import checkpoint_folder
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
-from tests.distributed.test_fsdp import LARGER, LLAMA, save_llama, train
 from tests.support.allocations import watched
+from tests.support.sharded_training import LARGER, LLAMA, save_llama, train
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lit_ft.callbacks import GaLore, SubspaceRefresh
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
-from tests.test_module import batch_of, float16, module_of, trainer_of
+from tests.support.tiny_module import batch_of, float16, module_of, trainer_of
 
 GOOD, INF = torch.ones(()), torch.tensor(torch.inf)
 

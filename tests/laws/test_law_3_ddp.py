@@ -17,7 +17,7 @@ from examples.other_project import Regression
 from lit_ft.callbacks import GaLore
 from lit_ft.subspace.projectors import SVD, Oja, SubspaceIteration
 from tests.support.ranks import WORLD
-from tests.test_module import batch_of, module_of, rows, trainer_of
+from tests.support.tiny_module import batch_of, module_of, rows, trainer_of
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
 from lit_ft.tensors.sharding import full_tensor
 from tests.support.ranks import WORLD
-from tests.test_module import trainer_of
+from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
 

@@ -1,26 +1,15 @@
+"""The summed loss, chunk by chunk or by the model itself."""
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss, chunked_cross_entropy
 from lit_ft.loss.targets import IGNORE_INDEX
-
-
-def tiny_model(model_type: str, **config):
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 300,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    config = AutoConfig.for_model(model_type, **sizes, **config, pad_token_id=0, eos_token_id=2)
-    return AutoModelForCausalLM.from_config(config)
+from tests.support.allocations import LargestTensor
+from tests.support.tiny_model import tiny_model
 
 
 @settings(deadline=None, max_examples=30)
@@ -76,18 +65,6 @@ def test_chunked_equals_the_models_own_loss(tied):
 
 
 def test_vocabulary_sized_logits_are_never_allocated():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class LargestTensor(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    self.numel = max(self.numel, tensor.numel())
-            return out
-
     hidden = torch.randn(4, 65, 8, requires_grad=True)
     weight = torch.randn(1000, 8, requires_grad=True)
     labels = torch.randint(0, 1000, (4, 65))

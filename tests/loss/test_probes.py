@@ -1,7 +1,7 @@
 import torch
 
 from lit_ft.loss.probes import keeps_packed_examples_apart
-from tests.loss.test_chunked import tiny_model
+from tests.support.tiny_model import tiny_model
 
 IDS = torch.arange(5, 25)
 POSITIONS = torch.cat([torch.arange(8), torch.arange(12)])

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from lit_ft.models import FromConfig, Packaged, Pretrained, add_adapter, export_model
-from tests.loss.test_chunked import tiny_model
+from tests.support.tiny_model import tiny_model
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 ADAPTERS = {

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, AdamW, Optimizer, SparseAdam
 
 from lit_ft.optim import stochastically_rounded
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
-from tests.optim.test_narrowed import OPTIMIZERS
+from tests.support.optimizers import OPTIMIZERS
 
 
 class Net(nn.Module):

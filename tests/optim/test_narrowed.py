@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import Optimizer
 
-from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, narrowed
-from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
+from lit_ft.optim import narrowed
+from tests.support.optimizers import OPTIMIZERS
 
 SHAPES = {"matrix": (96, 64), "tall": (130, 40), "norm": (64,), "small": (3, 5)}
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adamw": partial(AdamW, lr=1e-2, foreach=False),
-    "adamw_foreach": partial(AdamW, lr=1e-2, foreach=True),
-    "adamw_fused": partial(AdamW, lr=1e-2, fused=True),
-    "sgd": partial(SGD, lr=1e-2, momentum=0.9),
-    "torch_muon": partial(Muon, lr=1e-2),
-    "muon": partial(MuonAdamW, lr=1e-2, fused=True),
-    "adafactor": RelativeStepAdafactor,
-    "adafactor_fixed": partial(Adafactor, lr=1e-2, relative_step=False, scale_parameter=False),
-    "adamw_8bit": partial(bnb.optim.AdamW8bit, lr=1e-2),
-    "adamw_8bit_torchao": partial(RowwiseAdamW8bit, lr=1e-2),
-    "lion_8bit": partial(bnb.optim.Lion8bit, lr=1e-2),
-}
 
 
 def build(factory: Callable[..., Optimizer]) -> tuple[dict[str, torch.nn.Parameter], Optimizer]:

@@ -22,7 +22,7 @@ from lit_ft.optim import (
     stochastically_rounded,
 )
 from lit_ft.optim.adafactor import RelativeStepAdafactor
-from tests.tensors.test_stochastic_rounding import seeded
+from tests.support.seeded import seeded
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": partial(AdamW, lr=1e-2),

@@ -18,7 +18,7 @@ from lit_ft.optim import (
     WarmupSchedule,
     stochastically_rounded,
 )
-from tests.tensors.test_stochastic_rounding import seeded
+from tests.support.seeded import seeded
 
 
 class TinyModule(LightningModule):

@@ -11,11 +11,11 @@ import warnings
 import pytest
 import torch
 from hydra.errors import CompactHydraException
-from torch.utils._pytree import tree_flatten
 
 from lit_ft.models import FromConfig, Packaged, Pretrained, export_model
 from lit_ft.run.job import checkpoint_to_resume
 from lit_ft.run.summary import read_summary
+from tests.support.checkpoints import same, state
 from tests.support.running import run_job
 from tests.support.stopping import at
 
@@ -82,26 +82,6 @@ def job(model, rows, tmp_path):
     return run
 
 
-def state(folder, name="last"):
-    checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
-    return [checkpoint.get(key) for key in ("state_dict", "optimizer_states", "lr_schedulers")]
-
-
-def in_order(value):
-    """Dicts sorted by key: in which order an optimizer met its parameters does not matter."""
-    if isinstance(value, dict):
-        return {key: in_order(value[key]) for key in sorted(value, key=str)}
-    return [in_order(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def same(a, b):
-    leaves, structure = tree_flatten(in_order(state(a)))
-    others, other_structure = tree_flatten(in_order(state(b)))
-    assert structure == other_structure
-    for ours, theirs in zip(leaves, others, strict=True):
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-
-
 def stopped(job, name, *overrides, status=130):
     with pytest.raises(SystemExit) as stop:
         job(name, *overrides)
@@ -109,10 +89,15 @@ def stopped(job, name, *overrides, status=130):
 
 
 LORA = ["adapter=lora", "+adapter.lora_dropout=0.2"]
+
 GALORE = ["galore.rank=4", "schedule=cosine", "trainer.gradient_clip_val=1.0"]
+
 SUBSPACE = ["optim=galore_subspace", *GALORE, "trainer.accumulate_grad_batches=4"]
+
 SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.projector.every=3"]
+
 SVD = ["optim=galore_svd", *GALORE, "galore.projector.every=3"]
+
 QLORA = ["adapter=qlora", "optim=adamw_8bit", "module.activation_checkpointing=true"]
 
 

@@ -19,7 +19,7 @@ from lit_ft.distributed import FSDP2Strategy
 from lit_ft.run.job import refuse_to_start_processes
 from tests.support.commands import TINY, run
 from tests.support.running import CONF
-from tests.test_module import trainer_of
+from tests.support.tiny_module import trainer_of
 
 
 @pytest.fixture

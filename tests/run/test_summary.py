@@ -1,3 +1,5 @@
+"""summary.json: written from the first second of a run, whole at every moment."""
+
 import json
 import signal
 import subprocess
@@ -8,30 +10,7 @@ import pytest
 import torch
 
 from lit_ft.run.summary import RunSummary, read_summary, status_of
-
-KEYS = [
-    "schema_version",
-    "status",
-    "error",
-    "config",
-    "versions",
-    "hardware",
-    "seed",
-    "steps",
-    "tokens",
-    "model",
-    "initial_val_loss",
-    "val_loss",
-    "val_perplexity",
-    "train_loss",
-    "seconds",
-    "tokens_per_second",
-    "step_seconds",
-    "peak_bytes",
-    "optimizer_state_bytes",
-    "checkpoint_path",
-    "export_path",
-]
+from tests.support.running import KEYS
 
 
 def test_a_run_that_ends_well_is_completed_with_every_key(tmp_path):

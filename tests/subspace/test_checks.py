@@ -10,8 +10,8 @@ from transformers.optimization import Adafactor
 
 from lit_ft.subspace import Refresh, SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja
-from tests.loss.test_chunked import tiny_model
-from tests.subspace.test_updater import NEVER, Run, batches
+from tests.support.subspace_run import NEVER, Run, batches
+from tests.support.tiny_model import tiny_model
 
 
 @pytest.mark.parametrize(

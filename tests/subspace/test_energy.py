@@ -12,7 +12,8 @@ from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.subspace import inject
 from lit_ft.subspace.layers import energy as energy_module
 from lit_ft.subspace.layers.energy import captured_and_total_energy
-from tests.subspace.test_updater import batches, tiny_model
+from tests.support.subspace_run import batches
+from tests.support.tiny_model import tiny_model
 
 
 def explicit(rows, cols, basis):

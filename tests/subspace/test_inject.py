@@ -9,8 +9,8 @@ from torch import nn
 from lit_ft.subspace import inject
 from lit_ft.subspace.layers.head import SubspaceHead
 from lit_ft.subspace.projectors import Oja
-from tests.loss.test_chunked import tiny_model
-from tests.subspace.test_updater import Run, batches
+from tests.support.subspace_run import Run, batches
+from tests.support.tiny_model import tiny_model
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import nn
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.subspace import inject, layer_group, subspace_layers
-from tests.loss.test_chunked import tiny_model
 from tests.support.allocations import LargestTensor
+from tests.support.tiny_model import tiny_model
 
 IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(12) < torch.tensor([[2], [9], [5]]), IGNORE_INDEX)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lit_ft.subspace import inject
-from tests.loss.test_chunked import tiny_model
+from tests.support.tiny_model import tiny_model
 
 
 def test_every_rule_trains_on_a_device_that_is_not_the_cpu():

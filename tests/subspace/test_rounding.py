@@ -14,7 +14,7 @@ from lit_ft.optim import rounded as rounding
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.layers import base as layer
 from lit_ft.subspace.projectors import Oja
-from tests.loss.test_chunked import tiny_model
+from tests.support.tiny_model import tiny_model
 
 LR, STEPS = 1e-5, 300
 

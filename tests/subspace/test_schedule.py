@@ -13,7 +13,8 @@ from lit_ft.callbacks import GaLore
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Oja, Random, SubspaceIteration
 from lit_ft.subspace.schedule import RefreshSchedule
-from tests.subspace.test_updater import Run, assert_equal, batches, tiny_model
+from tests.support.subspace_run import Run, assert_equal, batches
+from tests.support.tiny_model import tiny_model
 
 
 @given(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
 from lit_ft.subspace.stats import overlap, squared_update
-from tests.subspace.test_updater import Run, assert_equal, batches
+from tests.support.subspace_run import Run, assert_equal, batches
 
 
 @settings(deadline=None, max_examples=30)

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.optim import AdamW
 
 from lit_ft import CausalLMModule
-from tests.test_module import trainer_of
+from tests.support.tiny_module import trainer_of
 
 
 def joined(source: Any, *, strategy: Any = None, **options: Any) -> CausalLMModule:

@@ -25,7 +25,7 @@ from lit_ft.subspace import basis_tracker as bases
 from lit_ft.subspace.layers import base as layer
 from lit_ft.subspace.layers import head
 from lit_ft.subspace.projectors import SVD, Oja, Projector, Random, SubspaceIteration
-from tests.loss.test_chunked import tiny_model
+from tests.support.tiny_model import tiny_model
 
 DEVICE = "far"
 CASES = (

@@ -13,7 +13,9 @@ from omegaconf import open_dict
 import train
 
 CONF = Path(train.__file__).parent / "conf"
+
 SAMPLES = "+callbacks.samples.max_new_tokens=4"
+
 ANYWHERE = [
     "trainer.max_steps=3",
     "trainer.log_every_n_steps=1",
@@ -22,6 +24,7 @@ ANYWHERE = [
     "data.max_val_examples=4",
     SAMPLES,
 ]
+
 SHORT = [*ANYWHERE, "strategy=cpu"]
 
 
@@ -36,3 +39,28 @@ def run_job(run_dir: Path, *overrides: str) -> dict:
         del config["hydra"]
     train.main(config)
     return json.loads((run_dir / "summary.json").read_text())
+
+
+KEYS = [
+    "schema_version",
+    "status",
+    "error",
+    "config",
+    "versions",
+    "hardware",
+    "seed",
+    "steps",
+    "tokens",
+    "model",
+    "initial_val_loss",
+    "val_loss",
+    "val_perplexity",
+    "train_loss",
+    "seconds",
+    "tokens_per_second",
+    "step_seconds",
+    "peak_bytes",
+    "optimizer_state_bytes",
+    "checkpoint_path",
+    "export_path",
+]

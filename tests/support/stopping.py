@@ -44,3 +44,15 @@ class Fault(Callback):
 
     def out_of_memory(self) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class StopAt:
+    """Ends training after a step, as an interruption between steps does."""
+
+    def __new__(cls, step):
+        class _StopAt(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                if trainer.global_step == step:
+                    trainer.should_stop = True
+
+        return _StopAt()

@@ -13,10 +13,7 @@ from lit_ft.tensors.stochastic_rounding import (
     round_stochastically,
     round_with,
 )
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.support.seeded import seeded
 
 
 def test_every_bfloat16_value_stays_what_it_is() -> None:
