@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
-from lit_ft.data import docstrings
-from tests.support.ranks import ranks
-from tests.support.tokenizer import byte_level_tokenizer
+# xdist's controller reads this file too: what takes seconds to import, fixtures import.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer of its own for each test, which may change it."""
+    from tests.support.tokenizer import byte_level_tokenizer
+
     return byte_level_tokenizer()
 
 
@@ -28,6 +30,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand in for the standard library: thirty modules of two functions and a class each."""
+    from lit_ft.data import docstrings
+
     (tmp_path / "library").mkdir()
     for name in range(30):
         code = "".join(f'def f{i}():\n    "Function {name} {i}."\n' for i in range(2))
@@ -40,6 +44,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def on_both() -> Iterator[Callable[..., list]]:
     """Runs a function on two ranks, which are the same two processes for all tests."""
+    from tests.support.ranks import ranks
+
     with ranks() as run:
         yield run
 
@@ -47,6 +53,8 @@ def on_both() -> Iterator[Callable[..., list]]:
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[Callable[..., list]]:
     """Runs a function on one rank, in a process of its own."""
+    from tests.support.ranks import ranks
+
     with ranks(world=1) as run:
         yield run
 
@@ -54,5 +62,34 @@ def one_rank() -> Iterator[Callable[..., list]]:
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[Callable[..., list]]:
     """Runs a function on four ranks, which are the same four processes for all tests."""
+    from tests.support.ranks import ranks
+
     with ranks(world=4) as run:
         yield run
+
+
+@pytest.fixture(scope="session")
+def model_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pretrained model with dropout."""
+    from tests.support.jobs import write_model_with_dropout
+
+    return write_model_with_dropout(tmp_path_factory.mktemp("models") / "dropout")
+
+
+@pytest.fixture(scope="session")
+def thirteen_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An epoch of seven micro-batches of two, the last one short."""
+    from tests.support.jobs import write_thirteen_rows
+
+    return write_thirteen_rows(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def job(model_with_dropout: Path, thirteen_rows: Path, tmp_path: Path) -> Callable[..., dict]:
+    """Runs a short job in a folder of the given name, with these overrides."""
+    from tests.support.jobs import run_on_thirteen_rows
+
+    def run(name: str, *overrides: str) -> dict:
+        return run_on_thirteen_rows(tmp_path / name, model_with_dropout, thirteen_rows, *overrides)
+
+    return run

@@ -1,3 +1,5 @@
+"""CausalLMModule in a trainer: losses, precision, schedule, checkpoints, validation."""
+
 import math
 from functools import partial
 
@@ -18,28 +20,8 @@ from tests.support.tiny_module import (
     module_of,
     rows,
     trainer_of,
+    weights_after,
 )
-
-
-def weights_after(tmp_path, batches, **options):
-    trainer_options = {"max_steps": 2, "gradient_clip_val": 0.5}
-    module_options = {}
-    for key, value in options.items():
-        (module_options if key in ("schedule", "adapter") else trainer_options)[key] = value
-    module = module_of(**module_options)
-    trainer_of(tmp_path, **trainer_options).fit(module, loader(*batches))
-    return dict(module.model.named_parameters())
-
-
-def test_unequal_micro_batches_equal_one_batch(tmp_path):
-    first, second = batch_of([12, 3, 9, 4, 12, 2], seed=1), batch_of([5, 5, 5, 12, 8, 3], seed=2)
-    whole = weights_after(tmp_path, [first, second])
-    cut = [rows(b, *span) for b in (first, second) for span in ((0, 1), (1, 4), (4, 6))]
-    # The last window of an epoch may be short: 4 micro-batches in windows of 3 and 1.
-    for micro_batches in (cut, [*cut[:3], second]):
-        accumulated = weights_after(tmp_path, micro_batches, accumulate_grad_batches=3)
-        for name, weight in whole.items():
-            torch.testing.assert_close(accumulated[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_the_logged_loss_is_the_token_mean_of_the_global_batch(tmp_path):

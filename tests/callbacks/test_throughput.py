@@ -6,7 +6,6 @@ import csv
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -14,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_ft.callbacks import ThroughputMonitor, throughput
-from lit_ft.measure.batch_counts import count_tokens, sum_squared_lengths
 from lit_ft.measure.flops import training_flops
 
 DATA, STEP, VALIDATION, SAMPLES, SAVING = 0.5, 1.0, 1e3, 1e4, 1e5
+
 TOKENS = 6  # of a batch
 
 
@@ -172,16 +171,6 @@ def test_utilisation_counts_real_tokens_against_the_devices_peak(clock, tmp_path
     assert float(rows_of(logger)[-1]["throughput/mfu"]) == pytest.approx(expected)
 
 
-def test_squared_lengths_come_from_what_the_batch_has():
-    count = sum_squared_lengths
-    ids = torch.zeros(2, 5, dtype=torch.long)
-    assert count({"input_ids": ids}) == 2 * 25
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    assert count({"input_ids": ids, "attention_mask": mask}) == 9 + 25
-    packed = torch.tensor([[0, 1, 2, 0, 1]])
-    assert count({"input_ids": ids[:1], "position_ids": packed}) == 9 + 4
-
-
 def test_the_callback_list_is_as_it_was_after_fit(clock, tmp_path):
     monitor, other = ThroughputMonitor(), Slow(clock)
     trainer = fit(clock, tmp_path, [other, monitor], enable_checkpointing=False)
@@ -190,23 +179,6 @@ def test_the_callback_list_is_as_it_was_after_fit(clock, tmp_path):
     trainer.fit(trainer.lightning_module, trainer.lightning_module.loader())
     assert trainer.callbacks == [monitor, other]
     assert monitor.tokens == 2 * TOKENS  # of the second fit
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens"),
-    [
-        ({"num_tokens": 3, "attention_mask": torch.ones(2, 2)}, 3),
-        ({"attention_mask": torch.tensor([[1, 0], [1, 1]]), "input_ids": torch.ones(2, 2)}, 3),
-        ({"input_ids": torch.ones(2, 2)}, 4),
-    ],
-)
-def test_tokens_are_those_that_are_not_padding(batch, tokens):
-    assert count_tokens(batch) == tokens
-
-
-def test_a_batch_without_tokens_names_the_remedy():
-    with pytest.raises(MisconfigurationException, match=r"num_tokens=\.\.\."):
-        count_tokens((torch.zeros(2, 3), torch.zeros(2)))
 
 
 def test_other_projects_count_with_their_own_function(clock, tmp_path):

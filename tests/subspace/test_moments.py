@@ -1,5 +1,7 @@
 """The moments follow a change of basis: a permutation of the coordinates shows the rule exactly."""
 
+from __future__ import annotations
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -136,3 +138,39 @@ def test_a_state_without_a_rule_is_left_as_it_is(build):
 def test_an_empty_state_needs_no_rule():
     weight = nn.Parameter(torch.zeros(ROWS, RANK))
     assert turn(SGD([weight], lr=1.0), weight, torch.eye(RANK))
+
+
+@pytest.mark.parametrize(
+    ("eight_bit", "wide", "names"),
+    [
+        (bnb.optim.AdamW8bit, bnb.optim.AdamW, ("state1", "state2")),
+        (RowwiseAdamW8bit, AdamW, ("exp_avg", "exp_avg_sq")),
+    ],
+)
+def test_eight_bit_moments_turn_as_their_values_do(eight_bit, wide, names):
+    from lit_ft.subspace.moments import _read, rotate_moments
+
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(512, 64))
+    states = []
+    for kind in (eight_bit, wide):
+        optimizer = kind([weight], lr=1e-3)
+        for seed in range(3):
+            weight.grad = torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        states.append(optimizer.state[weight])
+        rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(9)))
+        assert rotate_moments(states[-1], optimizer.param_groups[0], rotation.Q)
+    for name in names:
+        quantised, exact = _read(states[0], name), states[1][name]
+        assert states[0][name].dtype == torch.uint8
+        cosine = torch.cosine_similarity(quantised.flatten(), exact.flatten(), dim=0)
+        assert cosine > 0.99
+
+
+def test_a_rank_without_rows_has_moments_to_turn() -> None:
+    state = {"step": torch.tensor(1.0)}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.empty(0, 64, dtype=torch.uint8)
+        state[f"{name}_scale"] = torch.empty(0, 1)
+    assert rotate_moments(state, {"betas": (0.9, 0.999)}, torch.eye(64))

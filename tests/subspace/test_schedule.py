@@ -1,7 +1,5 @@
 """When bases move: the turns of layers, alone and in real steps."""
 
-import copy
-import io
 import math
 
 import pytest
@@ -13,8 +11,7 @@ from lit_ft.callbacks import GaLore
 from lit_ft.subspace import Refresh
 from lit_ft.subspace.projectors import SVD, Oja, Random, SubspaceIteration
 from lit_ft.subspace.schedule import RefreshSchedule
-from tests.support.subspace_run import Run, assert_equal, batches
-from tests.support.tiny_model import tiny_model
+from tests.support.subspace_run import Run, batches
 
 
 @given(
@@ -154,28 +151,3 @@ def test_an_adaptive_run_moves_less_often_where_bases_rest(threshold, expected):
     moved, _ = moves_of(SubspaceIteration(), refresh, 36)
     # Rounds 0 to 2 take the random start to the data: they do not count as turns.
     assert [step for step, names in enumerate(moved) if names] == [0, 1, 2, *expected]
-
-
-@pytest.mark.parametrize(
-    ("projector", "threshold"),
-    [(SubspaceIteration(every=2), 0.35), (SVD(every=2), 0.15)],
-)
-def test_an_adaptive_run_resumes_bit_for_bit(projector, threshold):
-    data = batches(14)
-    model = tiny_model("llama", tie_word_embeddings=True).double().eval()
-    refresh = Refresh(adaptive=True, threshold=threshold, longest=4)
-
-    def run_of():
-        return Run(projector, model=copy.deepcopy(model), refresh=refresh)
-
-    straight, first, resumed = run_of().train(data), run_of().train(data[:7]), run_of()
-    file = io.BytesIO()
-    torch.save([p.state_dict() for p in (first.model, first.optimizer, first.steps)], file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    for part, state in zip((resumed.model, resumed.optimizer, resumed.steps), saved, strict=True):
-        part.load_state_dict(state)
-    assert len(set(saved[2]["turns"]["interval"].values())) > 1  # some layers rest
-    resumed.train(data[7:])
-    assert_equal(resumed, straight)
-    assert resumed.steps.state_dict()["turns"] == straight.steps.state_dict()["turns"]

@@ -47,3 +47,12 @@ def signal_at(process: subprocess.Popen, line: str, number: int) -> tuple[int, s
         if text.startswith(line):
             process.send_signal(number)
     return process.wait(60), "".join(lines)
+
+
+TWO_RANKS = [
+    *TINY,
+    "trainer.devices=2",
+    "optim=galore_subspace",
+    "galore.rank=8",
+    "data.batch_size=2",
+]

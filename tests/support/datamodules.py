@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,14 @@ def answers(tokenizer: PreTrainedTokenizerFast, batches: Any) -> list[str]:
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             found += tokenizer.decode(ids[labels != -100])
     return found.replace("<|im_end|>", "").split(";")[:-1]
+
+
+def table(value: int) -> Callable[[Path], Any]:
+    from datasets import Dataset
+
+    return lambda scratch: Dataset.from_dict({"value": [value] * 1000})
+
+
+def value(dataset: Any) -> int:
+    (only,) = set(dataset["value"][:])
+    return int(only)

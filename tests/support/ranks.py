@@ -71,3 +71,9 @@ def _in_a_group(place: str, function: Callable[..., Any], *args: Any, **kwargs: 
         return function(*args, **kwargs)
     finally:
         dist.destroy_process_group()
+
+
+def average(tensors):
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= WORLD

@@ -64,3 +64,7 @@ KEYS = [
     "checkpoint_path",
     "export_path",
 ]
+
+LORA = ["adapter=lora", "+adapter.lora_dropout=0.2"]
+
+QLORA = ["adapter=qlora", "optim=adamw_8bit", "module.activation_checkpointing=true"]

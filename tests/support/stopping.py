@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 TRUSTED = "trusted_packages=[tests]"
 
@@ -56,3 +58,22 @@ class StopAt:
                     trainer.should_stop = True
 
         return _StopAt()
+
+
+def stopped(job, name, *overrides, status=130):
+    with pytest.raises(SystemExit) as stop:
+        job(name, *overrides)
+    assert stop.value.code == status
+
+
+class FailsOnOneRank(Callback):
+    """Raises on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == 3:
+            raise RuntimeError("a fault of this rank alone")

@@ -64,3 +64,13 @@ def inputs_of(batch):
 
 def loader(*batches):
     return DataLoader(batches, batch_size=None)
+
+
+def weights_after(tmp_path, batches, **options):
+    trainer_options = {"max_steps": 2, "gradient_clip_val": 0.5}
+    module_options = {}
+    for key, value in options.items():
+        (module_options if key in ("schedule", "adapter") else trainer_options)[key] = value
+    module = module_of(**module_options)
+    trainer_of(tmp_path, **trainer_options).fit(module, loader(*batches))
+    return dict(module.model.named_parameters())

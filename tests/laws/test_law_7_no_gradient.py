@@ -1,4 +1,4 @@
-"""What subspace training keeps and allocates on a model of SmolLM2-135M's shapes."""
+"""Law 7: no step allocates a tensor of a gradient's size, and little is kept."""
 
 from __future__ import annotations
 
@@ -15,6 +15,25 @@ from lit_ft.optim import build_optimizer
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja
 from tests.support.allocations import NewTensors
+from tests.support.subspace_run import NEVER, Run, batches
+from tests.support.tiny_model import tiny_model
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("projector", [Oja(every=1), NEVER])
+def test_no_tensor_of_a_gradients_size_is_allocated(projector, watched):
+    """Law 7: embedding and head included, on steps that track, that are logged, and others."""
+    shapes = {(300, 64), (64, 300), (128, 64), (64, 128), (64, 64), (32, 64), (64, 32)}
+    run = Run(projector, rank=4, model=tiny_model("llama", tie_word_embeddings=True))
+    data = batches(4, rows=3)
+    run.train(data[:2])
+    run.steps.stats.await_snapshot(2 if watched else None)
+    with NewTensors(shapes, known=run.model.parameters()) as new:
+        run.train(data[2:])
+        seen = run.steps.stats.snapshot(None)
+    assert not new.found
+    assert bool(seen.energies) == watched
+
 
 SMOLLM2_135M = {
     "vocab_size": 49152,
@@ -25,6 +44,7 @@ SMOLLM2_135M = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+
 ADAMW_BYTES_A_WEIGHT = 12  # two moments and the gradient, in float32
 
 
