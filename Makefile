@@ -43,7 +43,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 matrix: setup
-	$(BIN)/python -m tests.support_matrix --write
+	$(BIN)/python -m tests.support.matrix --write
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -4,7 +4,7 @@
     python benchmarks/layerwise.py --steps 20
 
 Both ways run in one process, step by step in turn. What layerwise updates save is measured in
-tests/test_layerwise_memory.py.
+tests/callbacks/test_layerwise_memory.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_ft.data.formats.alpaca import Alpaca
 from lit_ft.datamodule import InstructionDataModule
-from tests.datamodules import answers, ready, write
+from tests.support.datamodules import answers, ready, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from lit_ft.datamodule import InstructionDataModule
-from tests.datamodules import answers, write
+from tests.support.datamodules import answers, write
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lit_ft.models import FromConfig, Packaged, export_model
-from tests.running import ANYWHERE, CONF, SHORT, run_job
-from tests.test_summary import KEYS
+from tests.support.running import ANYWHERE, CONF, KEYS, SHORT, run_job
 
 FORMATS = {
     "chat": {
@@ -22,7 +21,7 @@ FORMATS = {
 ELSEWHERE = {
     "strategy/ddp": "tests/distributed trains it on two ranks",
     "logger/wandb": "below, offline",
-    "hydra/launcher/slurm": "tests/test_slurm.py",
+    "hydra/launcher/slurm": "tests/run/test_slurm.py",
 }
 
 NEEDS = {  # groups that one optimizer alone understands

@@ -19,7 +19,7 @@ from lit_ft.optim import RowwiseAdamW8bit, narrowed, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 from lit_ft.subspace.moments import rotate_moments
 from lit_ft.tensors.sharding import full_tensor
-from tests.ranks import WORLD
+from tests.support.ranks import WORLD
 
 pytestmark = pytest.mark.slow
 
