@@ -170,7 +170,11 @@ class InstructionDataModule(LightningDataModule):
             return
         val = self._val[0] if self._val else None
         if self.streaming:
-            self._check_length(stage)
+            trainer = self.trainer if stage == "fit" else None
+            if trainer is not None and trainer.max_steps < 1:
+                raise Misconfiguration(
+                    "A stream has no length", remedies.MAX_STEPS, remedies.NO_STREAM
+                )
             splits = open_streams(
                 self._train,
                 val,
@@ -251,10 +255,6 @@ class InstructionDataModule(LightningDataModule):
         used = len(self.val_examples)
         choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
         rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")
-
-    def _check_length(self, stage: str | None) -> None:
-        if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 1:
-            raise Misconfiguration("A stream has no length", remedies.MAX_STEPS, remedies.NO_STREAM)
 
     def _encoder(self) -> Encoder:
         return Encoder(self._tokenizer(), self.max_length, self.drop_overlong)

@@ -280,7 +280,7 @@ class CausalLMModule(LightningModule):
             k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
         }
         labels = batch["labels"]
-        self._check_model_on(inputs)
+        self._probe_model_on(inputs)
         num_targets = batch.get("num_targets")
         if num_targets is None:
             num_targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
@@ -320,7 +320,7 @@ class CausalLMModule(LightningModule):
             name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
         )
 
-    def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:
+    def _probe_model_on(self, inputs: Mapping[str, Tensor]) -> None:
         """Check what the loss and packing take for granted, on the first batch that shows it."""
         if "loss" in self._unchecked:
             self._unchecked.discard("loss")

@@ -34,10 +34,9 @@ from lit_ft.subspace import (
     subspace_layers,
     targeted,
 )
+from lit_ft.subspace.checks import check_settings
 from lit_ft.subspace.layers.base import Sides
 from lit_ft.subspace.projectors import Oja, Projector
-from lit_ft.subspace.scale import refuse_scale
-from lit_ft.subspace.schedule import refuse_interval
 from lit_ft.tensors.sharding import is_sharded
 
 
@@ -79,10 +78,9 @@ class GaLore(Callback):
         scale: float | str = MATCH_ADAMW,
         seed: int = 0,
     ) -> None:
-        refuse_scale(scale)
         self.rank = rank
         self.projector = projector or Oja()
-        refuse_interval(self.projector.every)
+        check_settings(every=self.projector.every, scale=scale)
         self.targets = targets
         self.side = side
         self.scale = scale

@@ -80,8 +80,8 @@ def _sentence(why: str, phrases: Sequence[str]) -> str:
     """Add the alternatives to the reason, as in "It is wrong. Use a, b, or leave c out."."""
     # The same verb is said once.
     said = [
-        phrase.removeprefix("use ") if index and phrase.startswith("use ") else phrase
-        for index, phrase in enumerate(phrases)
+        phrase.removeprefix("use ") if before.startswith("use ") else phrase
+        for before, phrase in zip(["", *phrases], phrases, strict=False)
     ]
     if not said:
         return f"{why}."

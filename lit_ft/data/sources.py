@@ -60,7 +60,14 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
     if local.is_dir() and not options:
         files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS)
         if files:
-            _refuse_unread(local, files)
+            if unread := _unread(local, files):
+                raise Refusal(
+                    f"{path}: files in folders of their own and compressed ones would not be read "
+                    f"({', '.join(unread[:3])})",
+                    Remedy("unpack them next to the others"),
+                    Remedy("take them away"),
+                    remedies.THROUGH_DATASETS,
+                )
             return Files(path, files)
     if not local.is_dir() and (not HUB_NAME.fullmatch(path) or local.suffix.lower() in READERS):
         raise ValueError(f"{path}: no such file{_near(local)}")
@@ -180,21 +187,14 @@ class Hub:
         return self._dataset
 
 
-def _refuse_unread(folder: Path, files: list[Path]) -> None:
-    unread = [
+def _unread(folder: Path, files: list[Path]) -> list[str]:
+    """Return the data files of a folder that are not among those that will be read."""
+    return [
         name
         for file in sorted(set(folder.rglob("*")) - set(files))
         if not (name := file.relative_to(folder).as_posix()).startswith(".")
         and not READERS.keys().isdisjoint(map(str.lower, file.suffixes))
     ]
-    if unread:
-        raise Refusal(
-            f"{folder}: files in folders of their own and compressed ones would not be read "
-            f"({', '.join(unread[:3])})",
-            Remedy("unpack them next to the others"),
-            Remedy("take them away"),
-            remedies.THROUGH_DATASETS,
-        )
 
 
 def _near(missing: Path) -> str:

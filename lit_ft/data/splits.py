@@ -19,7 +19,7 @@ from lit_ft.data.tables import (
     drop_unusable,
     encode_rows,
     encode_source,
-    refuse_nothing,
+    nothing_left,
     report,
     stream_source,
 )
@@ -121,7 +121,8 @@ def load_tables(
         held_out = [side(val.table(encoder), held_out=True)]
     reports = [report(table) for table in kept]
     for one, counts in zip(train, reports, strict=True):
-        refuse_nothing(counts, f"training on {one.source.name}")
+        if not counts.examples:
+            raise nothing_left(counts, f"training on {one.source.name}")
     usable = [drop_unusable(table) for table in kept]
     return Splits(
         train=mix(usable, [one.weight for one in train], seed=seed),
@@ -170,5 +171,6 @@ def _count(tables: Iterable[Dataset]) -> EncodingReport:
 def _validation(tables: list[Dataset]) -> Dataset:
     from datasets import concatenate_datasets
 
-    refuse_nothing(_count(tables), "validation")
+    if not (counts := _count(tables)).examples:
+        raise nothing_left(counts, "validation")
     return concatenate_datasets([drop_unusable(table) for table in tables])

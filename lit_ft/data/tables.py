@@ -76,8 +76,8 @@ def stream_source(
 
     def rows() -> Iterator[dict[str, Any]]:
         # Without this, a trainer would pass over a stream of no example for ever.
-        if seen != EncodingReport():
-            refuse_nothing(seen, f"training on {source.name}")
+        if seen != EncodingReport() and not seen.examples:
+            raise nothing_left(seen, f"training on {source.name}")
         count = 0
         for row in parse(source, format):
             count += 1
@@ -105,16 +105,14 @@ def stream_source(
     )
 
 
-def refuse_nothing(report: EncodingReport, purpose: str) -> None:
-    """Raise Refusal with the counts and the remedies if a report has no example."""
-    if report.examples:
-        return
+def nothing_left(report: EncodingReport, purpose: str) -> Refusal:
+    """Return the error for rows of which none is an example, with their counts and the remedies."""
     ways = [Remedy("give more data")]
     if report.dropped_overlong:
         ways = [remedies.LONGER_ROWS, remedies.CUT_ROWS]
     elif report.dropped_without_targets:
         ways = [remedies.LONGER_ROWS, Remedy("add assistant turns")]
-    raise Refusal(f"nothing is left for {purpose} ({report})", *ways)
+    return Refusal(f"nothing is left for {purpose} ({report})", *ways)
 
 
 def report(table: Dataset) -> EncodingReport:

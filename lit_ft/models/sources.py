@@ -106,7 +106,14 @@ class Pretrained:
         if self.dtype is not None:
             dtype_named(self.dtype)
         if self.quantization_config is not None:
-            _check_quantization_runs()
+            if importlib.util.find_spec("bitsandbytes") is None:
+                raise ValueError("Quantised weights need bitsandbytes: pip install bitsandbytes")
+            if torch.backends.mps.is_available():
+                raise Refusal(
+                    "bitsandbytes has no 4-bit kernels for Apple GPUs",
+                    remedies.LORA,
+                    Remedy('use Trainer(accelerator="cpu")', {"strategy": "cpu"}),
+                )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's own tokenizer, with a padding token."""
@@ -286,14 +293,3 @@ def dtype_named(name: str) -> torch.dtype:
             f"dtype={name}: not a floating-point type of torch; try bfloat16 or float32."
         )
     return dtype
-
-
-def _check_quantization_runs() -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("Quantised weights need bitsandbytes: pip install bitsandbytes")
-    if torch.backends.mps.is_available():
-        raise Refusal(
-            "bitsandbytes has no 4-bit kernels for Apple GPUs",
-            remedies.LORA,
-            Remedy('use Trainer(accelerator="cpu")', {"strategy": "cpu"}),
-        )

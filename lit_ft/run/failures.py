@@ -35,42 +35,43 @@ def remedies_for_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if status_of(error) != "out_of_memory":
             raise
-        plan = plan_of(trainer, module)
-        settings = [remedy.command_line for remedy in remedies_that_need_less(plan)]
-        if not module.activation_checkpointing:
-            settings.insert(0, remedies.CHECKPOINTED.command_line)
-        if (rows := datamodule.batch_size) > 1:
-            settings.insert(
-                0, f"use data.batch_size={rows // 2} with twice the trainer.accumulate_grad_batches"
-            )
-        settings.append(f"lower data.max_length below {datamodule.max_length}")
-        galore = find_callback(trainer, GaLore)
-        if galore is not None:
-            settings.append(f"lower galore.rank below {galore.rank}")
+        settings = ", ".join(_settings_that_need_less(module, datamodule, trainer))
         raise torch.OutOfMemoryError(
-            f"{error}\nWhat needs less memory: {', '.join(settings)}."
+            f"{error}\nSettings that need less memory: {settings}."
         ) from error
 
 
-def remedies_that_need_less(plan: Plan) -> list[Remedy]:
-    """Return the choices that need less memory than the plan's and that go with the rest of it."""
+def _settings_that_need_less(
+    module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
+) -> Iterator[str]:
+    if (rows := datamodule.batch_size) > 1:
+        yield f"data.batch_size={rows // 2} with twice the trainer.accumulate_grad_batches"
+    if not module.activation_checkpointing:
+        yield "module.activation_checkpointing=true"
+    yield f"data.max_length below {datamodule.max_length}"
+    for choice in choices_that_need_less(plan_of(trainer, module)):
+        yield " ".join(f"{name}={value}" for name, value in choice.settings.items())
+    galore = find_callback(trainer, GaLore)
+    if galore is not None:
+        yield f"galore.rank below {galore.rank}"
+
+
+def choices_that_need_less(plan: Plan) -> list[Remedy]:
+    """Return the choices that need less memory than the plan's and go with the rest of it."""
     choices = []
     if plan.adapter is None:
-        if plan.basis is None and plan.accumulate == 1 and not plan.layerwise:
+        if plan.basis is None and not plan.layerwise:
             choices.append(Remedy("use LayerwiseUpdate()", {"update": "layerwise"}))
-        in_8_bits = "8bit" in plan.optimizer
-        if plan.basis is None or not in_8_bits:
-            choices += [
+        if plan.basis is None or "8bit" not in plan.optimizer:
+            smaller = [
                 remedies.GALORE_8BIT,
                 remedies.optimizer("adamw_8bit_torchao", galore="online"),
             ]
+            choices += [choice for choice in smaller if goes(after(plan, choice))][:1]
         choices.append(remedies.LORA)
     elif not plan.quantised:
         choices.append(Remedy("quantise the model under the adapter", {"adapter": "qlora"}))
-    going = [choice for choice in choices if goes(after(plan, choice))]
-    # Of the two 8-bit optimizers the second is for where the first does not go.
-    eight_bit = [choice for choice in going if "8bit" in choice.settings.get("optim", "")]
-    return [choice for choice in going if choice not in eight_bit[1:]]
+    return [choice for choice in choices if goes(after(plan, choice))]
 
 
 @contextmanager

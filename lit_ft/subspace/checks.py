@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,6 +17,22 @@ from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import check
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.tensors.sharding import full_tensor, holds_whole_rows, is_sharded
+
+MATCH_ADAMW = "match_adamw"
+
+
+def check_settings(*, every: object = 1, scale: object = MATCH_ADAMW) -> None:
+    """Raise ValueError for an interval or a scale that is none.
+
+    Args:
+        every: optimizer steps between two moves of a basis, a whole number from 1 on.
+        scale: α, a positive number or "match_adamw".
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every}: give a whole number of optimizer steps, at least 1.")
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale != MATCH_ADAMW and not (number and 0 < float(str(scale)) < math.inf):
+        raise ValueError(f"scale={scale}: give a positive number, or '{MATCH_ADAMW}'.")
 
 
 def check_steps_from_zero(optimizer: Optimizer) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lit_ft.compat.optimizers import MeanAndSquare, Moment, Square, Traits
+from lit_ft.compat.optimizers import MeanAndSquare, Moment, Square
 from lit_ft.tensors.quantized_state import as_float
 from lit_ft.tensors.row_blocks import row_blocks, rows_of
 from lit_ft.tensors.sharding import local
@@ -69,7 +69,7 @@ def rotate_moments(
     group: dict[str, Any],
     rotation: Tensor,
     *,
-    moments: tuple[Moment, ...] = Traits.moments,
+    moments: tuple[Moment, ...],
 ) -> bool:
     """Turn one parameter's optimizer state in place by `rotation` C [r, r].
 

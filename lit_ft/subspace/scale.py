@@ -10,16 +10,6 @@ from torch.optim import Optimizer
 from lit_ft.compat.optimizers import traits_of
 from lit_ft.subspace.layers.base import SubspaceLayer
 
-MATCH_ADAMW = "match_adamw"
-
-
-def refuse_scale(scale: object) -> None:
-    """Raise ValueError for what is neither a positive number nor "match_adamw"."""
-    if isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf:
-        return
-    if scale != MATCH_ADAMW:
-        raise ValueError(f"scale={scale}: give a positive number, or '{MATCH_ADAMW}'.")
-
 
 def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Return the α with which a learning rate means what it means to the optimizer on W.

@@ -13,10 +13,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_ft.subspace.basis_tracker import BasisTracker
-from lit_ft.subspace.checks import check_finite, check_layer, check_steps_from_zero
+from lit_ft.subspace.checks import (
+    MATCH_ADAMW,
+    check_finite,
+    check_layer,
+    check_settings,
+    check_steps_from_zero,
+)
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.subspace.projectors import BasisInput, Projector
-from lit_ft.subspace.scale import MATCH_ADAMW, matching_scale, refuse_scale
+from lit_ft.subspace.scale import matching_scale
 from lit_ft.subspace.schedule import Refresh
 from lit_ft.subspace.stats import SubspaceStats
 
@@ -66,7 +72,7 @@ class SubspaceUpdater:
         seed: int = 0,
         all_reduce: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
-        refuse_scale(scale)
+        check_settings(scale=scale)
         self.layers = dict(layers)
         self.scale = scale
         self.seed = seed

@@ -23,7 +23,7 @@ from lit_ft import CausalLMModule
 from lit_ft.callbacks._support.trainer import callbacks_of
 from lit_ft.compat.matrix import support_table
 from lit_ft.compat.optimizers import class_of, traits_of
-from lit_ft.compat.plan import BASES, Plan, adapter_of, parallel_of
+from lit_ft.compat.plan import Basis, Plan, adapter_of, parallel_of
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.compat.remedies import PRESETS
 from lit_ft.compat.rules import refusals
@@ -100,13 +100,17 @@ def facts_of(group: str, choice: Any) -> dict[str, Any]:
         return {"layerwise": choice == "layerwise"}
     if group in ("accumulate", "clip"):
         return {group: choice}
-    if group == "galore":
-        return {"basis": BASES.get(choice)}
     config = composed(f"{group}={choice}", *([] if group == "strategy" else ["strategy=cpu"]))
     if group == "optim":
         kind = class_of(instantiate(config["optim"], _convert_="all"))
         assert kind is not None
         return {"optimizer": kind.__name__, "traits": traits_of(kind)}
+    if group == "galore":
+        node = config["callbacks"].get("galore")
+        if node is None:
+            return {"basis": None}
+        projector = instantiate(node["projector"])
+        return {"basis": Basis(type(projector).__name__, projector.forms_gradients)}
     if group == "adapter":
         config_of_adapter = instantiate(config["adapter"], _convert_="all")
         quantised = config["model"].get("quantization_config") is not None
