@@ -33,9 +33,9 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from hf_trainer_report import LIT_FT, RANDOM, SAME, as_markdown, show
 from lightning.pytorch import Callback, LightningModule, Trainer
-from smollm2 import SMOLLM2
+from support.hf_trainer_report import LIT_FT, RANDOM, SAME, as_markdown, show
+from support.smollm2 import SMOLLM2
 from torch.optim import AdamW
 
 from lit_ft import CausalLMModule, InstructionDataModule

@@ -20,9 +20,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from communication import Ledger
 from rich.console import Console
 from rich.table import Table
+from support.ledger import Ledger
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

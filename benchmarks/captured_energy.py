@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composed import composed, module_and_data
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from support.composed import composed, module_and_data
 from torch import Tensor, nn
 from torch.optim import AdamW
 

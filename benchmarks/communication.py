@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
-from smollm2 import SMOLLM2
+from support.ledger import Ledger
+from support.smollm2 import SMOLLM2
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim import AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
@@ -41,26 +39,6 @@ METHODS: dict[str, Projector | None] = {
     "galore": SubspaceIteration(every=200),
     "galore_subspace": Oja(),
 }
-
-
-class Ledger(TorchDispatchMode):
-    """Adds up the bytes of the tensors that this rank puts into collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.name() if hasattr(func, "name") else str(func)
-        if name.startswith("c10d::"):
-            operation = name.removeprefix("c10d::").split(".")[0].strip("_")
-            # A gathering puts in its part; its result is the other argument.
-            given = args[1] if "allgather" in operation or "scatter" in operation else args[0]
-            tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
-            self.bytes[operation] += sum(t.nbytes for t in tensors)
-        return func(*args, **(kwargs or {}))
 
 
 class Count(Callback):

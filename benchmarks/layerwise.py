@@ -22,7 +22,7 @@ import bitsandbytes as bnb
 import torch
 from rich.console import Console
 from rich.table import Table
-from smollm2 import SMOLLM2
+from support.smollm2 import SMOLLM2
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer

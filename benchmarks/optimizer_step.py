@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from new_basis import measure_refresh
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sides import METHODS, SIZES, Side, Step
+from support.new_basis import measure_refresh
+from support.sides import METHODS, SIZES, Side, Step
 
 from lit_ft.measure import peak_bytes, reset_peak
 from lit_ft.run.summary import hardware, versions

@@ -29,11 +29,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from composed import composed, module_and_data
 from hydra.utils import instantiate
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from support.composed import composed, module_and_data
 
 from lit_ft.callbacks import ThroughputMonitor
 from lit_ft.loss.targets import IGNORE_INDEX

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from captured_energy import LAYERS, Gradients
-from smollm2 import SMOLLM2
+from support.smollm2 import SMOLLM2
 from torch import Tensor
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 from galore_torch.galore_projector import GaLoreProjector
-from sides import now
 
 from lit_ft.subspace.layers.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import SubspaceIteration
+from support.sides import now
 
 
 def measure_refresh(

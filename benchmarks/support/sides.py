@@ -9,7 +9,6 @@ import torch
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from peft import LoraConfig, get_peft_model
-from smollm2 import SMOLLM2
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -18,6 +17,7 @@ from lit_ft.measure import optimizer_state_bytes
 from lit_ft.models import FromConfig
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
+from support.smollm2 import SMOLLM2
 
 WIDE = FromConfig(
     "llama",
