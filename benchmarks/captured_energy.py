@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from support.arguments import parser
+from support.arguments import script_parser
 from support.composed import composed, module_and_data
 from support.results import this_run, write_json
 from torch import Tensor, nn
@@ -45,13 +45,13 @@ from lit_ft.subspace.projectors import SVD, Oja, Online, Projector, Random, Subs
 PROJECTORS: dict[str, Projector] = {
     "svd, every 20": SVD(every=20),
     "subspace_iteration, every 20": SubspaceIteration(every=20),
+    "oja, every 4": Oja(every=4),
+    "online (AdamW on P)": Online(),
+    "random, every 20": Random(every=20),
     "subspace_iteration, start only": SubspaceIteration(every=10**9),
     "oja, every step": Oja(every=1),
     "oja, every 2": Oja(every=2),
-    "oja, every 4": Oja(every=4),
     "oja, every 8": Oja(every=8),
-    "online (AdamW on P)": Online(),
-    "random, every 20": Random(every=20),
 }
 YARDSTICK = "svd, every 20"
 MEASURED_AT = (1, 2, 3, 5, 10, 15, 20, 30, 39)  # steps
@@ -258,16 +258,16 @@ def _is_wanted(name: str, only: list[str] | None) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__)
-    made.add_argument("--rank", type=int, default=64, help="rows of each basis")
-    made.add_argument("--batch-size", type=int, default=4, help="examples in a batch")
-    made.add_argument(
+    parser = script_parser(__doc__)
+    parser.add_argument("--rank", type=int, default=64, help="rows of each basis")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples in a batch")
+    parser.add_argument(
         "--steps", type=int, default=max(MEASURED_AT), help="optimizer steps with each projector"
     )
-    made.add_argument(
+    parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="projectors whose names start like this"
     )
-    return made
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ from pathlib import Path
 from support.results import RESULTS
 
 
-def parser(docstring: str | None) -> argparse.ArgumentParser:
+def script_parser(docstring: str | None) -> argparse.ArgumentParser:
     """Return a parser that prints the script's docstring as it is and knows `--output`."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
+    parser.add_argument(
         "--output",
         type=Path,
         default=RESULTS,
         metavar="FOLDER",
         help="folder that the results are written to (default: benchmarks/results)",
     )
-    return made
+    return parser

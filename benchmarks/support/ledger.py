@@ -1,4 +1,4 @@
-"""Bytes that go into collectives, counted at torch's dispatcher."""
+"""The bytes that a rank gives to collectives, counted at torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of the tensors that this rank puts into collectives."""
+    """Adds up the bytes of the tensors that this rank gives to collectives, by operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Ledger(TorchDispatchMode):
         name = func.name() if hasattr(func, "name") else str(func)
         if name.startswith("c10d::"):
             operation = name.removeprefix("c10d::").split(".")[0].strip("_")
-            # A gathering puts in its part; its result is the other argument.
+            # A gather is given its part; its result is the other argument.
             given = args[1] if "allgather" in operation or "scatter" in operation else args[0]
             tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
             self.bytes[operation] += sum(t.nbytes for t in tensors)
