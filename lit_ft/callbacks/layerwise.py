@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import (
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_ft.callbacks._support.second_backward import compiled_for_two_backward_passes
 from lit_ft.callbacks._support.trainer import find_callback, loss_scaler, only_optimizer
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.loss.chunked import ChunkedCrossEntropy
@@ -52,7 +54,7 @@ class LayerwiseUpdate(Callback):
     def __init__(self, min_grad_bytes: int = 2**20) -> None:
         self.min_grad_bytes = min_grad_bytes
         self._step: LayerwiseStep | None = None
-        self._repeatable = False  # the loss, before it had to be
+        self._undo = ExitStack()  # puts back what one fit changes in the module and in torch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be right, before the model is loaded."""
@@ -68,7 +70,7 @@ class LayerwiseUpdate(Callback):
                 "use lit_ft.optim.layerwise.LayerwiseStep there."
             )
         _refuse_strategy(trainer)
-        clipping = type(pl_module).configure_gradient_clipping
+        clipping = pl_module.configure_gradient_clipping
         own_clipping = is_overridden("configure_gradient_clipping", pl_module, LightningModule)
         if own_clipping and not hasattr(clipping, "clips_as_lightning_does"):
             raise MisconfigurationException(
@@ -107,8 +109,8 @@ class LayerwiseUpdate(Callback):
             self._prepare_second_backward(trainer, pl_module)
         self._step = LayerwiseStep(optimizer, large, max_norm=max_norm, max_value=max_value)
         if max_norm is not None:
-            pl_module.backward = self._step.backward  # type: ignore[method-assign]
-        pl_module.configure_gradient_clipping = self._own_clipping(pl_module)  # type: ignore[method-assign]
+            self._replace(pl_module, "backward", self._step.backward)
+        self._replace(pl_module, "configure_gradient_clipping", self._own_clipping(pl_module))
         _tell(trainer, large, max_norm)
 
     def on_before_backward(
@@ -122,14 +124,14 @@ class LayerwiseUpdate(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer and the module."""
-        self._detach(pl_module)
+        """Let go of the optimizer, and put the module and torch back as they were."""
+        self._detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimizer and the module."""
-        self._detach(pl_module)
+        """Let go of the optimizer, and put the module and torch back as they were."""
+        self._detach()
 
     def _prepare_second_backward(self, trainer: Trainer, module: LightningModule) -> None:
         galore = find_callback(trainer, GaLore)
@@ -139,11 +141,26 @@ class LayerwiseUpdate(Callback):
                 "updates have clipped them: use update=whole, that is no LayerwiseUpdate, or "
                 "trainer.gradient_clip_val=null."
             )
-        # What torch.compile saves for backward it would give away in the first pass.
-        torch._functorch.config.donated_buffer = False
+        self._undo.enter_context(compiled_for_two_backward_passes())
         loss = getattr(module, "loss", None)
         if isinstance(loss, ChunkedCrossEntropy):
-            self._repeatable, loss.repeatable = loss.repeatable, True
+            self._undo.callback(setattr, loss, "repeatable", loss.repeatable)
+            loss.repeatable = True
+
+    def _replace(self, module: LightningModule, name: str, own: Callable[..., Any]) -> None:
+        """Put `own` where the module's method is, until the fit ends."""
+        before = vars(module).get(name)  # a user's own, in front of the class's
+
+        def put_back() -> None:
+            if vars(module).get(name) is not own:
+                return  # somebody else has taken the place
+            if before is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = before
+
+        vars(module)[name] = own
+        self._undo.callback(put_back)
 
     def _own_clipping(self, module: LightningModule) -> Any:
         usual, step = module.configure_gradient_clipping, self._step
@@ -159,16 +176,11 @@ class LayerwiseUpdate(Callback):
 
         return configure_gradient_clipping
 
-    def _detach(self, module: LightningModule) -> None:
-        if self._step is None:
-            return
-        self._step.remove()
-        self._step = None
-        loss = getattr(module, "loss", None)
-        if "backward" in vars(module) and isinstance(loss, ChunkedCrossEntropy):
-            loss.repeatable = self._repeatable
-        vars(module).pop("backward", None)
-        vars(module).pop("configure_gradient_clipping", None)
+    def _detach(self) -> None:
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
+        self._undo.close()
 
 
 def _refuse_strategy(trainer: Trainer) -> None:
