@@ -29,7 +29,7 @@ from lit_ft.compat.remedies import PRESETS
 from lit_ft.compat.rules import refusals
 from tests.support.running import CONF
 
-PAGE = CONF.parent / "README.md"
+PAGE = CONF.parent / "docs" / "what-goes-together.md"
 BEGIN, END = "<!-- support matrix: begin -->\n", "<!-- support matrix: end -->\n"
 # Of those that differ in the device alone the first: auto, cpu and single_gpu are one strategy.
 STRATEGIES = (
