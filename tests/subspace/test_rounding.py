@@ -16,7 +16,7 @@ from lit_ft.subspace.layers import base as layer
 from lit_ft.subspace.projectors import Oja
 from tests.support.tiny_model import tiny_model
 
-LR, STEPS = 1e-5, 300
+LR, STEPS = 2e-5, 300
 
 
 def fall_in_loss(dtype: torch.dtype) -> float:
