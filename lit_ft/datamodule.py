@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Remedy
 from lit_ft.data.batching import GlobalBatchSampler
 from lit_ft.data.collate import Collator
 from lit_ft.data.encoding import Encoder, EncodingReport, load_chat_template
@@ -22,6 +23,7 @@ from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
 from lit_ft.data.tables import column
+from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.distributed.ranks import data_parallel_rank
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class InstructionDataModule(LightningDataModule):
     Raises:
         ValueError: On a bad argument or an unknown path, at once; in `setup`, naming file and line,
             on a row that cannot be read, and if no example is left.
-        MisconfigurationException: In `setup`, if there is no tokenizer, or a stream without
+        Misconfiguration: In `setup`, if there is no tokenizer, or a stream without
             `trainer.max_steps`.
     """
 
@@ -135,7 +137,7 @@ class InstructionDataModule(LightningDataModule):
         if held_out and rows_of_choice(held_out[0]) in trained_on and val_path != EMBEDDED:
             raise ValueError(f"{val_path} cannot be both trained and validated on")
         if streaming:
-            self._refuse_streaming(sources, val_path)
+            self._check_streaming(sources, val_path)
         self._train = weighted_sources(sources, format=format, streaming=streaming)
         self._val = weighted_sources(held_out, format=format) if held_out else []
 
@@ -144,16 +146,17 @@ class InstructionDataModule(LightningDataModule):
         """What is trained on, as the user calls it."""
         return [one.source.name for one in self._train]
 
-    def _refuse_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
+    def _check_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
         if any(source.get("path") == EMBEDDED for source in sources):
-            raise ValueError(f"{EMBEDDED} is not streamed: set data.streaming=false")
+            raise Misconfiguration(f"{EMBEDDED} is not streamed", remedies.NO_STREAM)
         if val_path is None and self.max_val_examples is None:
-            raise ValueError(
-                "a stream is not split by a fraction: set data.max_val_examples to validate on its "
-                "first ones, or data.val_path"
+            raise Misconfiguration(
+                "a stream is not split by a fraction",
+                remedies.VALIDATE_ON_FIRST,
+                remedies.VALIDATE_ELSEWHERE,
             )
         if self.num_workers:
-            raise ValueError("a stream is read by the main process: set data.num_workers=0")
+            raise Misconfiguration("a stream is read by the main process", remedies.NO_WORKERS)
 
     def prepare_data(self) -> None:
         """Encode into the cache, in one process a machine."""
@@ -167,7 +170,11 @@ class InstructionDataModule(LightningDataModule):
             return
         val = self._val[0] if self._val else None
         if self.streaming:
-            self._require_max_steps(stage)
+            trainer = self.trainer if stage == "fit" else None
+            if trainer is not None and trainer.max_steps < 1:
+                raise Misconfiguration(
+                    "A stream has no length", remedies.MAX_STEPS, remedies.NO_STREAM
+                )
             splits = open_streams(
                 self._train,
                 val,
@@ -249,12 +256,6 @@ class InstructionDataModule(LightningDataModule):
         choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
         rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")
 
-    def _require_max_steps(self, stage: str | None) -> None:
-        if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 1:
-            raise MisconfigurationException(
-                "A stream has no length: set trainer.max_steps, or data.streaming=false."
-            )
-
     def _encoder(self) -> Encoder:
         return Encoder(self._tokenizer(), self.max_length, self.drop_overlong)
 
@@ -262,9 +263,10 @@ class InstructionDataModule(LightningDataModule):
         module = self.trainer.lightning_module if self.trainer else None
         tokenizer = self.tokenizer or getattr(module, "tokenizer", None)
         if tokenizer is None:
-            raise MisconfigurationException(
-                "InstructionDataModule needs a tokenizer: pass tokenizer=..., or give it to the "
-                "module that is trained."
+            raise Misconfiguration(
+                "InstructionDataModule needs a tokenizer",
+                Remedy("pass tokenizer=..."),
+                Remedy("give one to the module that is trained"),
             )
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template

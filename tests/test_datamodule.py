@@ -86,9 +86,9 @@ def test_reports_count_what_is_cut_and_dropped(
     dropped = ready(tokenizer, str(path), max_length=100, drop_overlong=True)
     assert sum(report.dropped_overlong for report in dropped.reports.values()) == 25
     assert len(dropped.train_examples) + len(dropped.val_examples) == 75
-    with pytest.raises(ValueError, match=r"\(0 examples.* as too long\): raise data.max"):
+    with pytest.raises(ValueError, match=r"\(0 examples.* as too long\)\. Raise max_length"):
         ready(tokenizer, str(path), max_length=5, drop_overlong=True)
-    with pytest.raises(ValueError, match="dropped for want of a target.*raise data.max_length"):
+    with pytest.raises(ValueError, match="dropped for want of a target.*Raise max_length"):
         ready(tokenizer, str(path), max_length=5)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
@@ -13,13 +12,14 @@ from rich.console import Console
 from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
-    LayerwiseUpdate,
     SampleGenerations,
     StopOnSignal,
     final_panel,
 )
 from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
+from lit_ft.compat.refusal import Remedy
 from lit_ft.datamodule import InstructionDataModule
+from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.module import CausalLMModule
 from lit_ft.run.failures import (
     errors_of_starting_loaders,
@@ -55,9 +55,9 @@ def fine_tune(
         auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
     if trainer.limit_val_batches == 0:
-        raise MisconfigurationException(
-            "trainer.limit_val_batches=0: a run is judged by its validation; "
-            "data.max_val_examples=8 makes that short."
+        raise Misconfiguration(
+            "trainer.limit_val_batches=0: a run is judged by its validation",
+            Remedy("make it short with max_val_examples=8", {"data.max_val_examples": "8"}),
         )
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
     recorder = Recorder(summary, optimizer_name(module), datamodule.source_names)
@@ -65,7 +65,7 @@ def fine_tune(
     if auto_batch_size:
         callbacks_of(trainer).insert(0, AutoBatchSize())
     if not validate_only:
-        _refuse_before_loading(trainer, module)
+        check_run(trainer, module)  # in `fit` a model would have been loaded and validated
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),
@@ -130,13 +130,15 @@ def sensible_precision(accelerator: str, *, sharded: bool = False) -> str:
 
 
 def refuse_to_start_processes(trainer: Trainer) -> None:
-    """Raise MisconfigurationException if `trainer` starts this very command again for other ranks.
+    """Raise Refusal if `trainer` starts this very command again for other ranks.
 
     In a sweep each of them would run the whole sweep.
     """
     if trainer.strategy.launcher is not None and trainer.world_size > 1:
-        raise MisconfigurationException(
-            "A sweep (-m) runs on one device: set trainer.devices=1, or start the runs one by one."
+        raise Misconfiguration(
+            "A sweep (-m) runs on one device",
+            Remedy("use Trainer(devices=1)", {"trainer.devices": "1"}),
+            Remedy("start the runs one by one"),
         )
 
 
@@ -146,15 +148,6 @@ def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> i
     per_step = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     limits = [trainer.max_steps * per_step, datamodule.max_val_examples]
     return min(limit for limit in limits if limit is not None)
-
-
-def _refuse_before_loading(trainer: Trainer, module: CausalLMModule) -> None:
-    # In `fit` these would come after a model has been loaded and validated.
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, AutoBatchSize):
-            callback.check(trainer)
-        if isinstance(callback, LayerwiseUpdate):
-            callback.check(trainer, module)
 
 
 @rank_zero_only

@@ -87,7 +87,9 @@ def test_a_resumed_run_may_find_another_size(memory, plain, tmp_path):
 
 def test_not_even_one_row_is_an_error_that_names_remedies(memory, tmp_path):
     memory(9)
-    with pytest.raises(Exception, match=r"Not even one row of 160 tokens fits.*adapter=lora"):
+    with pytest.raises(
+        Exception, match=r"Not even one row of 160 tokens fits.*(LoraConfig|adapter=lora)"
+    ):
         run_job(tmp_path, *JOB, "auto_batch_size=true")
 
 
@@ -138,5 +140,5 @@ def test_validation_keeps_its_interval_in_optimizer_steps(memory, tmp_path):
 
 def test_several_devices_are_refused(tmp_path):
     trainer = Trainer(accelerator="cpu", devices=2, logger=False)
-    with pytest.raises(MisconfigurationException, match="trainer.devices=1"):
+    with pytest.raises(MisconfigurationException, match=r"Trainer\(devices=1\)"):
         batch_size.AutoBatchSize().setup(trainer, BoringModel(), "fit")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from lit_ft.compat.optimizers import traits_of
 from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, row_chunked, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.subspace.moments import rotate_moments
@@ -123,9 +124,10 @@ def test_torchaos_step_takes_the_room_of_a_piece(dtype: torch.dtype) -> None:
 def test_moments_turn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rotation = torch.linalg.qr(torch.randn(64, 64)).Q
 
-    def turned(state: dict[str, Any]) -> dict[str, Any]:
+    def turned(state: dict[str, Any], kind: type[Optimizer]) -> dict[str, Any]:
         state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        assert rotate_moments(state, {"betas": (0.9, 0.95)}, rotation)
+        moments = traits_of(kind).moments
+        assert rotate_moments(state, {"betas": (0.9, 0.95)}, rotation, moments=moments)
         return state
 
     for name, factory in {
@@ -138,9 +140,9 @@ def test_moments_turn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         matrix.grad = torch.randn_like(matrix)
         optimizer.step()
         monkeypatch.undo()
-        whole = turned(optimizer.state[matrix])
+        whole = turned(optimizer.state[matrix], type(optimizer))
         monkeypatch.setattr(row_blocks, "_ON_CPU", 8192)
-        pieces = turned(optimizer.state[matrix])
+        pieces = turned(optimizer.state[matrix], type(optimizer))
         assert not whole[name].equal(optimizer.state[matrix][name])
         for key, value in whole.items():
             if isinstance(value, Tensor) and value.dtype is torch.uint8:  # codes, ±1 at a border

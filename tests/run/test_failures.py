@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lit_ft.datamodule import InstructionDataModule
-from lit_ft.run.failures import remedies_for_out_of_memory
-from tests.support.matrix import STRATEGIES, Cell, cells, module_and_trainer, refusal
+from lit_ft.run.failures import choices_that_need_less, remedies_for_out_of_memory
+from tests.support.matrix import STRATEGIES, Cell, after, cells, module_and_trainer, refusal
 
 DATA = InstructionDataModule()
 
@@ -26,18 +26,17 @@ def settings_said(cell: Cell) -> str:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_settings_that_need_less_memory_are_not_refused(strategy):
+def test_choices_that_need_less_memory_are_not_refused(strategy):
     proposed = set()
     for cell in cells():
-        plain = (cell.accumulate, cell.adapter in ("none", "lora"), cell.clip != "value")
-        if cell.strategy == strategy and plain == (1, True, True) and refusal(cell) is None:
-            for group, choice in re.findall(r"\b(optim|adapter|update)=(\w+)", settings_said(cell)):
-                # An adapter brings its own optimizer.
-                optim = {"optim": "adamw"} if group == "adapter" else {}
-                other = replace(cell, **{group: choice}, **optim)
-                assert other != cell and refusal(other) is None, f"{cell}: {group}={choice}"
-                proposed.add(choice)
-    assert ("lora" in proposed) == (strategy != "tensor_parallel")
+        if cell.strategy == strategy and refusal(cell) is None:
+            for choice in choices_that_need_less(cell.plan):
+                # An adapter brings its own optimizer, without GaLore.
+                alone = {"optim": "adamw", "galore": "none"} if "adapter" in choice.settings else {}
+                other = replace(after(cell, choice), **alone)
+                assert other != cell and refusal(other) is None, f"{cell}: {choice}"
+                proposed |= choice.settings.items()
+    assert (("adapter", "lora") in proposed) == (strategy != "tensor_parallel")
 
 
 @pytest.mark.parametrize(
@@ -45,10 +44,10 @@ def test_settings_that_need_less_memory_are_not_refused(strategy):
     [
         (Cell(), ["update=layerwise", "optim=galore_subspace_8bit", "adapter=lora"]),
         (Cell(update="layerwise"), ["optim=galore_subspace_8bit", "adapter=lora"]),
-        (Cell("galore_subspace_8bit"), ["adapter=lora"]),
+        (Cell("adamw_8bit", "online"), ["adapter=lora"]),
         (Cell(adapter="lora"), ["adapter=qlora"]),
         (Cell(adapter="lora", strategy="fsdp"), []),
-        (Cell(strategy="fsdp"), ["update=layerwise", "optim=galore_subspace_8bit_torchao"]),
+        (Cell(strategy="fsdp"), ["update=layerwise", "optim=adamw_8bit_torchao"]),
     ],
 )
 def test_what_would_help_is_named(cell, named):

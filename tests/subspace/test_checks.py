@@ -23,7 +23,7 @@ from tests.support.tiny_model import tiny_model
     [
         (torch.optim.Adafactor, {}, "scale_parameter=False"),
         (torch.optim.LBFGS, {}, "LBFGS"),
-        (torch.optim.Adam, {"weight_decay": 0.1}, "use AdamW"),
+        (torch.optim.Adam, {"weight_decay": 0.1}, "or use AdamW"),
         (SGD, {"weight_decay": 0.1}, "weight_decay=0"),
         (type("OwnSGD", (SGD,), {}), {"weight_decay": 0.1}, "weight_decay=0"),
         (bnb.optim.PagedAdamW8bit, {}, "AdamW8bit"),
@@ -32,7 +32,7 @@ from tests.support.tiny_model import tiny_model
         (torch.optim.RMSprop, {"weight_decay": 0.1}, "weight_decay=0"),
         (Adafactor, {"lr": None, "scale_parameter": False}, "relative_step=False"),
         (torchao.optim.Adam8bit, {"weight_decay": 0.1}, "Adam8bit adds weight decay"),
-        (type("Lamb", (AdamW,), {}), {}, "LAMB scales"),
+        (type("Lamb", (AdamW,), {}), {}, "Lamb scales"),
         (type("FusedLAMB", (AdamW,), {}), {}, "LAMB scales"),
         (type("SAM", (AdamW,), {}), {}, "copies of the parameters"),
     ],

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, RMSprop
 from torchao.optim import AdamW8bit
 from transformers.optimization import Adafactor
 
+from lit_ft.compat.optimizers import traits_of
 from lit_ft.optim import RowwiseAdamW8bit
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
 
@@ -17,9 +18,8 @@ ROWS, RANK = 16, 32
 
 
 def turn(optimizer, weight, rotation):
-    name = getattr(optimizer, "optimizer_name", "")
     state, [group] = optimizer.state[weight], optimizer.param_groups
-    return rotate_moments(state, group, rotation, name=name)
+    return rotate_moments(state, group, rotation, moments=traits_of(type(optimizer)).moments)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,8 @@ def test_eight_bit_moments_turn_as_their_values_do(eight_bit, wide, names):
             optimizer.step()
         states.append(optimizer.state[weight])
         rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(9)))
-        assert rotate_moments(states[-1], optimizer.param_groups[0], rotation.Q)
+        moments = traits_of(kind).moments
+        assert rotate_moments(states[-1], optimizer.param_groups[0], rotation.Q, moments=moments)
     for name in names:
         quantised, exact = _read(states[0], name), states[1][name]
         assert states[0][name].dtype == torch.uint8
@@ -173,4 +174,5 @@ def test_a_rank_without_rows_has_moments_to_turn() -> None:
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = torch.empty(0, 64, dtype=torch.uint8)
         state[f"{name}_scale"] = torch.empty(0, 1)
-    assert rotate_moments(state, {"betas": (0.9, 0.999)}, torch.eye(64))
+    moments = traits_of(RowwiseAdamW8bit).moments
+    assert rotate_moments(state, {"betas": (0.9, 0.999)}, torch.eye(64), moments=moments)

@@ -1,4 +1,4 @@
-"""What a new basis of one matrix takes: subspace iteration against the SVD of galore-torch."""
+"""Seconds that a new basis of one matrix takes: subspace iteration, and galore-torch's SVD."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 from galore_torch.galore_projector import GaLoreProjector
-from sides import now
 
 from lit_ft.subspace.layers.products import projected_gradient_and_sketch
 from lit_ft.subspace.projectors import SubspaceIteration
+from support.timing import now
 
 
 def measure_refresh(
@@ -18,8 +18,8 @@ def measure_refresh(
 ) -> dict[str, float]:
     """Return the seconds that a new basis adds to a step, for one matrix; medians of three.
 
-    galore-torch decomposes the gradient that is there anyway; subspace iteration needs a sketch of
-    it from the layer's inputs and output gradients, which counts.
+    galore-torch decomposes the gradient, which it has anyway. Subspace iteration makes a sketch of
+    it from the layer's inputs and output gradients; the sketch counts.
     """
     with torch.device(device):
         x, y = torch.randn(2, tokens // 2, cols), torch.randn(2, tokens // 2, rows)
@@ -43,7 +43,7 @@ def measure_refresh(
 
 def _median(function: Callable[[], None], device: torch.device, times: int = 3) -> float:
     if device.type == "cuda":
-        function()  # loads libraries
+        function()  # the first call loads libraries
     seconds = []
     for _ in range(times):
         began = now(device)

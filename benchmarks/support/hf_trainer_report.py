@@ -1,4 +1,4 @@
-"""The figures of against_hf_trainer.py for people: a table, and a page."""
+"""The figures of against_hf_trainer.py for people: a table and a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIT_FT, SAME, RANDOM = "lit_ft", "Trainer, same batches", "Trainer, random batch
 
 
 def rows(sides: dict[str, Any]) -> list[list[str]]:
-    """Return the table's cells, a row a side."""
+    """Return the table's cells, one row for each side."""
     return [
         [
             name,
@@ -30,7 +30,7 @@ HEADINGS = ["", "tokens/s", "range", "lit_ft / this", "not padding", "first loss
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """Return the report for people."""
+    """Return the page."""
     settings, machine, packages = found["settings"], found["hardware"], found["versions"]
     ours = found["sides"][LIT_FT]["runs"][0]
     lines = [

@@ -1,23 +1,23 @@
-"""The methods whose steps are compared: each a model and its optimizer, on a device."""
+"""The methods of optimizer_step.py: each is a model and its optimizer, on a device."""
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 import torch
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from peft import LoraConfig, get_peft_model
-from smollm2 import SMOLLM2
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.measure import optimizer_state_bytes
+from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.models import FromConfig
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
+from support.smollm2 import SMOLLM2
+from support.timing import now
 
 WIDE = FromConfig(
     "llama",
@@ -30,7 +30,7 @@ WIDE = FromConfig(
         "tie_word_embeddings": True,
     },
 )
-FOUR_OF_8B = FromConfig(  # layers of Llama 3 8B, with a third of its vocabulary
+FOUR_OF_8B = FromConfig(  # four layers of Llama 3 8B, a third of its vocabulary
     "llama",
     {
         "vocab_size": 49152,
@@ -49,8 +49,8 @@ SIZES = {  # source, tokens, rank
 }
 PROJECTORS: dict[str, Projector] = {
     "galore, between refreshes": SubspaceIteration(every=10**9),
-    # One of the 15 subspaces of `wide` moves at every second step: far more often than by default,
-    # so that refresh steps can be compared with the others.
+    # Far more often than by default: one of the 15 subspaces of `wide` moves at every second step,
+    # so that steps with a move can be compared with the others.
     "galore, every 30": SubspaceIteration(every=30),
     "galore_subspace, every step": Oja(every=1),
     "galore_subspace, every 2": Oja(every=2),
@@ -60,15 +60,8 @@ PROJECTORS: dict[str, Projector] = {
 METHODS = ("adamw", "lora r16", "galore-torch without its SVD", *PROJECTORS)
 
 
-def now(device: torch.device) -> float:
-    """Return the seconds of a clock, once the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 class Step(NamedTuple):
-    """What a step took, and whether a basis moved in it."""
+    """The seconds of a step, and whether a basis moved in it."""
 
     seconds: float
     refreshed: bool
@@ -95,33 +88,44 @@ class Side:
         else:
             self.optimizer = AdamW(trainable, lr=1e-5, fused=True)
         if layers:
-            self.steps = SubspaceUpdater(layers, PROJECTORS[method])
-            self.steps.attach(self.optimizer)
-        self.beside = 0
+            self.updater = SubspaceUpdater(layers, PROJECTORS[method])
+            self.updater.attach(self.optimizer)
+        self.gradient_bytes = 0
         self.layers = layers
 
     def step(self) -> Step:
-        """Train on the batch once."""
+        """Train one step on the batch."""
         refreshed = any(layer.basis.requires_grad for layer in self.layers.values())
         began = now(self.device)
         loss = ChunkedCrossEntropy()(self.model, {"input_ids": self.ids}, self.ids)
         (loss / self.ids.numel()).backward()
-        if not self.beside:
-            self.beside = self._gradient_bytes()
+        if not self.gradient_bytes:
+            self.gradient_bytes = self._count_gradient_bytes()
         if self.layers:
-            self.steps.before_step(self.optimizer)
+            self.updater.before_step(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Step(now(self.device) - began, refreshed)
 
-    @property
     def bytes_beside_weights(self) -> int:
-        """Gradients, sketches, bases, deltas and moments at the end of a backward pass."""
+        """Return the bytes of gradients, sketches, bases, deltas and moments after a backward."""
         small = {layer.delta: layer.basis for layer in self.layers.values()}
         tensors = [*small, *small.values()]
-        return self.beside + optimizer_state_bytes(self.optimizer) + sum(t.nbytes for t in tensors)
+        return (
+            self.gradient_bytes
+            + optimizer_state_bytes(self.optimizer)
+            + sum(t.nbytes for t in tensors)
+        )
 
-    def _gradient_bytes(self) -> int:
+    def reset_peak(self) -> None:
+        """Let the peak of the device's memory start from here."""
+        reset_peak(self.device)
+
+    def peak_bytes(self) -> int | None:
+        """Return the most memory that was in use since; None where nobody counts it."""
+        return peak_bytes(self.device).value
+
+    def _count_gradient_bytes(self) -> int:
         tensors: set[Tensor] = {*self.model.parameters(), *self.model.buffers()}
         return sum(t.grad.nbytes for t in tensors if t.is_leaf and t.grad is not None)
 
@@ -134,7 +138,7 @@ def _galore_torch(parameters: list[nn.Parameter], rank: int) -> torch.optim.Opti
         lr=1e-5,
         no_deprecation_warning=True,
     )
-    # A basis to start from, so that no step is an SVD.
+    # Each matrix gets a basis to start from, so that no step computes an SVD.
     for matrix in matrices:
         projector = GaLoreProjector(rank, update_proj_gap=10**9, scale=0.25, proj_type="right")
         width = min(rank, *matrix.shape)

@@ -1,4 +1,4 @@
-"""A module and its data, as the command composes them."""
+"""A module and its data, as `python train.py` composes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 def module_and_data(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the module, not yet configured, and its data, ready to train."""
+    """Return the module, before `configure_model`, and its data, ready to train."""
     module = instantiate(config["module"], _convert_="all")
     data = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
     data.prepare_data()

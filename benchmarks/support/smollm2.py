@@ -1,4 +1,4 @@
-"""The real model of the benchmarks."""
+"""SmolLM2-135M, the real model of the benchmarks."""
 
 from lit_ft.models import Packaged
 
