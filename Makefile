@@ -1,6 +1,7 @@
 # make train      set up, then run the main job on the embedded model and data
-# make test       set up, then the tests (about 20 minutes on two cores)
-# make test-slow  the long tests
+# make test-unit  set up, then the tests that start no process and load no SmolLM2 (minutes)
+# make test       those, and all others that take seconds
+# make test-slow  the long tests: ranks, every optimizer, what peaks in memory
 # make lint       format, rules, types, import floors
 # make docs       the site, into build/docs; a broken link or reference is an error
 # make matrix     the table of what goes together, in docs/
@@ -15,7 +16,7 @@ WORKERS ?= 2
 # A worker that died fails the run: after another has taken its place xdist may wait for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart 0
 
-.PHONY: setup train test test-slow lint docs matrix clean
+.PHONY: setup train test-unit test test-slow lint docs matrix clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +31,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 train: setup
 	$(BIN)/python train.py $(ARGS)
+
+test-unit: setup
+	$(PYTEST) --dist worksteal -m unit
 
 test: setup
 	$(PYTEST) --dist worksteal -m "not slow"
