@@ -54,7 +54,6 @@ def main(cfg: DictConfig) -> float:
             summary,
             resume=resume,
             validate_only=config["validate_only"],
-            auto_batch_size=config["auto_batch_size"],
         )
 
 

@@ -68,7 +68,7 @@ def test_one_gpu_trains_with_every_strategy(strategy, optim, tmp_path):
         ["module.compile=true"],
         ["module.activation_checkpointing=true"],
         ["module.compile=true", "module.activation_checkpointing=true"],
-        ["auto_batch_size=true"],
+        ["callbacks=auto_batch_size"],
         ["update=whole", "trainer.gradient_clip_val=1.0", "trainer.accumulate_grad_batches=2"],
         ["data=packed"],
         ["callbacks=default", SAMPLES],

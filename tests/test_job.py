@@ -285,7 +285,7 @@ def test_resuming_a_finished_run_says_what_it_has_done(job):
     "settings, remedy",
     [
         (["strategy=ddp", "trainer.devices=2", "update=layerwise"], "strategy=fsdp"),
-        (["trainer.devices=2", "auto_batch_size=true"], "trainer.devices=1"),
+        (["trainer.devices=2", "callbacks=[default,auto_batch_size]"], "trainer.devices=1"),
         (["+trainer.limit_val_batches=0"], "data.max_val_examples"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
@@ -40,7 +40,6 @@ def fine_tune(
     *,
     resume: str | Path | None = None,
     validate_only: bool = False,
-    auto_batch_size: bool = False,
 ) -> float:
     """Run the job and return the validation loss at its end.
 
@@ -48,11 +47,11 @@ def fine_tune(
         module: Not yet configured.
         datamodule: Its validation reads no more examples than training does, so that a short trial
             stays short.
-        trainer: With whatever callbacks; those of lit_ft fill their part of the summary.
+        trainer: With whatever callbacks; those of lit_ft fill their part of the summary, and are
+            put in the order that they need.
         summary: Entered; its fields are filled as they become known.
         resume: A checkpoint of the full state; None starts from the model's own weights.
         validate_only: Stop after the first validation (of `resume`'s weights, if given).
-        auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
     if trainer.limit_val_batches == 0:
         raise MisconfigurationException(
@@ -61,9 +60,8 @@ def fine_tune(
         )
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
     recorder = Recorder(summary, optimizer_name(module), datamodule.source_names)
-    callbacks_of(trainer).extend([recorder, StopOnSignal()])
-    if auto_batch_size:
-        callbacks_of(trainer).insert(0, AutoBatchSize())
+    callbacks_of(trainer).append(recorder)
+    callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
         _refuse_before_loading(trainer, module)
     with (
@@ -138,6 +136,13 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "A sweep (-m) runs on one device: set trainer.devices=1, or start the runs one by one."
         )
+
+
+def _turn(callback: Callback) -> int:
+    """Order callbacks: the batch size is found first, and a stop leaves all others up to date."""
+    if isinstance(callback, AutoBatchSize):
+        return 0
+    return 2 if isinstance(callback, StopOnSignal) else 1
 
 
 def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> int | None:
