@@ -29,23 +29,27 @@ def main(cfg: DictConfig) -> float:
         refuse_to_start_processes,
         sensible_precision,
     )
-    from lit_ft.run.summary import RunSummary
+    from lit_ft.run.summary import RunSummary, redacted
 
-    cfg.run_dir = HydraConfig.get().runtime.output_dir  # of this job, also inside a sweep
+    run = HydraConfig.get()
+    cfg.run_dir = run.runtime.output_dir  # of this job, also inside a sweep
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
-    if cfg.trainer.precision is None:
-        sharded = "FSDP" in str(cfg.trainer.get("strategy"))
-        cfg.trainer.precision = sensible_precision(cfg.trainer.accelerator, sharded=sharded)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
         refuse_untrusted(config, also=config["trusted_packages"])
         refuse_without_class(config)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
+        # Ahead of the trainer: whether it shards the weights decides their precision.
+        [strategy] = instantiate([config["trainer"].get("strategy", "auto")], _convert_="all")
+        if config["trainer"]["precision"] is None:
+            precision = sensible_precision(config["trainer"]["accelerator"], strategy)
+            config["trainer"]["precision"] = precision
+            summary.update(config=redacted(config))
         module = instantiate(config["module"], _convert_="all")
         datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
-        trainer = instantiate(config["trainer"], _convert_="all")
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        trainer = instantiate({**config["trainer"], "strategy": strategy}, _convert_="all")
+        if run.mode == RunMode.MULTIRUN:
             refuse_to_start_processes(trainer)
         return fine_tune(
             module,

@@ -11,10 +11,13 @@ import warnings
 import pytest
 import torch
 from hydra.errors import CompactHydraException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.utils._pytree import tree_flatten
 
+from lit_ft.callbacks import AutoBatchSize, MemoryMonitor, StopOnSignal
+from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy
 from lit_ft.models import FromConfig, Packaged, Pretrained, export_model
-from lit_ft.run.job import checkpoint_to_resume
+from lit_ft.run.job import _turn, checkpoint_to_resume, sensible_precision
 from lit_ft.run.summary import read_summary
 from tests.running import run_job
 from tests.stopping import at
@@ -319,3 +322,43 @@ def test_resuming_takes_what_a_killed_save_has_left_whole_and_never_a_half(tmp_p
     assert checkpoint_to_resume(str(last), tmp_path) == before
     last.mkdir()
     assert checkpoint_to_resume("auto", tmp_path) == last
+
+
+def test_the_batch_size_is_found_first_and_a_stop_comes_last():
+    callbacks = [StopOnSignal(), MemoryMonitor(), AutoBatchSize()]
+    ordered = [type(callback) for callback in sorted(callbacks, key=_turn)]
+    assert ordered == [AutoBatchSize, MemoryMonitor, StopOnSignal]
+
+
+class Mine(FSDP2Strategy):
+    """A subclass without the letters that once decided."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharded"),
+    [
+        (FSDP2Strategy(), True),
+        (Mine(), True),
+        (TensorParallelStrategy(), True),
+        (ModelParallelStrategy(), True),
+        ("registered", True),
+        ("fsdp", True),
+        ("ddp", False),
+        ("auto", False),
+        (DDPStrategy(), False),
+    ],
+)
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_where_weights_are_sharded_they_are_float32(strategy, sharded, bfloat16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+    monkeypatch.setitem(StrategyRegistry, "registered", {"strategy": Mine, "init_params": {}})
+    wanted = {True: ("bf16-mixed", "32-true"), False: ("bf16-true", "16-mixed")}[sharded]
+    assert sensible_precision("auto", strategy) == wanted[0 if bfloat16 else 1]
+    assert sensible_precision("cpu", strategy) == "32-true"
+
+
+def test_the_precision_that_was_chosen_is_in_the_summary(job):
+    summary = job("run", "trainer.max_steps=1")
+    assert summary["config"]["trainer"]["precision"] == "32-true"
+    assert summary["config"]["trainer"].get("strategy", "auto") == "auto"

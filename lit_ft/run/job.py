@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
@@ -114,17 +115,28 @@ def available_accelerator(accelerator: str) -> str:
     return "auto"
 
 
-def sensible_precision(accelerator: str, *, sharded: bool = False) -> str:
+def sensible_precision(accelerator: str, strategy: object = "auto") -> str:
     """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
 
     bfloat16 weights learn here, because they are rounded stochastically. Where each rank holds a
-    part of the weights they are float32, and gathered in bfloat16.
+    part of the weights they are float32, and computed with in bfloat16.
+
+    Args:
+        accelerator: Lightning's name of the device, such as "auto", "gpu" or "cpu".
+        strategy: the strategy that the trainer is given, or Lightning's name for it.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        sharded = _shards_weights(strategy)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             return "32-true" if sharded else "16-mixed"
         return "bf16-mixed" if sharded else "bf16-true"
     return "32-true"
+
+
+def _shards_weights(strategy: object) -> bool:
+    if isinstance(strategy, str) and strategy in StrategyRegistry:
+        strategy = StrategyRegistry.get(strategy)
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
 def refuse_to_start_processes(trainer: Trainer) -> None:
