@@ -17,11 +17,17 @@ def main(cfg: DictConfig) -> float:
     """Compose the objects that the configuration names, and run the job on them."""
     # Imported here so that --help and mistyped names answer at once.
     import lightning as L
+    from lightning.pytorch.utilities import rank_zero_info
 
     from lit_ft.run.console import command_line_exits, quieten_libraries
 
     quieten_libraries()  # the imports below have asides too
-    from lit_ft.run.config import refuse_untrusted, refuse_without_class
+    from lit_ft.run.config import (
+        also_chosen,
+        refuse_two_galores,
+        refuse_untrusted,
+        refuse_without_class,
+    )
     from lit_ft.run.job import (
         available_accelerator,
         checkpoint_to_resume,
@@ -35,9 +41,12 @@ def main(cfg: DictConfig) -> float:
     cfg.run_dir = run.runtime.output_dir  # of this job, also inside a sweep
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
+        rank_zero_info(moved)
     with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
         refuse_untrusted(config, also=config["trusted_packages"])
         refuse_without_class(config)
+        refuse_two_galores(config)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
         # Ahead of the trainer: whether it shards the weights decides their precision.

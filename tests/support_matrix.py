@@ -45,7 +45,13 @@ def _choices(group: str) -> tuple[str, ...]:
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     # adamw_lora is adamw with another learning rate.
-    "optim": tuple(name for name in _choices("optim") if name != "adamw_lora"),
+    "optim": (
+        *(name for name in _choices("optim") if name != "adamw_lora"),
+        "adafactor_fixed galore=iteration",
+        "adamw galore=paper",
+        "adamw_8bit galore=iteration",
+        "adamw_8bit_torchao galore=online",
+    ),
     "strategy": STRATEGIES,
     "update": ("whole", "layerwise"),
     "accumulate": (1, 2),
@@ -69,7 +75,11 @@ class Cell:
     def overrides(self) -> list[str]:
         """What follows `python train.py`."""
         groups = [f"{name}={getattr(self, name)}" for name in ("strategy", "update", "adapter")]
-        return [*groups, f"optim={self.optim}", *_trainer_overrides(self.accumulate, self.clip)]
+        return [
+            *groups,
+            *f"optim={self.optim}".split(),
+            *_trainer_overrides(self.accumulate, self.clip),
+        ]
 
 
 def cells() -> Iterator[Cell]:
@@ -156,7 +166,8 @@ def _refusals(plain: Cell) -> list[str]:
 def _objects(group: str, name: str) -> dict[str, Any]:
     """Return what one choice beside the plainest others makes; no `setup` changes any of it."""
     plain = {"optim": "adamw", "strategy": "cpu", "update": "whole", "adapter": "none"}
-    config = composed(*(f"{key}={value}" for key, value in {**plain, group: name}.items()))
+    chosen = {**plain, group: name}
+    config = composed(*(part for key, value in chosen.items() for part in f"{key}={value}".split()))
     made = {
         key: instantiate(config[key], _convert_="all")
         for key in ("model", "optim", "groups", "adapter")

@@ -114,8 +114,8 @@ def stopped(job, name, *overrides, status=130):
 LORA = ["adapter=lora", "+adapter.lora_dropout=0.2"]
 GALORE = ["galore.rank=4", "schedule=cosine", "trainer.gradient_clip_val=1.0"]
 SUBSPACE = ["optim=galore_subspace", *GALORE, "trainer.accumulate_grad_batches=4"]
-SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.projector.every=3"]
-SVD = ["optim=galore_svd", *GALORE, "galore.projector.every=3"]
+SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.refresh.every=3"]
+SVD = ["optim=galore_svd", *GALORE, "galore.refresh.every=3"]
 QLORA = ["adapter=qlora", "optim=adamw_8bit", "module.activation_checkpointing=true"]
 
 

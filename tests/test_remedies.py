@@ -13,6 +13,7 @@ from lit_ft.run.failures import remedies_for_out_of_memory
 from tests.support_matrix import STRATEGIES, Cell, cells, module_and_trainer, refusal
 
 DATA = InstructionDataModule()
+SETTING = r"\b(optim|adapter|update)=(\w+(?: galore=\w+)?)"
 
 
 def settings_said(cell: Cell) -> str:
@@ -31,7 +32,7 @@ def test_settings_that_need_less_memory_are_not_refused(strategy):
     for cell in cells():
         plain = (cell.accumulate, cell.adapter in ("none", "lora"), cell.clip != "value")
         if cell.strategy == strategy and plain == (1, True, True) and refusal(cell) is None:
-            for group, choice in re.findall(r"\b(optim|adapter|update)=(\w+)", settings_said(cell)):
+            for group, choice in re.findall(SETTING, settings_said(cell)):
                 # An adapter brings its own optimizer.
                 optim = {"optim": "adamw"} if group == "adapter" else {}
                 other = replace(cell, **{group: choice}, **optim)
@@ -48,10 +49,10 @@ def test_settings_that_need_less_memory_are_not_refused(strategy):
         (Cell("galore_subspace_8bit"), ["adapter=lora"]),
         (Cell(adapter="lora"), ["adapter=qlora"]),
         (Cell(adapter="lora", strategy="fsdp"), []),
-        (Cell(strategy="fsdp"), ["update=layerwise", "optim=galore_subspace_8bit_torchao"]),
+        (Cell(strategy="fsdp"), ["update=layerwise", "optim=adamw_8bit_torchao galore=online"]),
     ],
 )
 def test_what_would_help_is_named(cell, named):
-    found = re.findall(r"\b(?:optim|adapter|update)=\w+", settings_said(cell))
+    found = ["=".join(setting) for setting in re.findall(SETTING, settings_said(cell))]
     assert found[: len(named)] == named
     assert bool(found) == bool(named)

@@ -10,7 +10,7 @@ _CANNOT = {
     r"\.Adafactor$": "its means are over the rows of one rank: take "
     "optim=adafactor or optim=adafactor_fixed",
     r"^bitsandbytes\.": "bitsandbytes' optimizers do not know sharded parameters: take "
-    "optim=adamw_8bit_torchao or optim=galore_subspace_8bit_torchao",
+    "optim=adamw_8bit_torchao (with GaLore too, galore=online)",
     r"^(lit_ft\.optim\.)?galore_torch\.": "galore-torch projects whole matrices: take "
     "optim=galore or optim=galore_subspace",
     r"\.Muon": f"Muon orthogonalises whole matrices: {_OTHERS}",

@@ -51,7 +51,9 @@ def _settings_that_need_less(
     single = isinstance(trainer.strategy, SingleDeviceStrategy)
     # What LayerwiseUpdate follows, and where it is of use.
     layerwise = whole and not galore and (single or (sharded and not trainer.gradient_clip_val))
-    smaller_optimizer = f"optim=galore_subspace_8bit{'_torchao' if sharded else ''}"
+    smaller_optimizer = "optim=galore_subspace_8bit"
+    if sharded:
+        smaller_optimizer = "optim=adamw_8bit_torchao galore=online"
     remedies = {
         f"data.batch_size={datamodule.batch_size // 2} with twice the "
         "trainer.accumulate_grad_batches": datamodule.batch_size > 1,

@@ -70,8 +70,8 @@ def overrides_for(choice: str, tiny_folder: Path, tmp_path: Path) -> list[str]:
     model = ["model=pretrained", f"model.name_or_path={tiny_folder}"]
     if choice in NEEDS:
         return [*model, NEEDS[choice]]
-    if group in ("galore", "optim/projector"):  # part of every optim=galore*
-        return [*model, "optim=galore", f"{group}={name}"]
+    if group == "galore":
+        return [*model, "optim=adamw", f"galore={name}"]
     if choice == "model/pretrained":
         return model
     if choice == "model/gguf":
