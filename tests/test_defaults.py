@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -31,9 +33,9 @@ class Probe(Callback):
         self.trainer[:] = [trainer]
 
 
-def composed(*overrides: str):
+def composed(*overrides: str, conf: Path = CONF):
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
         return compose("train", list(overrides))
 
 
@@ -140,6 +142,34 @@ def test_sharded_weights_leave_galore_its_choice():
     config = composed("strategy=fsdp", "optim=galore")
     assert config.galore.projector._target_.endswith(".SubspaceIteration")
     assert "layerwise" not in config.callbacks
+
+
+@pytest.fixture
+def own_conf(tmp_path) -> Path:
+    """A copy of conf/ without this machine's own settings."""
+    ignored = shutil.ignore_patterns("default.yaml")
+    shutil.copytree(CONF, tmp_path / "conf", ignore=lambda f, n: _local_only(ignored, f, n))
+    return tmp_path / "conf"
+
+
+def _local_only(ignored, folder, names):
+    return ignored(folder, names) if Path(folder).name == "local" else ()
+
+
+def test_a_machine_may_have_settings_of_its_own(own_conf):
+    plain = composed("run_dir=here", conf=own_conf)
+    assert plain == composed("run_dir=here", "~local")
+    (own_conf / "local/default.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /logger: csv\n"
+        "trainer:\n  max_steps: 7\n  log_every_n_steps: 2\n"
+    )
+    own = composed("run_dir=here", conf=own_conf)
+    assert (own.trainer.max_steps, own.trainer.log_every_n_steps) == (7, 2)
+    assert set(own.logger) == {"csv"}
+    experiment = composed("experiment=long_rows", "trainer.log_every_n_steps=3", conf=own_conf)
+    assert (experiment.trainer.max_steps, experiment.trainer.log_every_n_steps) == (20, 3)
+    assert composed("run_dir=here", "~local", conf=own_conf) == plain
 
 
 @pytest.mark.parametrize("choice", ["experiment=lora_laptp", "hparams_search=rates"])
