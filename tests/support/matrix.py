@@ -179,7 +179,9 @@ def composed(*overrides: str) -> Any:
     """Return the main job's configuration without callbacks of the user's and loggers."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", [*overrides, "callbacks=none", "logger=none", "run_dir=."])
+        config = compose(
+            "train", [*overrides, "~local", "callbacks=none", "logger=none", "run_dir=."]
+        )
     return OmegaConf.to_container(config, resolve=True)
 
 
