@@ -4,7 +4,7 @@
     python benchmarks/layerwise.py --steps 20
 
 SmolLM2-135M, 512 tokens, `adamw` and `adamw_8bit`. Both ways run in one process and take turns step
-by step. tests/test_layerwise_memory.py measures the memory that layerwise updates save.
+by step. tests/callbacks/test_layerwise_memory.py measures the memory that they save.
 
 Results: results/layerwise.json.
 """

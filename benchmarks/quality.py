@@ -45,8 +45,8 @@ SETTINGS = ("steps", "batch_size", "max_length", "val_examples", "accelerator")
 RATES = (5e-5, 1e-4, 1.4e-4, 2e-4)
 
 
-def _galore(name: str, rank: int, *more: str, rates: tuple[float, ...] = RATES) -> dict[str, Any]:
-    return {"overrides": [f"optim={name}", f"galore.rank={rank}", *more], "rates": rates}
+def _galore(optim: str, rank: int, *more: str, rates: tuple[float, ...] = RATES) -> dict[str, Any]:
+    return {"overrides": [*f"optim={optim}".split(), f"galore.rank={rank}", *more], "rates": rates}
 
 
 def _galore_torch(rank: int, scale: float, rates: tuple[float, ...]) -> dict[str, Any]:
@@ -69,9 +69,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore_torch_r128": _galore_torch(128, 0.25, (2e-4, 4e-4, 8e-4)),
     "galore_torch_r128_scale2": _galore_torch(128, 2.0, RATES),
     "galore_subspace_8bit_r64": _galore("galore_subspace_8bit", 64),
-    "galore_adafactor_r64": _galore("galore_adafactor", 64),
+    "galore_adafactor_r64": _galore("adafactor_fixed galore=iteration", 64),
     "galore_subspace_paper_r64": _galore(
-        "galore_subspace_paper", 64, "galore.projector.lr=0.0125", rates=(2e-4, 4e-4, 8e-4)
+        "adamw galore=paper", 64, "galore.projector.lr=0.0125", rates=(2e-4, 4e-4, 8e-4)
     ),
     # As galore_torch, which trains embedding and head whole.
     "galore_subspace_r64_blocks": _galore("galore_subspace", 64, "galore.targets=[attention,mlp]"),
@@ -83,14 +83,12 @@ METHODS: dict[str, dict[str, Any]] = {
     # The shorter side of each layer, as galore_torch.
     "galore_subspace_r64_std": _galore("galore_subspace", 64, "galore.side=std"),
     "galore_subspace_r128_std": _galore("galore_subspace", 128, "galore.side=std"),
-    "galore_r128_every20": _galore("galore", 128, "galore.projector.every=20"),
+    "galore_r128_every20": _galore("galore", 128, "galore.refresh.every=20"),
     # What the defaults were chosen on.
-    "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.projector.every=1"),
-    "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.projector.every=8"),
-    "galore_r64_every20": _galore("galore", 64, "galore.projector.every=20"),
-    "galore_r64_random_every20": _galore(
-        "galore", 64, "optim/projector=random", "galore.projector.every=20"
-    ),
+    "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.refresh.every=1"),
+    "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.refresh.every=8"),
+    "galore_r64_every20": _galore("galore", 64, "galore.refresh.every=20"),
+    "galore_r64_random_every20": _galore("adamw galore=random", 64, "galore.refresh.every=20"),
 }
 
 
