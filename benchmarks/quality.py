@@ -73,18 +73,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore_subspace_paper_r64": _galore(
         "adamw galore=paper", 64, "galore.projector.lr=0.0125", rates=(2e-4, 4e-4, 8e-4)
     ),
-    # As galore_torch, which trains embedding and head whole.
+    # Embedding and head train whole, as with galore_torch.
     "galore_subspace_r64_blocks": _galore("galore_subspace", 64, "galore.targets=[attention,mlp]"),
     "galore_subspace_r128_blocks": _galore(
         "galore_subspace", 128, "galore.targets=[attention,mlp]"
     ),
     "galore_subspace_r256": _galore("galore_subspace", 256),
     "galore_r256": _galore("galore", 256),
-    # The shorter side of each layer, as galore_torch.
+    # The basis spans the shorter side of each layer, as with galore_torch.
     "galore_subspace_r64_std": _galore("galore_subspace", 64, "galore.side=std"),
     "galore_subspace_r128_std": _galore("galore_subspace", 128, "galore.side=std"),
     "galore_r128_every20": _galore("galore", 128, "galore.refresh.every=20"),
-    # What the defaults were chosen on.
+    # The defaults were chosen on these.
     "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.refresh.every=1"),
     "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.refresh.every=8"),
     "galore_r64_every20": _galore("galore", 64, "galore.refresh.every=20"),
