@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 from lit_ft.callbacks import (
@@ -20,6 +20,7 @@ from lit_ft.callbacks import (
 )
 from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
 from lit_ft.datamodule import InstructionDataModule
+from lit_ft.measure.environment import TESTED_TORCH, newer_torch
 from lit_ft.module import CausalLMModule
 from lit_ft.run.failures import (
     errors_of_starting_loaders,
@@ -54,6 +55,11 @@ def fine_tune(
         validate_only: Stop after the first validation (of `resume`'s weights, if given).
         auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
+    if (version := newer_torch()) is not None:
+        rank_zero_warn(
+            f"This is torch {version}, and lit_ft is tested on {TESTED_TORCH}: the run goes on. If "
+            "it fails in torch, try that one."
+        )
     if trainer.limit_val_batches == 0:
         raise MisconfigurationException(
             "trainer.limit_val_batches=0: a run is judged by its validation; "

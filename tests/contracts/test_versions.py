@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from lit_ft.measure.environment import TESTED_TORCH
+
 ROOT = Path(__file__).parents[2]
 
 TESTED = dict(
@@ -34,3 +36,7 @@ def test_the_next_minor_release_is_not_allowed_before_it_is_tested(name: str) ->
         assert requirement.specifier.contains(TESTED[name])
         assert requirement.specifier.contains(f"{major}.{minor}.999")
         assert not requirement.specifier.contains(f"{major}.{minor + 1}.0")
+
+
+def test_the_torch_that_a_run_compares_with_is_the_tested_one() -> None:
+    assert Version(TESTED["torch"]).release[:2] == Version(TESTED_TORCH).release[:2]
