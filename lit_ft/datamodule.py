@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Remedy
 from lit_ft.data.batching import GlobalBatchSampler
 from lit_ft.data.collate import Collator
 from lit_ft.data.encoding import Encoder, EncodingReport, load_chat_template
@@ -22,6 +23,7 @@ from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
 from lit_ft.data.tables import column
+from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.distributed.ranks import data_parallel_rank
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class InstructionDataModule(LightningDataModule):
         drop_overlong: Leave examples out that are too long; otherwise they are cut at the end.
         val_fraction: Share of the rows to validate on, where neither `val_path` nor the source
             itself decides.
+        max_train_examples: Train on so many, a fixed random choice; of a stream the first ones.
         max_val_examples: Validate on so many, a fixed random choice. A stream without `val_path`
             gives its first ones.
         streaming: Encode while training, not before: for data larger than the disk. There is no
@@ -74,7 +77,7 @@ class InstructionDataModule(LightningDataModule):
     Raises:
         ValueError: On a bad argument or an unknown path, at once; in `setup`, naming file and line,
             on a row that cannot be read, and if no example is left.
-        MisconfigurationException: In `setup`, if there is no tokenizer, or a stream without
+        Misconfiguration: In `setup`, if there is no tokenizer, or a stream without
             `trainer.max_steps`.
     """
 
@@ -94,6 +97,7 @@ class InstructionDataModule(LightningDataModule):
         group_by_length: bool = True,
         drop_overlong: bool = False,
         val_fraction: float = 0.05,
+        max_train_examples: int | None = None,
         max_val_examples: int | None = None,
         streaming: bool = False,
         num_workers: int = 0,
@@ -103,7 +107,7 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         _at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
-        _at_least(1, max_val_examples=max_val_examples)
+        _at_least(1, max_train_examples=max_train_examples, max_val_examples=max_val_examples)
         _at_least(2, max_length=max_length)
         _at_least(0, num_workers=num_workers, seed=seed)
         if not 0 < val_fraction < 1:
@@ -117,6 +121,7 @@ class InstructionDataModule(LightningDataModule):
         self.group_by_length = group_by_length
         self.drop_overlong = drop_overlong
         self.val_fraction = val_fraction
+        self.max_train_examples = max_train_examples
         self.max_val_examples = max_val_examples
         self.streaming = streaming
         self.num_workers = num_workers
@@ -135,7 +140,7 @@ class InstructionDataModule(LightningDataModule):
         if held_out and rows_of_choice(held_out[0]) in trained_on and val_path != EMBEDDED:
             raise ValueError(f"{val_path} cannot be both trained and validated on")
         if streaming:
-            self._refuse_streaming(sources, val_path)
+            self._check_streaming(sources, val_path)
         self._train = weighted_sources(sources, format=format, streaming=streaming)
         self._val = weighted_sources(held_out, format=format) if held_out else []
 
@@ -144,16 +149,17 @@ class InstructionDataModule(LightningDataModule):
         """What is trained on, as the user calls it."""
         return [one.source.name for one in self._train]
 
-    def _refuse_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
+    def _check_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
         if any(source.get("path") == EMBEDDED for source in sources):
-            raise ValueError(f"{EMBEDDED} is not streamed: set data.streaming=false")
+            raise Misconfiguration(f"{EMBEDDED} is not streamed", remedies.NO_STREAM)
         if val_path is None and self.max_val_examples is None:
-            raise ValueError(
-                "a stream is not split by a fraction: set data.max_val_examples to validate on its "
-                "first ones, or data.val_path"
+            raise Misconfiguration(
+                "a stream is not split by a fraction",
+                remedies.VALIDATE_ON_FIRST,
+                remedies.VALIDATE_ELSEWHERE,
             )
         if self.num_workers:
-            raise ValueError("a stream is read by the main process: set data.num_workers=0")
+            raise Misconfiguration("a stream is read by the main process", remedies.NO_WORKERS)
 
     def prepare_data(self) -> None:
         """Encode into the cache, in one process a machine."""
@@ -167,7 +173,11 @@ class InstructionDataModule(LightningDataModule):
             return
         val = self._val[0] if self._val else None
         if self.streaming:
-            self._require_max_steps(stage)
+            trainer = self.trainer if stage == "fit" else None
+            if trainer is not None and trainer.max_steps < 1:
+                raise Misconfiguration(
+                    "A stream has no length", remedies.MAX_STEPS, remedies.NO_STREAM
+                )
             splits = open_streams(
                 self._train,
                 val,
@@ -183,7 +193,7 @@ class InstructionDataModule(LightningDataModule):
                 val_fraction=self.val_fraction,
                 seed=self.seed,
             )
-        self.train_examples = splits.train
+        self.train_examples = self._limited(splits.train)
         self.val_examples = subset(splits.val, self.max_val_examples)
         self.reports = splits.reports
         self._say_counts()
@@ -242,18 +252,19 @@ class InstructionDataModule(LightningDataModule):
         prompts = self.val_examples.select_columns(["prompt"])
         return [row["prompt"] for row in prompts.take(min(n, len(prompts))) if row["prompt"]]
 
+    def _limited(self, examples: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        if self.streaming and self.max_train_examples is not None:
+            return examples.take(self.max_train_examples)
+        return subset(examples, self.max_train_examples)
+
     def _say_counts(self) -> None:
         assert self.val_examples is not None
-        train = "read while training" if self.streaming else self.reports["train"]
+        train = "read while training" if self.streaming else str(self.reports["train"])
+        if self.max_train_examples is not None:
+            train += f", at most {self.max_train_examples:,} of them used"
         used = len(self.val_examples)
         choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
         rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")
-
-    def _require_max_steps(self, stage: str | None) -> None:
-        if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 1:
-            raise MisconfigurationException(
-                "A stream has no length: set trainer.max_steps, or data.streaming=false."
-            )
 
     def _encoder(self) -> Encoder:
         return Encoder(self._tokenizer(), self.max_length, self.drop_overlong)
@@ -262,9 +273,10 @@ class InstructionDataModule(LightningDataModule):
         module = self.trainer.lightning_module if self.trainer else None
         tokenizer = self.tokenizer or getattr(module, "tokenizer", None)
         if tokenizer is None:
-            raise MisconfigurationException(
-                "InstructionDataModule needs a tokenizer: pass tokenizer=..., or give it to the "
-                "module that is trained."
+            raise Misconfiguration(
+                "InstructionDataModule needs a tokenizer",
+                Remedy("pass tokenizer=..."),
+                Remedy("give one to the module that is trained"),
             )
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template

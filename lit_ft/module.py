@@ -8,9 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import Tensor
@@ -19,8 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import SumMetric
 from transformers import PreTrainedTokenizerBase
 
-from lit_ft.compat.checks import QUANTISED_ARE_NOT_SHARDED, check_optimizer, check_sharding
+from lit_ft.compat import remedies
+from lit_ft.compat.optimizers import class_of, traits_of
+from lit_ft.compat.plan import adapter_of
+from lit_ft.compat.refusal import Refusal
+from lit_ft.compat.rules import PARTS
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
+from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.distributed.ranks import data_parallel_rank
 from lit_ft.loss import (
     ChunkedCrossEntropy,
@@ -40,6 +43,7 @@ from lit_ft.optim import (
     row_chunked,
     stochastically_rounded,
 )
+from lit_ft.subspace.checks import check_steps_from_zero
 from lit_ft.tensors.sharding import full_tensor
 from lit_ft.tensors.stochastic_rounding import keyed_generator
 
@@ -106,22 +110,45 @@ class CausalLMModule(LightningModule):
         return self.source.load_tokenizer()
 
     def setup(self, stage: str) -> None:
-        """Refuse what would fail later, before the model is loaded."""
-        if self.trainer.precision == "16-true":
-            raise MisconfigurationException(
-                "float16 weights lose small updates and overflow: use trainer.precision=bf16-true, "
-                "or trainer.precision=16-mixed, which keeps the weights in float32."
-            )
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            check_sharding(
-                self.trainer.strategy,
-                source=self.source,
-                adapter=self.adapter,
-                optimizer=self.optimizer,
-                compile=self.compile_model,
-            )
+        """Refuse what would fail later, before the model is loaded.
+
+        Raises:
+            Misconfiguration: The run combines what does not go together, or the optimizer, its
+                groups or the schedule do not take their options.
+        """
+        parts = PARTS if stage == "fit" else ("module", "galore")
+        plan = check_run(self.trainer, self, parts=parts)
         self.source.check()
-        check_optimizer(self.optimizer, self.schedule, self.groups)
+        self._try_optimizer(in_subspaces=plan.basis is not None)
+
+    def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return what is known of the optimizer, adapter and model before they exist."""
+        facts: dict[str, Any] = {
+            "adapter": adapter_of(self.adapter),
+            "quantised": getattr(self.source, "quantization_config", None) is not None,
+            "compiled": self.compile_model,
+        }
+        kind = class_of(self.optimizer)
+        if kind is not None:
+            facts |= {"optimizer": kind.__name__, "traits": traits_of(kind)}
+        return facts
+
+    def _try_optimizer(self, *, in_subspaces: bool) -> None:
+        """Build the optimizer and its schedule on stand-ins, so that they refuse their options."""
+        stand_ins = [
+            {**rule.options, "params": [torch.nn.Parameter(torch.zeros(2, 2))]}
+            for rule in self.groups
+        ]
+        try:
+            optimizer = self.optimizer(stand_ins)
+            if self.schedule and not traits_of(type(optimizer)).own_rate:
+                self.schedule(optimizer, 100)
+            if in_subspaces:
+                check_steps_from_zero(optimizer)
+        except (TypeError, ValueError) as error:
+            remedies = error.remedies if isinstance(error, Refusal) else ()
+            why = error.why if isinstance(error, Refusal) else str(error).rstrip(".")
+            raise Misconfiguration(f"optimizer, groups or schedule: {why}", *remedies) from error
 
     def configure_model(self) -> None:
         """Load the model, once, in the precision and on the device that the strategy asks for."""
@@ -142,7 +169,8 @@ class CausalLMModule(LightningModule):
 
     def _shard(self, model: Any) -> None:
         if self.adapter is not None and getattr(model, "is_quantized", False):
-            raise MisconfigurationException(QUANTISED_ARE_NOT_SHARDED)
+            # The plan knows of quantisation that was asked for, not of a model saved that way.
+            check_run(self.trainer, self, quantised=True)
         self._take(model)
         self.shard_model()
 
@@ -166,7 +194,7 @@ class CausalLMModule(LightningModule):
             # A fused optimizer would take float16's loss scale away in its kernel, after clipping:
             # now the trainer does, before.
             optimizer._step_supports_amp_scaling = False
-        if self.schedule is None or getattr(optimizer, "sets_own_learning_rate", False):
+        if self.schedule is None or traits_of(type(optimizer)).own_rate:
             return optimizer
         scheduler = self.schedule(optimizer, self.trainer.estimated_stepping_batches)
         return {
@@ -204,7 +232,7 @@ class CausalLMModule(LightningModule):
         loss, _ = self._token_mean.finish(self.parameters())
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.global_step}: lower optim.lr, "
+                f"The loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
                 "look at this step's data, or train in a wider precision."
             )
         self.log("train_loss", loss.float(), prog_bar=True)
@@ -252,7 +280,7 @@ class CausalLMModule(LightningModule):
             k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
         }
         labels = batch["labels"]
-        self._check_model_on(inputs)
+        self._probe_model_on(inputs)
         num_targets = batch.get("num_targets")
         if num_targets is None:
             num_targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
@@ -292,7 +320,7 @@ class CausalLMModule(LightningModule):
             name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
         )
 
-    def _check_model_on(self, inputs: Mapping[str, Tensor]) -> None:
+    def _probe_model_on(self, inputs: Mapping[str, Tensor]) -> None:
         """Check what the loss and packing take for granted, on the first batch that shows it."""
         if "loss" in self._unchecked:
             self._unchecked.discard("loss")
@@ -312,10 +340,11 @@ class CausalLMModule(LightningModule):
             if not keeps_packed_examples_apart(
                 self.model, inputs["input_ids"][0], inputs["position_ids"][0], rows=rows
             ):
-                raise MisconfigurationException(
-                    f"{self.source.name} lets packed examples see each other in batches of {rows}: "
-                    "use data.packing=false, or another model.attn_implementation; flash attention "
-                    "keeps them apart with data.batch_size=1 data.val_batch_size=1."
+                raise Misconfiguration(
+                    f"{self.source.name} lets packed examples see each other in batches of {rows}",
+                    remedies.NO_PACKING,
+                    remedies.OTHER_ATTENTION,
+                    remedies.ROW_BY_ROW,
                 )
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:

@@ -1,49 +1,43 @@
+"""Fixtures of more than one room."""
+
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from lit_ft.data import docstrings
+from tests.support.tiers import mark_tier, unit_tier
 
-# SmolLM2's template, with a shorter system message.
-CHATML = (
-    "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+# xdist's controller reads this file too: what takes seconds to import, fixtures import.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its tier before `-m` chooses among them."""
+    for item in items:
+        mark_tier(item)
+
+
+@pytest.fixture(autouse=True)
+def tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hold a unit test to what it may do."""
+    if request.node.get_closest_marker("unit") is None:
+        yield
+    else:
+        with unit_tier():
+            yield
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Make a byte-level tokenizer of about 300 tokens with ChatML's special tokens and template."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(
-        ["the user asks and the assistant answers this question"] * 2, trainer
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
+    """Make a tokenizer of its own for each test, which may change it."""
+    from tests.support.tokenizer import byte_level_tokenizer
+
+    return byte_level_tokenizer()
 
 
 @pytest.fixture
@@ -55,6 +49,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand in for the standard library: thirty modules of two functions and a class each."""
+    from lit_ft.data import docstrings
+
     (tmp_path / "library").mkdir()
     for name in range(30):
         code = "".join(f'def f{i}():\n    "Function {name} {i}."\n' for i in range(2))
@@ -62,3 +58,57 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "library" / f"m{name}.py").write_text(code)
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda _: str(tmp_path / "library"))
     return tmp_path / "library"
+
+
+@pytest.fixture(scope="session")
+def on_both() -> Iterator[Callable[..., list]]:
+    """Runs a function on two ranks, which are the same two processes for all tests."""
+    from tests.support.ranks import ranks
+
+    with ranks() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Callable[..., list]]:
+    """Runs a function on one rank, in a process of its own."""
+    from tests.support.ranks import ranks
+
+    with ranks(world=1) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Callable[..., list]]:
+    """Runs a function on four ranks, which are the same four processes for all tests."""
+    from tests.support.ranks import ranks
+
+    with ranks(world=4) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def model_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pretrained model with dropout."""
+    from tests.support.jobs import write_model_with_dropout
+
+    return write_model_with_dropout(tmp_path_factory.mktemp("models") / "dropout")
+
+
+@pytest.fixture(scope="session")
+def thirteen_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An epoch of seven micro-batches of two, the last one short."""
+    from tests.support.jobs import write_thirteen_rows
+
+    return write_thirteen_rows(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def job(model_with_dropout: Path, thirteen_rows: Path, tmp_path: Path) -> Callable[..., dict]:
+    """Runs a short job in a folder of the given name, with these overrides."""
+    from tests.support.jobs import run_on_thirteen_rows
+
+    def run(name: str, *overrides: str) -> dict:
+        return run_on_thirteen_rows(tmp_path / name, model_with_dropout, thirteen_rows, *overrides)
+
+    return run

@@ -11,8 +11,8 @@ import torch
 
 from lit_ft.chat import main
 from lit_ft.models import FromConfig, export_model
-from tests.commands import TINY
-from tests.running import run_job
+from tests.support.commands import TINY
+from tests.support.running import run_job
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_ft.data.formats.alpaca import Alpaca
 from lit_ft.datamodule import InstructionDataModule
-from tests.datamodules import answers, ready, write
+from tests.support.datamodules import answers, ready, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -86,9 +86,9 @@ def test_reports_count_what_is_cut_and_dropped(
     dropped = ready(tokenizer, str(path), max_length=100, drop_overlong=True)
     assert sum(report.dropped_overlong for report in dropped.reports.values()) == 25
     assert len(dropped.train_examples) + len(dropped.val_examples) == 75
-    with pytest.raises(ValueError, match=r"\(0 examples.* as too long\): raise data.max"):
+    with pytest.raises(ValueError, match=r"\(0 examples.* as too long\)\. Raise max_length"):
         ready(tokenizer, str(path), max_length=5, drop_overlong=True)
-    with pytest.raises(ValueError, match="dropped for want of a target.*raise data.max_length"):
+    with pytest.raises(ValueError, match="dropped for want of a target.*Raise max_length"):
         ready(tokenizer, str(path), max_length=5)
 
 
@@ -116,6 +116,7 @@ def test_sample_prompts_are_the_validation_examples_without_their_answers(
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"val_batch_size": -1}, "val_batch_size must be at least 1"),
         ({"max_length": 1}, "max_length must be at least 2"),
+        ({"max_train_examples": 0}, "max_train_examples must be at least 1"),
         ({"max_val_examples": 0}, "max_val_examples must be at least 1"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"val_fraction": 0.0}, "val_fraction must be between 0 and 1"),

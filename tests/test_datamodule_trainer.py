@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from lit_ft.datamodule import InstructionDataModule
-from tests.datamodules import answers, write
+from tests.support.datamodules import answers, write
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -81,7 +81,7 @@ def test_a_trainer_is_refused_what_cannot_work(
     with pytest.raises(MisconfigurationException, match="needs a tokenizer"):
         quiet_trainer(max_epochs=1).fit(Recorder(None), datamodule=InstructionDataModule(path))
     stream = InstructionDataModule(path, streaming=True, max_val_examples=5)
-    with pytest.raises(MisconfigurationException, match="set trainer.max_steps"):
+    with pytest.raises(MisconfigurationException, match="max_steps"):
         quiet_trainer(max_epochs=1).fit(Recorder(tokenizer), datamodule=stream)
     module = Recorder(tokenizer)
     quiet_trainer(max_steps=30).fit(module, datamodule=stream)

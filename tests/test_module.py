@@ -1,94 +1,27 @@
+"""CausalLMModule in a trainer: losses, precision, schedule, checkpoints, validation."""
+
 import math
 from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
-from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
 from lit_ft.loss.targets import IGNORE_INDEX
-from lit_ft.models import FromConfig
 from lit_ft.optim import WarmupSchedule
-
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
-
-
-def module_of(model_type="llama", **options):
-    # Linear in the gradient: AdamW would blow round-off up where gradients are near zero.
-    options.setdefault("optimizer", partial(torch.optim.SGD, lr=0.1))
-    torch.manual_seed(0)
-    return CausalLMModule(FromConfig(model_type, TINY), **options)
-
-
-def trainer_of(folder, **options):
-    defaults = {"devices": 1, "max_steps": 2, "logger": False, "enable_checkpointing": False}
-    return Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{**defaults, **options},
-    )
-
-
-def batch_of(lengths, seed=0, width=12):
-    """Right-padded rows whose first two tokens are no targets."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, 64, (len(lengths), width), generator=generator)
-    mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
-    labels = ids.masked_fill((mask == 0) | (torch.arange(width) < 2), IGNORE_INDEX)
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
-
-
-def float16(scale):
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))
-
-
-def rows(batch, start, stop):
-    return {key: value[start:stop] for key, value in batch.items()}
-
-
-def inputs_of(batch):
-    return {key: value for key, value in batch.items() if key != "labels"}
-
-
-def loader(*batches):
-    return DataLoader(batches, batch_size=None)
-
-
-def weights_after(tmp_path, batches, **options):
-    trainer_options = {"max_steps": 2, "gradient_clip_val": 0.5}
-    module_options = {}
-    for key, value in options.items():
-        (module_options if key in ("schedule", "adapter") else trainer_options)[key] = value
-    module = module_of(**module_options)
-    trainer_of(tmp_path, **trainer_options).fit(module, loader(*batches))
-    return dict(module.model.named_parameters())
-
-
-def test_unequal_micro_batches_equal_one_batch(tmp_path):
-    first, second = batch_of([12, 3, 9, 4, 12, 2], seed=1), batch_of([5, 5, 5, 12, 8, 3], seed=2)
-    whole = weights_after(tmp_path, [first, second])
-    cut = [rows(b, *span) for b in (first, second) for span in ((0, 1), (1, 4), (4, 6))]
-    # The last window of an epoch may be short: 4 micro-batches in windows of 3 and 1.
-    for micro_batches in (cut, [*cut[:3], second]):
-        accumulated = weights_after(tmp_path, micro_batches, accumulate_grad_batches=3)
-        for name, weight in whole.items():
-            torch.testing.assert_close(accumulated[name], weight, rtol=1e-5, atol=1e-6)
+from tests.support.tiny_module import (
+    batch_of,
+    float16,
+    inputs_of,
+    loader,
+    module_of,
+    rows,
+    trainer_of,
+    weights_after,
+)
 
 
 def test_the_logged_loss_is_the_token_mean_of_the_global_batch(tmp_path):
@@ -180,7 +113,11 @@ def test_half_precision_trains(tmp_path, precision):
         assert not torch.equal(weights[name].float(), weight), name
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing", "compile"])
+@pytest.mark.parametrize(
+    "option",
+    # A C++ compiler runs.
+    ["activation_checkpointing", pytest.param("compile", marks=pytest.mark.process)],
+)
 def test_checkpointing_and_compilation_change_nothing_but_the_cost(tmp_path, option):
     modules = []
     for options in ({}, {option: True}):

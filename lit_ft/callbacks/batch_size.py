@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import psutil
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lit_ft.compat import remedies
+from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.measure import estimate_state_bytes, is_out_of_memory, peak_bytes, reset_peak
 from lit_ft.measure.memory import current_bytes
 
@@ -35,15 +37,11 @@ class AutoBatchSize(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse several devices, whose probes could disagree."""
         if stage == "fit":
-            self.check(trainer)
+            check_run(trainer, pl_module, parts=["batch size"])
 
-    def check(self, trainer: Trainer) -> None:
-        """Raise MisconfigurationException for several devices."""
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                "auto_batch_size measures one device: run it once with trainer.devices=1 and pass "
-                "the data.batch_size that it finds."
-            )
+    def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return that the batch size is measured."""
+        return {"finds_batch_size": True}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, and set what was found."""
@@ -51,8 +49,8 @@ class AutoBatchSize(Callback):
         rows = data.batch_size * trainer.accumulate_grad_batches
         found, peak = self._largest(trainer, pl_module, rows, data.max_length)
         rank_zero_info(
-            f"auto_batch_size: data.batch_size={found} trainer.accumulate_grad_batches="
-            f"{rows // found} ({peak / 2**30:.2f} GiB for rows of {data.max_length} tokens)."
+            f"AutoBatchSize: {found} rows a micro-batch, accumulated over {rows // found} "
+            f"({peak / 2**30:.2f} GiB for rows of {data.max_length} tokens)."
         )
         if isinstance(trainer.val_check_interval, int):  # counts micro-batches
             steps = trainer.val_check_interval / trainer.accumulate_grad_batches
@@ -70,7 +68,7 @@ class AutoBatchSize(Callback):
         if None in states:
             rank_zero_warn(
                 "The optimizer does not tell how large its state will be, and nothing is set aside "
-                "for it: if the first step runs out of memory, take a smaller data.batch_size."
+                "for it: if the first step runs out of memory, take a smaller batch size."
             )
         reserved = sum(n or 0 for n in states)
         free = int(_free_bytes(device) * (1 - self.headroom)) - reserved
@@ -96,10 +94,12 @@ class AutoBatchSize(Callback):
                 del needed[size]
                 break
         if not needed:
-            raise MisconfigurationException(
-                f"Not even one row of {length} tokens fits: shorten data.max_length, set "
-                "module.activation_checkpointing=true, or choose optim=galore_subspace_8bit or "
-                "adapter=lora."
+            raise Misconfiguration(
+                f"Not even one row of {length} tokens fits",
+                remedies.SHORTER_ROWS,
+                remedies.CHECKPOINTED,
+                remedies.GALORE_8BIT,
+                remedies.LORA,
             )
         return max(needed), needed[max(needed)]
 

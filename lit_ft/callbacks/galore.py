@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.callbacks._support.galore_refusals import (
-    refuse_module_or_strategy,
-    refuse_other_callbacks,
-    refuse_other_layers,
-)
-from lit_ft.callbacks._support.trainer import loss_scaler, only_optimizer
+from lit_ft.callbacks._support.trainer import callbacks_of, loss_scaler, only_optimizer
+from lit_ft.compat.plan import Basis
+from lit_ft.compat.refusal import Remedy
+from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.subspace import (
     MATCH_ADAMW,
     Refresh,
+    SubspaceLayer,
     SubspaceUpdater,
     inject,
     keep_out_of_broadcasts,
     subspace_layers,
+    targeted,
 )
+from lit_ft.subspace.checks import check_settings
 from lit_ft.subspace.layers.base import Sides
 from lit_ft.subspace.projectors import Oja, Projector
-from lit_ft.subspace.scale import refuse_scale
-from lit_ft.subspace.schedule import refuse_interval
+from lit_ft.tensors.sharding import is_sharded
 
 
 class GaLore(Callback):
@@ -73,10 +78,9 @@ class GaLore(Callback):
         scale: float | str = MATCH_ADAMW,
         seed: int = 0,
     ) -> None:
-        refuse_scale(scale)
         self.rank = rank
         self.projector = projector or Oja()
-        refuse_interval(self.projector.every)
+        check_settings(every=self.projector.every, scale=scale)
         self.targets = targets
         self.side = side
         self.scale = scale
@@ -97,11 +101,9 @@ class GaLore(Callback):
         """Inject once the model is there: now, behind `configure_model`, or before `shard_model`.
 
         Raises:
-            MisconfigurationException: The module trains an adapter, or its weights will be shared
-                among ranks in a way that this cannot follow.
+            Misconfiguration: The module, the strategy or another callback does not go with GaLore.
         """
-        refuse_other_callbacks(trainer, self)
-        refuse_module_or_strategy(trainer, pl_module, self.projector)
+        check_run(trainer, pl_module, parts=["galore"])
         if self._module is pl_module:
             assert self.updater is not None
             self.updater.freeze_weights()
@@ -130,7 +132,7 @@ class GaLore(Callback):
         target = getattr(module, "model", None)
         model = target if isinstance(target, torch.nn.Module) else module
         layers = subspace_layers(model)  # the module may have injected them itself
-        refuse_other_layers(model, layers, rank=self.rank, side=self.side, targets=self.targets)
+        self._compare(model, layers)
         layers = layers or inject(
             model,
             rank=self.rank,
@@ -159,16 +161,51 @@ class GaLore(Callback):
             f"({small / whole:.1%}), rank {self.rank}, {self.projector}."
         )
 
+    def _compare(self, model: torch.nn.Module, found: Mapping[str, SubspaceLayer]) -> None:
+        """Raise Refusal where layers are in other subspaces than this callback was asked for.
+
+        Args:
+            model: the model as its module has made it.
+            found: the layers, by name, that the module has injected itself.
+        """
+        if not found and any(is_sharded(weight) for weight in model.parameters()):
+            raise Misconfiguration(
+                "The model was sharded before GaLore's layers were in it",
+                Remedy("shard in a method shard_model, which configure_model calls"),
+                Remedy(f"call inject(model, rank={self.rank}) in it before fully_shard"),
+            )
+        same = Remedy("give inject() and GaLore the same")
+        for name, layer in found.items():
+            if layer.rank != min(self.rank, *layer.weight.shape):
+                raise Misconfiguration(
+                    f"{name} was injected with rank={layer.rank}, GaLore has rank={self.rank}", same
+                )
+            if layer.side != layer.side_of(self.side, self.rank):
+                raise Misconfiguration(
+                    f"{name} was injected with side={layer.side}, GaLore has side={self.side}", same
+                )
+        injected = {n for n, m in model.named_modules() if isinstance(m, SubspaceLayer)}
+        if found and (differing := sorted(injected ^ targeted(model, self.targets).keys())):
+            raise Misconfiguration(
+                f"inject() and GaLore have other targets, such as {differing[0]}", same
+            )
+
+    def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return what the projector asks for, and which other callbacks cannot follow."""
+        callbacks = callbacks_of(trainer)
+        ahead = takewhile(lambda callback: callback is not self, callbacks)
+        copies = (c for c in ahead if isinstance(c, WeightAveraging | StochasticWeightAveraging))
+        copied = next(copies, None)
+        return {
+            "basis": Basis(type(self.projector).__name__, self.projector.forms_gradients),
+            "copied_before_galore": None if copied is None else type(copied).__name__,
+            "finds_rate": any(isinstance(c, LearningRateFinder) for c in callbacks),
+        }
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
         optimizer = only_optimizer(trainer, self)
         assert self.updater is not None
-        if loss_scaler(trainer) is not None and self.projector.forms_gradients:
-            raise MisconfigurationException(
-                f"{self.projector} takes bases from whole gradients, which the grad scaler of "
-                f"precision={trainer.precision} does not unscale: use SubspaceIteration or Oja, or "
-                "precision=bf16-mixed."
-            )
         self._handle = self.updater.attach(optimizer)
 
     def on_before_backward(
@@ -214,15 +251,16 @@ class GaLore(Callback):
         """Continue from a checkpoint.
 
         Raises:
-            MisconfigurationException: It was made with another rank, side or projector.
+            Misconfiguration: It was made with another rank, side or projector.
         """
         for name, saved in state_dict["made_with"].items():
             current = self._rule if name == "projector" else getattr(self, name)
             if current != saved:
-                raise MisconfigurationException(
-                    f"The checkpoint was made with {name}={saved}, this run has {name}={current}: "
-                    "its bases and moments do not fit. Set the same, or start from its exported "
-                    "weights."
+                raise Misconfiguration(
+                    f"The checkpoint was made with {name}={saved}, this run has {name}={current}, "
+                    "and its bases and moments do not fit",
+                    Remedy("set the same"),
+                    Remedy("start from its exported weights"),
                 )
         if self.updater is not None and state_dict["steps"] is not None:
             self.updater.load_state_dict(state_dict["steps"])

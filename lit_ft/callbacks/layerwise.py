@@ -7,23 +7,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lit_ft.callbacks._support.second_backward import compiled_for_two_backward_passes
 from lit_ft.callbacks._support.trainer import find_callback, loss_scaler, only_optimizer
 from lit_ft.callbacks.galore import GaLore
+from lit_ft.compat import remedies
+from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.optim.layerwise import LayerwiseStep, large_parameters, refuse_not_by_parameter
+from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
 from lit_ft.subspace import subspace_layers
 
 log = logging.getLogger(__name__)
@@ -45,10 +40,10 @@ class LayerwiseUpdate(Callback):
         min_grad_bytes: Gradients of this size and larger are not kept; 0 for all.
 
     Raises:
-        MisconfigurationException: What would not be right: DDP and other strategies for many
-            devices than FSDP2, clipping by norm under FSDP2, manual optimization, an optimizer that
-            needs all gradients at once, or a module that clips or, with clipping, back-propagates
-            in its own way.
+        Misconfiguration: What would not be right: DDP and other strategies for many devices than
+            FSDP2, clipping by norm under FSDP2, manual optimization, an optimizer that needs all
+            gradients at once, or a module that clips or, with clipping, back-propagates in its own
+            way.
     """
 
     def __init__(self, min_grad_bytes: int = 2**20) -> None:
@@ -59,37 +54,18 @@ class LayerwiseUpdate(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be right, before the model is loaded."""
         if stage == "fit":
-            self.check(trainer, pl_module)
+            check_run(trainer, pl_module, parts=["layerwise"])
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise MisconfigurationException for a module or a strategy that this cannot follow."""
-        name = type(pl_module).__name__
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"LayerwiseUpdate follows automatic optimization, and {name} optimizes by hand: "
-                "use lit_ft.optim.layerwise.LayerwiseStep there."
-            )
-        _refuse_strategy(trainer)
-        clipping = pl_module.configure_gradient_clipping
-        own_clipping = is_overridden("configure_gradient_clipping", pl_module, LightningModule)
-        if own_clipping and not hasattr(clipping, "clips_as_lightning_does"):
-            raise MisconfigurationException(
-                f"{name} clips in its own way, and layerwise updates leave it no gradients to "
-                "clip: use update=whole, that is no LayerwiseUpdate."
-            )
-        if _clipping(trainer)[0] and is_overridden("backward", pl_module, LightningModule):
-            raise MisconfigurationException(
-                f"{name} back-propagates in its own way, and clipping by norm has to do so twice: "
-                "use update=whole, that is no LayerwiseUpdate, or trainer.gradient_clip_val=null."
-            )
-        # CausalLMModule's; other modules build theirs later, and are refused then.
-        builder = getattr(pl_module, "optimizer", None)
-        kind = getattr(builder, "func", builder)
-        if isinstance(kind, type) and issubclass(kind, Optimizer):
-            try:
-                refuse_not_by_parameter(kind)
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
+    def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return how the module steps, clips and back-propagates."""
+        clips = is_overridden("configure_gradient_clipping", module, LightningModule)
+        usual = hasattr(module.configure_gradient_clipping, "clips_as_lightning_does")
+        return {
+            "layerwise": True,
+            "optimizes_by_hand": not module.automatic_optimization,
+            "clips_its_own_way": clips and not usual,
+            "back_propagates_its_own_way": is_overridden("backward", module, LightningModule),
+        }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimizer."""
@@ -101,7 +77,7 @@ class LayerwiseUpdate(Callback):
         if loss_scaler(trainer) is not None:
             rank_zero_info(
                 "float16's loss scaler judges all gradients before a step: updates are not "
-                "layerwise. trainer.precision=bf16-mixed needs no scaler."
+                "layerwise. bf16-mixed needs no scaler."
             )
             return
         max_norm, max_value = _clipping(trainer) if large else (None, None)
@@ -136,10 +112,11 @@ class LayerwiseUpdate(Callback):
     def _prepare_second_backward(self, trainer: Trainer, module: LightningModule) -> None:
         galore = find_callback(trainer, GaLore)
         if galore and galore.projector.forms_gradients:
-            raise MisconfigurationException(
-                f"{galore.projector} rewrites gradients after backward, where layerwise "
-                "updates have clipped them: use update=whole, that is no LayerwiseUpdate, or "
-                "trainer.gradient_clip_val=null."
+            raise Misconfiguration(
+                f"{galore.projector} rewrites gradients after backward, where layerwise updates "
+                "have clipped them",
+                remedies.WHOLE_UPDATE,
+                remedies.NO_CLIPPING,
             )
         self._undo.enter_context(compiled_for_two_backward_passes())
         loss = getattr(module, "loss", None)
@@ -183,27 +160,6 @@ class LayerwiseUpdate(Callback):
         self._undo.close()
 
 
-def _refuse_strategy(trainer: Trainer) -> None:
-    strategy, name = trainer.strategy, type(trainer.strategy).__name__
-    if isinstance(strategy, DDPStrategy):
-        raise MisconfigurationException(
-            f"Layerwise updates save nothing under {name}, whose buckets keep every gradient, and "
-            "ranks would drift apart: use strategy=fsdp, where each rank holds a part of the "
-            "gradients, or update=whole, that is no LayerwiseUpdate."
-        )
-    if not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
-        raise MisconfigurationException(
-            f"Layerwise updates are for one device or FSDP2, not {name}: use update=whole, that is "
-            "no LayerwiseUpdate."
-        )
-    if isinstance(strategy, ModelParallelStrategy) and _clipping(trainer)[0]:
-        raise MisconfigurationException(
-            "Layerwise updates clip by norm in a second backward pass, and where weights are "
-            "sharded one is all there is: use trainer.gradient_clip_val=null, or update=whole, "
-            "that is no LayerwiseUpdate."
-        )
-
-
 def _clipping(trainer: Trainer) -> tuple[float | None, float | None]:
     """Return the largest norm and the largest value of a gradient that the trainer asks for."""
     threshold = trainer.gradient_clip_val or None
@@ -224,7 +180,7 @@ def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None
         told += "not kept"
         if max_norm is not None:
             told += (
-                "; clipping by norm costs a second backward pass: update=whole keeps the gradients "
-                "instead, trainer.gradient_clip_val=null does not clip"
+                "; clipping by norm costs a second backward pass, which an update after backward, "
+                "or no clipping, would save"
             )
     rank_zero_info(told + ".")

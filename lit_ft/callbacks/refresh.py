@@ -68,7 +68,7 @@ class SubspaceRefresh(Callback):
         if self._galore is None:
             raise MisconfigurationException(
                 "SubspaceRefresh says when the subspaces of GaLore move, and there is no GaLore: "
-                "give both, callbacks=[GaLore(rank=...), SubspaceRefresh(...)]."
+                "give both, GaLore(rank=...) and SubspaceRefresh(...)."
             )
         self._galore.reschedule(self.refresh)
 

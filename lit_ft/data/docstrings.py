@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.data.rows import SourceRow
 
 SKIPPED_FOLDERS = {
@@ -80,9 +82,11 @@ class Docstrings:
         self.kind = kind
         self.library = library or Path(sysconfig.get_path("stdlib"))
         if not self.files:
-            raise ValueError(
+            raise Refusal(
                 f"{self.name}: this Python interpreter ships no source of its standard library in "
-                f"{self.library}. Give a file with data.path=my.jsonl, or use another interpreter"
+                f"{self.library}",
+                remedies.OWN_DATA,
+                Remedy("use another interpreter"),
             )
 
     @cached_property

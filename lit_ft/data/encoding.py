@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from lit_ft.compat.refusal import located
 from lit_ft.data.formats import Conversation, Message
 from lit_ft.data.masks import assistant_mask
 from lit_ft.data.rows import ParsedRow
@@ -147,7 +148,7 @@ class Encoder:
             else:
                 ids, labels = self._chat(row.conversation)
         except (ValueError, TemplateError) as error:
-            raise ValueError(f"{row.origin}: {error}") from error
+            raise located(error, row.origin) from error
         too_long = len(ids) > self.max_length
         keep = 0 if too_long and self.drop_overlong else self.max_length
         ids, labels = ids[:keep], labels[:keep]

@@ -106,16 +106,12 @@ def _decode(text: bytes, origin: str) -> object:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin}: not valid JSON: {error}") from error
     if b"\\u" in text:
-        _refuse_lone_surrogates(value, origin)
+        # JSON allows half of a surrogate pair in an escape, UTF-8 and tokenizers do not.
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{origin}: holds half of a \\u surrogate pair") from error
     return value
-
-
-def _refuse_lone_surrogates(value: object, origin: str) -> None:
-    # JSON allows half of a surrogate pair in an escape, UTF-8 and tokenizers do not.
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{origin}: holds half of a \\u surrogate pair") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {

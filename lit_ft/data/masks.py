@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
 from lit_ft.data.formats import Message
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REMEDY = (
-    "give a template that marks the assistant's turns with {% generation %} and "
-    "{% endgeneration %}: data.chat_template=template.jinja, or the simple data.chat_template=plain"
-)
+_TEMPLATES = (remedies.MARKED_TEMPLATE, remedies.PLAIN_TEMPLATE)
 
 
 def assistant_mask(
@@ -23,11 +22,11 @@ def assistant_mask(
     """Return a chat's token ids, and 1 for each token that the assistant says.
 
     Raises:
-        ValueError: The tokenizer has no chat template, or one whose turns cannot be told apart.
+        Refusal: The tokenizer has no chat template, or one whose turns cannot be told apart.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str):
-        raise ValueError(f"the tokenizer has no chat template: {REMEDY}")
+        raise Refusal("the tokenizer has no chat template", *_TEMPLATES)
     mark = _mark_by_template if GENERATION_MARK.search(template) else _mark_by_prefix
     return mark(tokenizer, messages)
 
@@ -66,7 +65,7 @@ def _assistant_spans(
     """Find the characters [first, last) of each assistant turn in a rendered chat.
 
     Raises:
-        ValueError: If the template renders a chat's beginning otherwise than alone.
+        Refusal: If the template renders a chat's beginning otherwise than alone.
     """
     end_tokens = tuple(tokenizer.get_added_vocab())
     spans = []
@@ -74,13 +73,14 @@ def _assistant_spans(
         if message["role"] != "assistant":
             continue
         if place == 0:
-            raise ValueError(f"the chat begins with the assistant; begin with a user, or {REMEDY}")
+            raise Refusal("the chat begins with the assistant, not with a user", *_TEMPLATES)
         before = _render(tokenizer, messages[:place], add_generation_prompt=True)
         through = _render(tokenizer, messages[: place + 1])
         if not (text.startswith(through) and through.startswith(before)):
-            raise ValueError(
+            raise Refusal(
                 f"the chat template renders message {place} otherwise at the end of a chat than "
-                f"in it, so its tokens cannot be told: {REMEDY}"
+                "in it, so its tokens cannot be told",
+                *_TEMPLATES,
             )
         # The newline that templates put after the end of a turn is no part of it.
         turn = through.rstrip()

@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal, Remedy, located
 from lit_ft.data.docstrings import Docstrings
 from lit_ft.data.files import READERS, read
 from lit_ft.data.formats import Format, detect
@@ -58,7 +60,14 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
     if local.is_dir() and not options:
         files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS)
         if files:
-            _refuse_unread(local, files)
+            if unread := _unread(local, files):
+                raise Refusal(
+                    f"{path}: files in folders of their own and compressed ones would not be read "
+                    f"({', '.join(unread[:3])})",
+                    Remedy("unpack them next to the others"),
+                    Remedy("take them away"),
+                    remedies.THROUGH_DATASETS,
+                )
             return Files(path, files)
     if not local.is_dir() and (not HUB_NAME.fullmatch(path) or local.suffix.lower() in READERS):
         raise ValueError(f"{path}: no such file{_near(local)}")
@@ -80,7 +89,7 @@ def parse(source: Source, format: Format | None = None) -> Iterator[ParsedRow]:
             format = format or detect(row.fields)
             conversation = format.parse(row.fields)
         except ValueError as error:
-            raise ValueError(f"{row.origin}: {error}") from error
+            raise located(error, row.origin) from error
         yield ParsedRow(row.origin, conversation, row.held_out)
 
 
@@ -103,9 +112,10 @@ class Files:
                 raise ValueError(f"{file}: unknown kind of file {file.suffix!r}; known are {known}")
         splits = [file.name for file in files if SPLIT_NAME.search(file.stem)]
         if len(files) > 1 and splits:
-            raise ValueError(
-                f"{name} holds the splits of a data set ({', '.join(splits)}): name one file as "
-                "data.path and another as data.val_path, or give +data.source_options.split=train"
+            raise Refusal(
+                f"{name} holds the splits of a data set ({', '.join(splits)})",
+                remedies.TWO_FILES,
+                remedies.THROUGH_DATASETS,
             )
         self.name = name
         self.files = files
@@ -177,19 +187,14 @@ class Hub:
         return self._dataset
 
 
-def _refuse_unread(folder: Path, files: list[Path]) -> None:
-    unread = [
+def _unread(folder: Path, files: list[Path]) -> list[str]:
+    """Return the data files of a folder that are not among those that will be read."""
+    return [
         name
         for file in sorted(set(folder.rglob("*")) - set(files))
         if not (name := file.relative_to(folder).as_posix()).startswith(".")
         and not READERS.keys().isdisjoint(map(str.lower, file.suffixes))
     ]
-    if unread:
-        raise ValueError(
-            f"{folder}: files in folders of their own and compressed ones would not be read "
-            f"({', '.join(unread[:3])}): unpack them beside the others or take them away, or give "
-            "+data.source_options.split=train, to read the folder through `datasets`"
-        )
 
 
 def _near(missing: Path) -> str:

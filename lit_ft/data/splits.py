@@ -9,6 +9,8 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
 from lit_ft.data.encoding import Encoder, EncodingReport
 from lit_ft.data.formats import Format, named
 from lit_ft.data.mixing import mix, side, split
@@ -17,7 +19,7 @@ from lit_ft.data.tables import (
     drop_unusable,
     encode_rows,
     encode_source,
-    refuse_nothing,
+    nothing_left,
     report,
     stream_source,
 )
@@ -75,9 +77,7 @@ def weighted_sources(
         weight, own_format = options.pop("weight", 1.0), options.pop("format", None) or format
         path = options.get("path")
         if path is None:
-            raise ValueError(
-                "a source has no path: data.path=my.jsonl names a file, a folder or a hub dataset"
-            )
+            raise Refusal("a source has no path", remedies.OWN_DATA)
         if isinstance(own_format, str):
             own_format = named(own_format)
         if not (weight > 0 and isfinite(weight)):
@@ -121,7 +121,8 @@ def load_tables(
         held_out = [side(val.table(encoder), held_out=True)]
     reports = [report(table) for table in kept]
     for one, counts in zip(train, reports, strict=True):
-        refuse_nothing(counts, f"training on {one.source.name}")
+        if not counts.examples:
+            raise nothing_left(counts, f"training on {one.source.name}")
     usable = [drop_unusable(table) for table in kept]
     return Splits(
         train=mix(usable, [one.weight for one in train], seed=seed),
@@ -170,5 +171,6 @@ def _count(tables: Iterable[Dataset]) -> EncodingReport:
 def _validation(tables: list[Dataset]) -> Dataset:
     from datasets import concatenate_datasets
 
-    refuse_nothing(_count(tables), "validation")
+    if not (counts := _count(tables)).examples:
+        raise nothing_left(counts, "validation")
     return concatenate_datasets([drop_unusable(table) for table in tables])

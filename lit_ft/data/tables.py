@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.data.cache import cache_key, cached
 from lit_ft.data.encoding import EncodedRow, Encoder, EncodingReport
 from lit_ft.data.formats import Format
@@ -74,16 +76,17 @@ def stream_source(
 
     def rows() -> Iterator[dict[str, Any]]:
         # Without this, a trainer would pass over a stream of no example for ever.
-        if seen != EncodingReport():
-            refuse_nothing(seen, f"training on {source.name}")
+        if seen != EncodingReport() and not seen.examples:
+            raise nothing_left(seen, f"training on {source.name}")
         count = 0
         for row in parse(source, format):
             count += 1
             yield row._asdict()
         if count <= skip:
-            raise ValueError(
-                f"{source.name} has {count} rows, and the first {skip} are validated on: "
-                "lower data.max_val_examples, or give data.val_path"
+            raise Refusal(
+                f"{source.name} has {count} rows, and the first {skip} are validated on",
+                remedies.VALIDATE_ON_LESS,
+                remedies.VALIDATE_ELSEWHERE,
             )
 
     def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -102,16 +105,14 @@ def stream_source(
     )
 
 
-def refuse_nothing(report: EncodingReport, purpose: str) -> None:
-    """Raise ValueError with the counts and the remedy if a report has no example."""
-    if report.examples:
-        return
-    remedy = "give more data"
+def nothing_left(report: EncodingReport, purpose: str) -> Refusal:
+    """Return the error for rows of which none is an example, with their counts and the remedies."""
+    ways = [Remedy("give more data")]
     if report.dropped_overlong:
-        remedy = "raise data.max_length, or cut the rows with data.drop_overlong=false"
+        ways = [remedies.LONGER_ROWS, remedies.CUT_ROWS]
     elif report.dropped_without_targets:
-        remedy = "raise data.max_length if answers are cut off, or add assistant turns"
-    raise ValueError(f"nothing is left for {purpose} ({report}): {remedy}")
+        ways = [remedies.LONGER_ROWS, Remedy("add assistant turns")]
+    return Refusal(f"nothing is left for {purpose} ({report})", *ways)
 
 
 def report(table: Dataset) -> EncodingReport:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -16,8 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Remedy
 from lit_ft.distributed.checkpoint import load_file, load_parts, save_parts
 from lit_ft.distributed.fully_shard import fully_shard_model
+from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.tensors.sharding import is_model_sharded
 
 
@@ -53,9 +55,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         replicas = data_parallel_replicate_size
         if replicas != "auto" and not (isinstance(replicas, int) and replicas > 0):
-            raise MisconfigurationException(
-                f"data_parallel_replicate_size={replicas}: give a number of replicas from 1 on, or "
-                "auto (one on each node)."
+            raise Misconfiguration(
+                f"data_parallel_replicate_size={replicas} is no number of replicas",
+                Remedy("give a number from 1 on, or auto (one on each node)"),
             )
         if cpu_offload and torch.cuda.is_available():  # gradients are reduced there, normed here
             options.setdefault("process_group_backend", "cuda:nccl,cpu:gloo")
@@ -73,14 +75,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Join the process group, as many ranks as there are.
 
         Raises:
-            MisconfigurationException: The ranks cannot be dealt to the replicas evenly.
+            Misconfiguration: The ranks cannot be dealt to the replicas evenly.
         """
         self._data_parallel_size = ranks = self.num_nodes * self.num_processes
         if ranks % self.num_replicas:
-            raise MisconfigurationException(
+            raise Misconfiguration(
                 f"data_parallel_replicate_size={self.num_replicas} does not divide {ranks} ranks "
-                f"({self.num_nodes} nodes of {self.num_processes} devices): give a divisor, auto "
-                "(one replica on each node), or use strategy=fsdp."
+                f"({self.num_nodes} nodes of {self.num_processes} devices)",
+                Remedy("give a divisor, or auto (one replica on each node)"),
+                remedies.FSDP,
             )
         super().setup_environment()
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
 from lit_ft.subspace import SubspaceLayer
 from lit_ft.tensors.sharding import fsdp_root
 
@@ -30,14 +32,16 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
         **options: For `fully_shard`, e.g. `reshard_after_forward`, `mp_policy`, `offload_policy`.
 
     Raises:
-        ValueError: The model does not say what its blocks are.
+        Refusal: The model does not say what its blocks are.
     """
     block_names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in block_names]
     if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} does not name its blocks (_no_split_modules), which "
-            "strategy=fsdp spreads one by one: use strategy=ddp or strategy=single_gpu."
+        raise Refusal(
+            f"{type(model).__name__} does not name its blocks (_no_split_modules), which FSDP2 "
+            "shards one by one",
+            remedies.DDP,
+            remedies.ONE_DEVICE,
         )
     for block in reversed(blocks):  # one inside another comes first
         fully_shard(block, mesh=mesh, **options)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
-from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RAdam, RMSprop
 from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+from lit_ft.compat import remedies
+from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.tensors.sharding import is_sharded
 
 # Of transformers' styles those with the right gradients over several micro-batches too.
 # "replicated_with_grad_allreduce" (Qwen3's norms of heads) adds the accumulated ones up again.
 _STYLES = {"colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"}
-_ELEMENTWISE = (Adam, NAdam, RAdam, SGD, RMSprop, Adagrad)  # AdamW is an Adam
 
 
 class TensorParallelStrategy(ModelParallelStrategy):
@@ -47,18 +46,20 @@ class TensorParallelStrategy(ModelParallelStrategy):
         """Join the process group, as many ranks as there are.
 
         Raises:
-            MisconfigurationException: There are several nodes, or there is one device.
+            Misconfiguration: There are several nodes, or there is one device.
         """
         if self.num_nodes > 1:
-            raise MisconfigurationException(
-                "strategy=tensor_parallel sends every layer's activations between all devices, "
-                f"which {self.num_nodes} nodes are too far apart for: use strategy=hsdp or "
-                "strategy=fsdp."
+            raise Misconfiguration(
+                "Tensor parallelism sends every layer's activations between all devices, and "
+                f"{self.num_nodes} nodes are too far apart for that",
+                remedies.HSDP,
+                remedies.FSDP,
             )
         if self.num_processes == 1:
-            raise MisconfigurationException(
-                "strategy=tensor_parallel needs two devices or more: set trainer.devices, or use "
-                "strategy=auto for one."
+            raise Misconfiguration(
+                "Tensor parallelism needs two devices or more",
+                remedies.MORE_DEVICES,
+                remedies.ONE_DEVICE,
             )
         self._tensor_parallel_size = self.num_processes
         super().setup_environment()
@@ -79,7 +80,7 @@ def tensor_parallel_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         mesh: Of the ranks, with one dimension.
 
     Raises:
-        MisconfigurationException: transformers has no plan for the model, or one with parts that
+        Misconfiguration: transformers has no plan for the model, or one with parts that
             would be trained wrongly; or its heads cannot be dealt to the ranks; or it has dropout.
     """
     for name in model.all_tied_weights_keys:  # the plan is for each by itself; tied again below
@@ -99,42 +100,32 @@ def tensor_parallel_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     model.tie_weights()
 
 
-def refuse_not_elementwise(kind: Any) -> None:
-    """Raise ValueError unless `kind` is an optimizer that steps each element by itself."""
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        return
-    if not issubclass(kind, _ELEMENTWISE):
-        raise ValueError(
-            "strategy=tensor_parallel cuts matrices, so that an optimizer must step each element "
-            "by itself: take optim=adamw or optim=sgd, or use strategy=fsdp."
-        )
-
-
 def _plan(model: PreTrainedModel, ranks: int) -> dict[str, str]:
     name, config = type(model).__name__, model.config.get_text_config()
     if not model.tp_plan:
-        raise MisconfigurationException(
-            f"transformers has no tensor-parallel plan for {name}: use strategy=fsdp."
+        raise Misconfiguration(
+            f"transformers has no tensor-parallel plan for {name}", remedies.FSDP
         )
     unknown = set(model.tp_plan.values()) - _STYLES
     if unknown:
-        raise MisconfigurationException(
+        raise Misconfiguration(
             f"The tensor-parallel plan of {name} has parts that are not trained here "
-            f"({', '.join(sorted(unknown))}): use strategy=fsdp."
+            f"({', '.join(sorted(unknown))})",
+            remedies.FSDP,
         )
     for heads in ("num_attention_heads", "num_key_value_heads"):
         number = getattr(config, heads, None) or ranks
         if number % ranks:
-            raise MisconfigurationException(
-                f"{name} has {heads}={number}, which {ranks} devices do not divide: set "
-                "trainer.devices to a divisor, or use strategy=fsdp."
+            raise Misconfiguration(
+                f"{name} has {heads}={number}, which {ranks} devices do not divide",
+                remedies.FEWER_DEVICES,
+                remedies.FSDP,
             )
     # Ranks would have to draw the same numbers for what is whole and others for what is cut.
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     if drops or getattr(config, "attention_dropout", False):
-        raise MisconfigurationException(
-            f"{name} has dropout, which differs between the ranks of strategy=tensor_parallel: "
-            "use strategy=fsdp."
+        raise Misconfiguration(
+            f"{name} has dropout, which would differ between tensor-parallel ranks", remedies.FSDP
         )
     plans: Any = model._resolve_parallel_plans(DistributedConfig(tp_size=ranks))
     plan: dict[str, str] = plans[0]

@@ -5,25 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lit_ft.tensors.sharding import full_tensor, shard_like
-
-# What reads no base weight, changes none, and trains no copy of one.
-_WORK_SHARDED = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout"),
-    *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "use_rslora", "use_dora"),
-    "init_lora_weights",  # as below
-}
-_START_SHARDED = (True, False, "gaussian", "orthogonal")
 
 
 def add_adapter(model: Any, config: Any) -> PeftModel:
@@ -50,7 +39,7 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
                 module.support_avx512bf16_for_cpu = False
     with _zeros_for_values_to_come(model):
         adapted = cast(PeftModel, get_peft_model(model, config))
-    _refuse_tied_layers(adapted)
+    _no_tied_layers(adapted)
     initial = (
         {name: p.detach().clone() for name, p in adapted.named_parameters() if "lora_" in name}
         if rewrites_base_weights(adapted)
@@ -70,23 +59,6 @@ def rewrites_base_weights(model: PeftModel) -> bool:
         "corda",
         "loftq",
     }
-
-
-def refuse_sharded_base(config: Any) -> None:
-    """Raise ValueError for an adapter that does not work on weights that ranks hold parts of."""
-    remedy = "use adapter=lora, or strategy=ddp."
-    if type(config) is not LoraConfig:
-        kind = type(config).__name__
-        raise ValueError(f"Of adapters LoRA works on sharded weights, not {kind}: {remedy}")
-    if config.init_lora_weights not in _START_SHARDED:
-        raise ValueError(
-            f"adapter.init_lora_weights={config.init_lora_weights} starts from whole weights, and "
-            f"where they are sharded no rank has one: {remedy}"
-        )
-    usual = LoraConfig()
-    for name in [field.name for field in fields(config) if field.name not in _WORK_SHARDED]:
-        if getattr(config, name) != getattr(usual, name):
-            raise ValueError(f"adapter.{name} does not go with sharded weights: {remedy}")
 
 
 @torch.no_grad()
@@ -139,7 +111,7 @@ def merged_layer(layer: Any) -> nn.Module:
     return merged
 
 
-def _refuse_tied_layers(model: PeftModel) -> None:
+def _no_tied_layers(model: PeftModel) -> None:
     """Raise ValueError for an adapter whose merging would change another layer as well."""
     base: Any = model.get_base_model()
     tied = {*base.all_tied_weights_keys, *base.all_tied_weights_keys.values()}
@@ -147,7 +119,7 @@ def _refuse_tied_layers(model: PeftModel) -> None:
         if isinstance(layer, BaseTunerLayer) and f"{name}.weight" in tied:
             raise ValueError(
                 f"The weight of {name} is another layer's too, and an adapter on one alone cannot "
-                "be merged into it: leave it out of adapter.target_modules."
+                "be merged into it: leave it out of target_modules."
             )
 
 

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.load_sharded import from_pretrained_in_shards
 from lit_ft.tensors.stochastic_rounding import own_gpu
@@ -87,24 +89,31 @@ class Pretrained:
         path = Path(self.name_or_path)
         looks_local = path.is_absolute() or self.name_or_path.startswith((".", "~"))
         if looks_local and not path.is_dir():
-            raise ValueError(f"model.name_or_path={self.name_or_path}: there is no such folder.")
+            raise ValueError(f"name_or_path={self.name_or_path}: there is no such folder.")
         if not path.is_dir():
             try:
                 validate_repo_id(self.name_or_path)
             except HFValidationError as error:
                 raise ValueError(
-                    f"model.name_or_path={self.name_or_path}: there is no such folder, and it is "
+                    f"name_or_path={self.name_or_path}: there is no such folder, and it is "
                     "no name on the hub, which has one slash at most."
                 ) from error
         if self.gguf_file and path.is_dir() and not (path / self.gguf_file).is_file():
             found = ", ".join(p.name for p in path.glob("*.gguf")) or "none"
             raise ValueError(
-                f"model.gguf_file={self.gguf_file}: not in {path}. GGUF files there: {found}."
+                f"gguf_file={self.gguf_file}: not in {path}. GGUF files there: {found}."
             )
         if self.dtype is not None:
             dtype_named(self.dtype)
         if self.quantization_config is not None:
-            _check_quantization_runs()
+            if importlib.util.find_spec("bitsandbytes") is None:
+                raise ValueError("Quantised weights need bitsandbytes: pip install bitsandbytes")
+            if torch.backends.mps.is_available():
+                raise Refusal(
+                    "bitsandbytes has no 4-bit kernels for Apple GPUs",
+                    remedies.LORA,
+                    Remedy('use Trainer(accelerator="cpu")', {"strategy": "cpu"}),
+                )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's own tokenizer, with a padding token."""
@@ -239,8 +248,10 @@ class FromConfig:
         """Raise ValueError for an unknown architecture or a tokenizer that cannot be loaded."""
         AutoConfig.for_model(self.model_type)
         if self.quantization_config is not None:
-            raise ValueError(
-                "Random weights are not quantised: use adapter=lora, or a pretrained model."
+            raise Refusal(
+                "Random weights are not quantised",
+                remedies.LORA,
+                Remedy("take a pretrained model", {"model": "pretrained"}),
             )
         source = self._tokenizer_source()
         if source is not None:
@@ -282,13 +293,3 @@ def dtype_named(name: str) -> torch.dtype:
             f"dtype={name}: not a floating-point type of torch; try bfloat16 or float32."
         )
     return dtype
-
-
-def _check_quantization_runs() -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("Quantised weights need bitsandbytes: pip install bitsandbytes")
-    if torch.backends.mps.is_available():
-        raise ValueError(
-            "bitsandbytes has no 4-bit kernels for Apple GPUs: "
-            "use adapter=lora, or strategy=cpu with adapter=qlora."
-        )

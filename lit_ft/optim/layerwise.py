@@ -10,18 +10,11 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.compat.match import reason_against
+from lit_ft.compat.optimizers import traits_of, unwrapped
+from lit_ft.compat.plan import Plan
+from lit_ft.compat.rules import check
 from lit_ft.optim.narrowed import narrowed
 from lit_ft.optim.row_chunked import without_hooks
-
-# Optimizers whose step is not the sum of its parameters' steps.
-_NOT_BY_PARAMETER = {
-    r"\.LBFGS": "LBFGS looks at all gradients at once",
-    r"\.Lamb": "Lamb clips by the norm of all gradients",
-    r"ScheduleFree": "schedule-free optimizers count their steps in the groups",
-    r"\.Prodigy": "Prodigy sums over all parameters",
-    r"\.DAdapt": "D-Adaptation sums over all parameters",
-}
 
 
 class LayerwiseStep:
@@ -47,7 +40,7 @@ class LayerwiseStep:
             None: do not.
 
     Raises:
-        ValueError: The optimizer needs more than one parameter at a time.
+        Refusal: The optimizer needs more than one parameter at a time.
         RuntimeError: While stepping: the optimizer counts steps in its groups, or a gradient comes
             in parts.
         FloatingPointError: While stepping with `max_norm`: the norm is not finite. Nothing moved.
@@ -61,7 +54,8 @@ class LayerwiseStep:
         max_norm: float | None = None,
         max_value: float | None = None,
     ) -> None:
-        refuse_not_by_parameter(type(optimizer))
+        kind = unwrapped(type(optimizer))
+        check(Plan(kind.__name__, traits_of(kind), layerwise=True), parts=["layerwise"])
         self.optimizer = optimizer
         self.max_norm = max_norm
         self.max_value = max_value
@@ -151,11 +145,11 @@ class LayerwiseStep:
     def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         if self._norms is not None:
-            self._refuse_part(parameter, self._norms)
+            self._note_once(parameter, self._norms)
             self._norms[parameter] = get_total_norm(parameter.grad)
             parameter.grad = None
         elif self._steps_now:
-            self._refuse_part(parameter, self._stepped)
+            self._note_once(parameter, self._stepped)
             self._stepped.add(parameter)
             self._clip([parameter])
             self._step(parameter)
@@ -176,16 +170,16 @@ class LayerwiseStep:
                 if group[key] != value:
                     raise RuntimeError(
                         f"{type(self.optimizer).__name__} counts in its groups ('{key}'), once for "
-                        "each parameter that is stepped by itself: step it as a whole "
-                        "(update=whole)."
+                        "each parameter that is stepped by itself: step it after backward, without "
+                        "layerwise updates."
                     )
 
-    def _refuse_part(self, parameter: Tensor, seen: Container[Tensor]) -> None:
+    def _note_once(self, parameter: Tensor, seen: Container[Tensor]) -> None:
         if parameter in seen:
             raise RuntimeError(
                 f"The gradient of a parameter {tuple(parameter.shape)} comes in parts, and the "
                 "first has been used: run one backward pass a step, checkpoint with "
-                "use_reentrant=False, or step as a whole (update=whole)."
+                "use_reentrant=False, or step after backward, without layerwise updates."
             )
 
 
@@ -193,14 +187,6 @@ def large_parameters(optimizer: Optimizer, min_grad_bytes: int) -> list[Tensor]:
     """Return the optimizer's trainable parameters whose gradient takes that many bytes or more."""
     held = (p for group in optimizer.param_groups for p in group["params"])
     return [p for p in held if p.requires_grad and p.numel() * p.itemsize >= min_grad_bytes]
-
-
-def refuse_not_by_parameter(kind: type) -> None:
-    """Raise ValueError for a class of optimizers that cannot step one parameter at a time."""
-    if reason := reason_against(kind, _NOT_BY_PARAMETER):
-        raise ValueError(
-            f"Layerwise updates do not fit: {reason}. Step it as a whole (update=whole)."
-        )
 
 
 def _numbers(optimizer: Optimizer) -> list[dict[str, float]]:

@@ -56,8 +56,8 @@ def _initialise(optimizer: Optimizer) -> None:
         raise ValueError(
             "bitsandbytes' overrides by module (StableEmbedding, GlobalOptimManager) go by a "
             f"parameter's place in {type(optimizer).__name__}, and it is stepped one parameter at "
-            "a time (layerwise, or for bfloat16 weights): use update=whole and float32 weights, or "
-            "no override."
+            "a time (layerwise, or for bfloat16 weights): step float32 weights after backward, or "
+            "use no override."
         )
     optimizer.to_gpu()  # type: ignore[attr-defined]
     optimizer.initialized = True  # type: ignore[attr-defined]

@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
 from lit_ft.optim.row_chunked import AnyOptimizer, RowChunked, at, take_class
 from lit_ft.tensors.sharding import first_element, local
 from lit_ft.tensors.stochastic_rounding import keyed_generator, round_stochastically
+
+_FLOAT16 = (
+    "float16 weights cannot be rounded stochastically: below 6e-5 they lose precision and below "
+    "6e-8 they vanish, gradients too, and a loss scaler needs float32 weights"
+)
 
 
 def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
@@ -46,7 +53,8 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
         ValueError: A parameter is float16, or a scheduler already holds the optimizer's step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    _refuse_float16(parameters)
+    if _has_float16(parameters):
+        raise Refusal(_FLOAT16, remedies.BF16_TRUE, remedies.FP16_MIXED)
     if any(p.dtype is torch.bfloat16 for p in parameters):
         index = {p: index for index, p in enumerate(parameters)}
         take_class(optimizer, _StochasticallyRounded, _rounding_seed=seed, _rounding_index=index)
@@ -100,22 +108,15 @@ class _StochasticallyRounded(RowChunked):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        try:
-            _refuse_float16(self.param_groups[-1]["params"])
-        except ValueError:
+        if _has_float16(self.param_groups[-1]["params"]):
             self.param_groups.pop()
-            raise
+            raise Refusal(_FLOAT16, remedies.BF16_TRUE, remedies.FP16_MIXED)
         for parameter in self.param_groups[-1]["params"]:
             self._rounding_index[parameter] = len(self._rounding_index)
 
 
-def _refuse_float16(parameters: list[Tensor]) -> None:
-    if any(parameter.dtype is torch.float16 for parameter in parameters):
-        raise ValueError(
-            "float16 weights cannot be rounded stochastically: below 6e-5 they lose precision and "
-            "below 6e-8 they vanish, gradients too, and a loss scaler needs float32 weights. "
-            "Use precision=bf16-true or 16-mixed."
-        )
+def _has_float16(parameters: list[Tensor]) -> bool:
+    return any(parameter.dtype is torch.float16 for parameter in parameters)
 
 
 @contextmanager

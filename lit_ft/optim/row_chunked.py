@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
+from torch.optim import Optimizer
 
-from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
+from lit_ft.compat.optimizers import traits_of
 from lit_ft.optim.narrowed import narrowed
 from lit_ft.tensors.row_blocks import put_rows, row_blocks, rows_of
 from lit_ft.tensors.sharding import is_sharded
@@ -26,8 +26,9 @@ def row_chunked(optimizer: AnyOptimizer) -> AnyOptimizer:
     copies, and on a GPU bitsandbytes' do not either. The result is the same bit for bit.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    in_copies = _is_elementwise_bitsandbytes(optimizer) and not isinstance(optimizer, RowChunked)
-    if in_copies and any(p.device.type == "cpu" and len(row_blocks(p)) > 1 for p in parameters):
+    in_copies = traits_of(type(optimizer)).copies_on_cpu and _steps_rows(optimizer)
+    large = any(p.device.type == "cpu" and len(row_blocks(p)) > 1 for p in parameters)
+    if in_copies and large and not isinstance(optimizer, RowChunked):
         take_class(optimizer, RowChunked)
     return optimizer
 
@@ -77,8 +78,7 @@ class RowChunked(Optimizer):
         """Bring a stepped stand-in's values into the parameter's rows."""
 
     def _step_apart(self, parameter: Tensor) -> None:
-        elementwise = type(self)._own_step in _ELEMENTWISE or _is_elementwise_bitsandbytes(self)
-        by_row = elementwise and not is_sharded(parameter)
+        by_row = _steps_rows(self) and not is_sharded(parameter)
         by_row &= not parameter.is_meta  # where an estimate steps it, and memory is free
         pieces = row_blocks(parameter) if by_row else [slice(None)]
         if len(pieces) == 1:
@@ -130,7 +130,7 @@ def take_class(optimizer: Optimizer, mixin: type[RowChunked], **attributes: Any)
     optimizer.__class__ = type(
         own.__name__,  # the name that monitors and profilers show
         (mixin, own),
-        {"_own_step": without_hooks(own.step)},
+        {"_own_step": without_hooks(own.step), "wrapped_class": own},
     )
     vars(optimizer).update(attributes)
 
@@ -143,14 +143,7 @@ def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-# Each element's step depends on that element's gradient and state alone.
-_ELEMENTWISE = {
-    without_hooks(kind.step) for kind in (Adam, RowwiseAdamW8bit, SGD, RMSprop, Adagrad)
-}
-
-
-def _is_elementwise_bitsandbytes(optimizer: Optimizer) -> bool:
-    kind = getattr(optimizer, "optimizer_name", None)
+def _steps_rows(optimizer: Optimizer) -> bool:
+    """Whether some rows of a parameter can be stepped without the others."""
     # Paged state must stay where bitsandbytes has put it.
-    paged = getattr(optimizer, "is_paged", False)
-    return kind in ("adam", "lion", "momentum", "rmsprop", "adagrad") and not paged
+    return traits_of(type(optimizer)).rowwise and not getattr(optimizer, "is_paged", False)

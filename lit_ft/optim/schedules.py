@@ -11,6 +11,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
+
 
 @dataclass(frozen=True)
 class WarmupSchedule:
@@ -58,16 +61,16 @@ class WarmupSchedule:
             ValueError: The length is unknown, or the warm-up does not end within it.
         """
         if not (math.isfinite(num_training_steps) and num_training_steps >= 1):
-            raise ValueError(
-                f"A schedule needs the run's length, got {num_training_steps} steps: "
-                "set trainer.max_steps."
+            raise Refusal(
+                f"A schedule needs the run's length, and got {num_training_steps} steps",
+                remedies.MAX_STEPS,
             )
         length = int(num_training_steps)
         warmup = self.num_warmup_steps(length)
         if warmup >= length:
-            raise ValueError(
-                f"A warm-up of {warmup} steps does not end within {length} steps: "
-                "set schedule.warmup to less, or to a fraction such as 0.05."
+            raise Refusal(
+                f"A warm-up of {warmup} steps does not end within {length} steps",
+                remedies.SHORTER_WARMUP,
             )
         # The functions' step 0 has rate zero: ask for one step more and start behind it.
         lengths = {"num_warmup_steps": warmup + 1, "num_training_steps": length + 1}

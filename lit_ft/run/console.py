@@ -14,6 +14,8 @@ from hydra.errors import CompactHydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ft.compat.refusal import message_on_command_line
+
 # Nothing that a user of lit_ft could act on: deprecations between libraries, and an advertisement.
 _WARNINGS = (
     "'set_vital' is deprecated",  # torchdata calls torch
@@ -85,4 +87,5 @@ def command_line_exits() -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        raise CompactHydraException(f"\n{type(cause).__name__}: {cause}") from error
+        said = message_on_command_line(cause)
+        raise CompactHydraException(f"\n{type(cause).__name__}: {said}") from error

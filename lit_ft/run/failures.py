@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 
-from lit_ft.callbacks import GaLore, LayerwiseUpdate
+from lit_ft.callbacks import GaLore
 from lit_ft.callbacks._support.trainer import find_callback
+from lit_ft.compat import remedies
+from lit_ft.compat.plan import Plan
+from lit_ft.compat.refusal import Remedy
+from lit_ft.compat.rules import after, goes
 from lit_ft.datamodule import InstructionDataModule
-from lit_ft.distributed import TensorParallelStrategy
+from lit_ft.distributed.plan import Misconfiguration, plan_of
 from lit_ft.module import CausalLMModule
 from lit_ft.run.summary import status_of
 
@@ -41,29 +43,35 @@ def remedies_for_out_of_memory(
 
 def _settings_that_need_less(
     module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
-) -> list[str]:
+) -> Iterator[str]:
+    if (rows := datamodule.batch_size) > 1:
+        yield f"data.batch_size={rows // 2} with twice the trainer.accumulate_grad_batches"
+    if not module.activation_checkpointing:
+        yield "module.activation_checkpointing=true"
+    yield f"data.max_length below {datamodule.max_length}"
+    for choice in choices_that_need_less(plan_of(trainer, module)):
+        yield " ".join(f"{name}={value}" for name, value in choice.settings.items())
     galore = find_callback(trainer, GaLore)
-    in_8_bits = "8bit" in optimizer_name(module)
-    whole = module.adapter is None
-    quantised = getattr(module.source, "quantization_config", None) is not None
-    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-    by_columns = isinstance(trainer.strategy, TensorParallelStrategy)
-    single = isinstance(trainer.strategy, SingleDeviceStrategy)
-    # What LayerwiseUpdate follows, and where it is of use.
-    layerwise = whole and not galore and (single or (sharded and not trainer.gradient_clip_val))
-    smaller_optimizer = f"optim=galore_subspace_8bit{'_torchao' if sharded else ''}"
-    remedies = {
-        f"data.batch_size={datamodule.batch_size // 2} with twice the "
-        "trainer.accumulate_grad_batches": datamodule.batch_size > 1,
-        "module.activation_checkpointing=true": not module.activation_checkpointing,
-        f"data.max_length below {datamodule.max_length}": True,
-        "update=layerwise": layerwise and not find_callback(trainer, LayerwiseUpdate),
-        smaller_optimizer: whole and not by_columns and not (galore and in_8_bits),
-        f"galore.rank below {galore.rank if galore else 0}": galore is not None,
-        "adapter=lora": whole and not by_columns,
-        "adapter=qlora": not whole and not sharded and not quantised,
-    }
-    return [setting for setting, applies in remedies.items() if applies]
+    if galore is not None:
+        yield f"galore.rank below {galore.rank}"
+
+
+def choices_that_need_less(plan: Plan) -> list[Remedy]:
+    """Return the choices that need less memory than the plan's and go with the rest of it."""
+    choices = []
+    if plan.adapter is None:
+        if plan.basis is None and not plan.layerwise:
+            choices.append(Remedy("use LayerwiseUpdate()", {"update": "layerwise"}))
+        if plan.basis is None or "8bit" not in plan.optimizer:
+            smaller = [
+                remedies.GALORE_8BIT,
+                remedies.optimizer("adamw_8bit_torchao", galore="online"),
+            ]
+            choices += [choice for choice in smaller if goes(after(plan, choice))][:1]
+        choices.append(remedies.LORA)
+    elif not plan.quantised:
+        choices.append(Remedy("quantise the model under the adapter", {"adapter": "qlora"}))
+    return [choice for choice in choices if goes(after(plan, choice))]
 
 
 @contextmanager
@@ -71,7 +79,7 @@ def remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
     """Let what torch says of a checkpoint that does not fit say of which run it is.
 
     Raises:
-        MisconfigurationException: Names what differs.
+        Misconfiguration: Names what differs.
     """
     try:
         yield
@@ -100,12 +108,15 @@ def errors_of_starting_loaders() -> Iterator[None]:
         raise first from None
 
 
-def not_this_run(what: str) -> MisconfigurationException:
-    """Return the error for a checkpoint of another run; `what` says how one knows."""
-    return MisconfigurationException(
-        f"{what}: repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them), "
-        "or start afresh from the weights that it exported: model=pretrained "
-        "model.name_or_path=RUN_DIR/export"
+def not_this_run(why: str) -> Misconfiguration:
+    """Return the error for a checkpoint of another run; `why` says how one knows."""
+    return Misconfiguration(
+        why,
+        Remedy("repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them)"),
+        Remedy(
+            "start afresh from the weights that it exported",
+            {"model": "pretrained", "model.name_or_path": "RUN_DIR/export"},
+        ),
     )
 
 

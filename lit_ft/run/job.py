@@ -5,21 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
-    LayerwiseUpdate,
     SampleGenerations,
     StopOnSignal,
     final_panel,
 )
 from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
+from lit_ft.compat.refusal import Remedy
 from lit_ft.datamodule import InstructionDataModule
+from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.measure.environment import TESTED_TORCH, newer_torch
 from lit_ft.module import CausalLMModule
 from lit_ft.run.failures import (
@@ -41,7 +42,6 @@ def fine_tune(
     *,
     resume: str | Path | None = None,
     validate_only: bool = False,
-    auto_batch_size: bool = False,
 ) -> float:
     """Run the job and return the validation loss at its end.
 
@@ -49,11 +49,11 @@ def fine_tune(
         module: Not yet configured.
         datamodule: Its validation reads no more examples than training does, so that a short trial
             stays short.
-        trainer: With whatever callbacks; those of lit_ft fill their part of the summary.
+        trainer: With whatever callbacks; those of lit_ft fill their part of the summary, and are
+            put in the order that they need.
         summary: Entered; its fields are filled as they become known.
         resume: A checkpoint of the full state; None starts from the model's own weights.
         validate_only: Stop after the first validation (of `resume`'s weights, if given).
-        auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
     if (version := newer_torch()) is not None:
         rank_zero_warn(
@@ -61,17 +61,16 @@ def fine_tune(
             "it fails in torch, try that one."
         )
     if trainer.limit_val_batches == 0:
-        raise MisconfigurationException(
-            "trainer.limit_val_batches=0: a run is judged by its validation; "
-            "data.max_val_examples=8 makes that short."
+        raise Misconfiguration(
+            "trainer.limit_val_batches=0: a run is judged by its validation",
+            Remedy("make it short with max_val_examples=8", {"data.max_val_examples": "8"}),
         )
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
     recorder = Recorder(summary, optimizer_name(module), datamodule.source_names)
-    callbacks_of(trainer).extend([recorder, StopOnSignal()])
-    if auto_batch_size:
-        callbacks_of(trainer).insert(0, AutoBatchSize())
+    callbacks_of(trainer).append(recorder)
+    callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
-        _refuse_before_loading(trainer, module)
+        check_run(trainer, module)  # in `fit` a model would have been loaded and validated
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),
@@ -122,28 +121,48 @@ def available_accelerator(accelerator: str) -> str:
     return "auto"
 
 
-def sensible_precision(accelerator: str, *, sharded: bool = False) -> str:
+def sensible_precision(accelerator: str, strategy: object = "auto") -> str:
     """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
 
     bfloat16 weights learn here, because they are rounded stochastically. Where each rank holds a
-    part of the weights they are float32, and gathered in bfloat16.
+    part of the weights they are float32, and computed with in bfloat16.
+
+    Args:
+        accelerator: Lightning's name of the device, such as "auto", "gpu" or "cpu".
+        strategy: the strategy that the trainer is given, or Lightning's name for it.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        sharded = _shards_weights(strategy)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             return "32-true" if sharded else "16-mixed"
         return "bf16-mixed" if sharded else "bf16-true"
     return "32-true"
 
 
+def _shards_weights(strategy: object) -> bool:
+    if isinstance(strategy, str) and strategy in StrategyRegistry:
+        strategy = StrategyRegistry.get(strategy)
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
 def refuse_to_start_processes(trainer: Trainer) -> None:
-    """Raise MisconfigurationException if `trainer` starts this very command again for other ranks.
+    """Raise Refusal if `trainer` starts this very command again for other ranks.
 
     In a sweep each of them would run the whole sweep.
     """
     if trainer.strategy.launcher is not None and trainer.world_size > 1:
-        raise MisconfigurationException(
-            "A sweep (-m) runs on one device: set trainer.devices=1, or start the runs one by one."
+        raise Misconfiguration(
+            "A sweep (-m) runs on one device",
+            Remedy("use Trainer(devices=1)", {"trainer.devices": "1"}),
+            Remedy("start the runs one by one"),
         )
+
+
+def _turn(callback: Callback) -> int:
+    """Order callbacks: the batch size is found first, and a stop leaves all others up to date."""
+    if isinstance(callback, AutoBatchSize):
+        return 0
+    return 2 if isinstance(callback, StopOnSignal) else 1
 
 
 def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> int | None:
@@ -152,15 +171,6 @@ def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> i
     per_step = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     limits = [trainer.max_steps * per_step, datamodule.max_val_examples]
     return min(limit for limit in limits if limit is not None)
-
-
-def _refuse_before_loading(trainer: Trainer, module: CausalLMModule) -> None:
-    # In `fit` these would come after a model has been loaded and validated.
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, AutoBatchSize):
-            callback.check(trainer)
-        if isinstance(callback, LayerwiseUpdate):
-            callback.check(trainer, module)
 
 
 @rank_zero_only

@@ -15,6 +15,7 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
 
@@ -101,7 +102,11 @@ class RunSummary:
         if error is not None and status != "interrupted":
             lines = traceback.format_exception(error, limit=-5)
             self.update(
-                error={"type": type(error).__name__, "message": str(error), "traceback": lines}
+                error={
+                    "type": type(error).__name__,
+                    "message": message_on_command_line(error),
+                    "traceback": lines,
+                }
             )
         self.write()
 

@@ -121,7 +121,8 @@ class CheckpointFolder:
             RuntimeError: `state` is of another model or optimizer.
             ValueError: A file is broken, or holds objects that are more than plain values.
         """
-        self._refuse_other(state)
+        if told := self._differences(state):
+            raise RuntimeError(f"Error in loading state_dict for {self.path}: {'; '.join(told)}")
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -152,7 +153,8 @@ class CheckpointFolder:
             raise ValueError(f"Refusing to read {file}: {error}") from error
         return rest
 
-    def _refuse_other(self, state: dict[str, Any]) -> None:
+    def _differences(self, state: dict[str, Any]) -> list[str]:
+        """Return in what `state` differs from what was saved, in torch's words."""
         wanted, _ = flatten_state_dict(state)
         weights = self.tensors("state_dict.") if "state_dict" in state else {}
         differences = {
@@ -164,9 +166,7 @@ class CheckpointFolder:
                 if isinstance(wanted.get(name), Tensor) and wanted[name].shape != entry.size
             },
         }
-        told = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
-        if told:
-            raise RuntimeError(f"Error in loading state_dict for {self.path}: {'; '.join(told)}")
+        return [f"{what}: {_some(names)}" for what, names in differences.items() if names]
 
 
 class _MetadataUnpickler(pickle.Unpickler):

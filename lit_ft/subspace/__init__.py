@@ -4,6 +4,7 @@ A projected layer's weight gradient is never formed. Its gradient in the subspac
 a small parameter; any optimizer steps it; a fold moves the step into the weight.
 """
 
+from lit_ft.subspace.checks import MATCH_ADAMW
 from lit_ft.subspace.inject import (
     inject,
     keep_out_of_broadcasts,
@@ -12,7 +13,6 @@ from lit_ft.subspace.inject import (
     targeted,
 )
 from lit_ft.subspace.layers.base import SubspaceLayer
-from lit_ft.subspace.scale import MATCH_ADAMW
 from lit_ft.subspace.schedule import Refresh
 from lit_ft.subspace.updater import SubspaceUpdater
 

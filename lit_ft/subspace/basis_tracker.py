@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_ft.compat import remedies
+from lit_ft.compat.optimizers import traits_of
+from lit_ft.compat.refusal import Refusal
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.subspace.moments import change_of_basis, rotate_moments
 from lit_ft.subspace.projectors import SVD, BasisInput, Projector, SubspaceIteration
@@ -168,9 +171,9 @@ class BasisTracker:
         if self.projector.rotates_moments:
             rotation = change_of_basis(layer.basis.detach(), moved)
             rotation = rotation.to(layer.delta.device)  # where offloaded moments are
-            of_bitsandbytes = getattr(optimizer, "optimizer_name", "")
+            moments = traits_of(type(optimizer)).moments
             state = optimizer.state[layer.delta]
-            if not rotate_moments(state, group, rotation, name=of_bitsandbytes):
+            if not rotate_moments(state, group, rotation, moments=moments):
                 self._say_once(optimizer)
         self._moved[name] = None
         if move is not None:
@@ -197,10 +200,11 @@ class BasisTracker:
             )
         if refresh.adaptive and not self.projector.renews:
             name = type(self.projector).__name__
-            raise ValueError(
+            raise Refusal(
                 f"adaptive=True lets layers wait whose moves turn their bases little, and {name}'s "
-                "small steps always do: use SubspaceIteration, that is optim=galore, or leave "
-                "adaptive out."
+                "small steps always do",
+                remedies.RENEWED_BASES,
+                remedies.NOT_ADAPTIVE,
             )
         if self.compiled:
             refresh = replace(refresh, stagger=False)

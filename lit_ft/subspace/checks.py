@@ -2,111 +2,103 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_ft.compat.match import reason_against
+from lit_ft.compat import remedies
+from lit_ft.compat.optimizers import traits_of, unwrapped
+from lit_ft.compat.plan import Basis, Plan
+from lit_ft.compat.refusal import Refusal
+from lit_ft.compat.rules import check
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.tensors.sharding import full_tensor, holds_whole_rows, is_sharded
 
-# What the optimizer's own step must not depend on: S is zero before it.
-_NEEDS_THE_WEIGHT = {
-    r"^(transformers|lit_ft)\..*Adafactor$": None,  # with the options that are looked at below
-    r"\.Adafactor": "torch.optim.Adafactor scales its step by the parameter's size: use "
-    "transformers' Adafactor with scale_parameter=False, or AdamW",
-    r"\.LBFGS": "LBFGS keeps copies of the parameters: use AdamW",
-    r"\.(?i:lars)": "LARS scales its step by the parameter's norm: use AdamW",
-    r"(?i:lamb)(\d+bit)?$": "LAMB scales its step by the parameter's norm: use AdamW",
-    r"\.(Prodigy|DAdapt)": "it measures the distance from the first parameters: use AdamW",
-    r"\.(A?SAM|Lookahead)$": "it steps from and to copies of the parameters: use AdamW",
-    r"ScheduleFree": "schedule-free optimizers keep copies of the parameters: use AdamW",
-}
-
-# Their weight decay is added to the gradient, unless a group says otherwise.
-_ADDS_DECAY_TO_GRADIENT = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.ASGD,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
-_OF_BITSANDBYTES = ("Adagrad", "RMSprop", "SGD")  # and these with "8bit" or "32bit" behind
+MATCH_ADAMW = "match_adamw"
 
 
-def refuse_unfit(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer whose step has no meaning on parameters that are zero."""
-    if reason := reason_against(type(optimizer), _NEEDS_THE_WEIGHT):
-        raise ValueError(f"GaLore cannot train with this optimizer: {reason}.")
+def check_settings(*, every: object = 1, scale: object = MATCH_ADAMW) -> None:
+    """Raise ValueError for an interval or a scale that is none.
+
+    Args:
+        every: optimizer steps between two moves of a basis, a whole number from 1 on.
+        scale: α, a positive number or "match_adamw".
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every}: give a whole number of optimizer steps, at least 1.")
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale != MATCH_ADAMW and not (number and 0 < float(str(scale)) < math.inf):
+        raise ValueError(f"scale={scale}: give a positive number, or '{MATCH_ADAMW}'.")
+
+
+def check_steps_from_zero(optimizer: Optimizer) -> None:
+    """Raise Refusal for an optimizer whose step has no meaning on parameters that are zero."""
+    name, traits = unwrapped(type(optimizer)).__name__, traits_of(type(optimizer))
     if getattr(optimizer, "is_paged", False):
-        raise ValueError(
-            f"{type(optimizer).__name__} keeps its state in memory that a move of a basis cannot "
-            "turn: use AdamW8bit, whose state of a subspace is small as it is."
+        traits = replace(
+            traits,
+            movable_state=False,
+            why="paged optimizers keep their state where nothing else can reach it",
         )
+    check(Plan(name, traits, basis=Basis("")), parts=["galore"])
     for group in optimizer.param_groups:
         if group.get("scale_parameter") or group["lr"] is None:
-            raise ValueError(
-                "Adafactor scales its step by the parameter's size, and a subspace parameter is "
-                "zero: set scale_parameter=False and relative_step=False, with a learning rate."
+            raise Refusal(
+                f"{name} scales its step by the parameter's size, and a subspace parameter is zero",
+                remedies.optimizer("adafactor_fixed"),
             )
-        coupled = isinstance(optimizer, _ADDS_DECAY_TO_GRADIENT)
-        coupled |= type(optimizer).__name__.startswith(_OF_BITSANDBYTES)
-        coupled |= not getattr(optimizer, "is_adamw", True)  # torchao's Adam and AdamW are one
-        decoupled = group.get("decoupled_weight_decay", not coupled)
+        # Whatever the class does by default, a group may say it.
+        decoupled = group.get("decoupled_weight_decay", traits.decoupled_decay)
         if group.get("weight_decay") and not decoupled:
-            raise ValueError(
-                f"{type(optimizer).__name__} adds weight decay to the gradient, and a subspace "
-                "parameter is zero: set weight_decay=0, or use AdamW."
+            raise Refusal(
+                f"{name} adds weight decay to the gradient, and a subspace parameter is zero",
+                remedies.NO_DECAY,
+                remedies.optimizer("adamw"),
             )
 
 
-def refuse_float16(name: str, weight: Tensor) -> None:
-    """Raise ValueError for a layer whose weight is float16."""
-    if weight.dtype is torch.float16:
-        raise ValueError(
-            f"{name} has float16 weights, which lose small updates: use bfloat16, or "
-            "precision=16-mixed, which keeps them in float32."
-        )
+def check_layer(name: str, layer: SubspaceLayer, *, forms_gradients: bool) -> None:
+    """Raise ValueError for a layer that has changed since it went into its subspace.
 
-
-def refuse_resized(name: str, layer: SubspaceLayer) -> None:
-    """Raise ValueError for a layer whose weight has got another number of rows or columns."""
+    Args:
+        name: the layer's name.
+        layer: the layer, whose weight may have been cast, resized or sharded meanwhile.
+        forms_gradients: whether bases are taken from whole gradients.
+    """
+    check_dtype(name, layer.weight)
     rows, cols = layer.moving_weight.shape
     if (len(layer.delta), layer.basis.shape[1]) != (rows, cols):
         raise ValueError(
             f"{name} is [{rows}, {cols}] now and went into its subspace with {len(layer.delta)} "
             f"rows and {layer.basis.shape[1]} columns: resize embeddings before GaLore."
         )
+    if not holds_whole_rows(layer.weight):
+        raise ValueError(
+            f"{name} is sharded by columns, and a subspace needs whole rows: leave fully_shard its "
+            "Shard(0)."
+        )
+    if is_sharded(layer.weight) and forms_gradients:
+        raise ValueError(
+            f"SVD takes bases from whole gradients, and no rank has that of {name}, which is "
+            "sharded: use SubspaceIteration or Oja."
+        )
 
 
-def refuse_sharding(layers: Mapping[str, SubspaceLayer], *, forms_gradients: bool) -> None:
-    """Raise ValueError where weights are shared among ranks so that none has what it needs.
-
-    Args:
-        layers: By name.
-        forms_gradients: Bases are taken from whole gradients.
-    """
-    for name, layer in layers.items():
-        if not holds_whole_rows(layer.weight):
-            raise ValueError(
-                f"{name} is sharded by columns, and a subspace needs whole rows: leave fully_shard "
-                "its Shard(0)."
-            )
-        if is_sharded(layer.weight) and forms_gradients:
-            raise ValueError(
-                f"SVD takes bases from whole gradients, and no rank has that of {name}, which is "
-                "sharded: use SubspaceIteration or Oja."
-            )
+def check_dtype(name: str, weight: Tensor) -> None:
+    """Raise Refusal for a layer whose weight is float16."""
+    if weight.dtype is torch.float16:
+        raise Refusal(
+            f"{name} has float16 weights, which lose small updates",
+            remedies.BF16_TRUE,
+            remedies.FP16_MIXED,
+        )
 
 
-def refuse_non_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
+def check_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
     """Raise FloatingPointError, on every rank, if a gradient is not finite.
 
     Args:

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from lit_ft.subspace.checks import refuse_float16
+from lit_ft.compat.plan import Adapter, Basis, Plan
+from lit_ft.compat.rules import check
+from lit_ft.subspace.checks import check_dtype
 from lit_ft.subspace.layers.base import Sides, SubspaceLayer
 from lit_ft.subspace.layers.conv1d import SubspaceConv1D
 from lit_ft.subspace.layers.embedding import SubspaceEmbedding
@@ -72,14 +74,9 @@ def inject(
     if not targets:
         raise ValueError("targets is empty: give all, or leave GaLore out.")
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError(
-            "The model has a LoRA adapter, whose few weights need no subspace: "
-            "use adapter=none with GaLore, or optim=adamw with the adapter."
-        )
+        check(Plan(adapter=Adapter(), basis=Basis("")), parts=["galore"])
     chosen = targeted(model, targets)
-    _refuse_half_tied(model, chosen)
-    for name, module in chosen.items():
-        _refuse_untrainable(name, module, allow_meta=allow_meta)
+    _check_targets(model, chosen, allow_meta=allow_meta)
     injected: dict[str, SubspaceLayer] = {}
     by_weight: dict[nn.Parameter, SubspaceLayer] = {}
     heads = _heads(model)
@@ -213,7 +210,8 @@ def _tell_of_unknown(model: nn.Module, known: dict[str, nn.Module]) -> None:
         )
 
 
-def _refuse_half_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def _check_targets(model: nn.Module, chosen: dict[str, nn.Module], *, allow_meta: bool) -> None:
+    """Raise ValueError for targets that cannot be trained in a subspace, or only together."""
     weights = {_weight(module): name for name, module in chosen.items()}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -223,35 +221,41 @@ def _refuse_half_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
                 "target both (embeddings and head), or neither."
             )
 
+    for name, module in chosen.items():
+        if reason := _obstacle(module, allow_meta=allow_meta):
+            raise ValueError(f"{name} {reason}.")
+        check_dtype(name, _weight(module))
 
-def _refuse_untrainable(name: str, module: nn.Module, *, allow_meta: bool) -> None:
+
+def _obstacle(module: nn.Module, *, allow_meta: bool) -> str | None:
+    """Return why a layer cannot enter a subspace, and what to do; None if it can."""
     weight = _weight(module)
     if isinstance(module, SubspaceLayer):
-        raise ValueError(f"{name} is in a subspace already: inject once.")
+        return "is in a subspace already: inject once"
     if not weight.is_floating_point():
-        raise ValueError(f"{name} has a quantised weight: GaLore needs one that can move.")
+        return "has a quantised weight: GaLore needs one that can move"
     if is_sharded(weight):
-        raise ValueError(
-            f"{name} is sharded already: inject first, then let fully_shard spread the weights and "
-            "the small parameters over the ranks."
+        return (
+            "is sharded already: inject first, then let fully_shard spread the weights and the "
+            "small parameters over the ranks"
         )
     if weight.is_meta and not allow_meta:
-        raise ValueError(f"{name} has no values yet (it is on the meta device): load it first.")
-    refuse_float16(name, weight)
+        return "has no values yet (it is on the meta device): load it first"
     if "forward" in vars(module):
-        raise ValueError(
-            f"{name} has a forward of its own instance (accelerate's hooks give it one), which "
-            "knows no subspace: take that away, or leave the layer out of the targets."
+        return (
+            "has a forward of its own instance (accelerate's hooks give it one), which knows no "
+            "subspace: take that away, or leave the layer out of the targets"
         )
     if not weight.requires_grad:
-        raise ValueError(f"{name} is frozen: unfreeze it, or leave it out of the targets.")
+        return "is frozen: unfreeze it, or leave it out of the targets"
     if isinstance(module, nn.Embedding) and (
         module.max_norm is not None or module.scale_grad_by_freq or module.sparse
     ):
-        raise ValueError(
-            f"{name}: max_norm, scale_grad_by_freq and sparse gradients are not supported in a "
-            "subspace; leave embeddings out of the targets."
+        return (
+            "uses max_norm, scale_grad_by_freq or sparse gradients, which are not supported in a "
+            "subspace: leave embeddings out of the targets"
         )
+    return None
 
 
 def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lit_ft.compat.optimizers import MeanAndSquare, Moment, Square
 from lit_ft.tensors.quantized_state import as_float
 from lit_ft.tensors.row_blocks import row_blocks, rows_of
 from lit_ft.tensors.sharding import local
@@ -63,51 +65,56 @@ def unseen(square: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotate_moments(
-    state: dict[str, Any], group: dict[str, Any], rotation: Tensor, *, name: str = ""
+    state: dict[str, Any],
+    group: dict[str, Any],
+    rotation: Tensor,
+    *,
+    moments: tuple[Moment, ...],
 ) -> bool:
     """Turn one parameter's optimizer state in place by `rotation` C [r, r].
 
-    Each row turns by itself, so of sharded state each rank turns what it holds.
-
-    Knows torch's AdamW, SGD and Muon momentum, transformers' Adafactor, lit_ft's 8-bit AdamW, and
-    bitsandbytes' optimizers of one state and its AdamW, in 8 bits or not.
+    Each row turns by itself, so each rank turns the rows of sharded state that it holds.
 
     Args:
-        state: Of the parameter S [rows, r].
-        group: That the parameter is in.
-        rotation: C.
-        name: Of bitsandbytes' optimizers their `optimizer_name`: what `state1` is hangs on it.
+        state: the optimizer's state of the parameter S [rows, r].
+        group: the optimizer's group that holds the parameter.
+        rotation: C, from `change_of_basis`.
+        moments: what the entries of the state are, as `Traits.moments` says it; of several rules
+            for one entry the first counts.
 
     Returns:
-        Whether there is a rule for this state, which is left as it is if not; an empty one needs
-        none.
+        True if every matrix in the state has a rule, or the state is empty. False leaves the state
+        as it is.
     """
-    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
-    has_maxima = bool({"max_exp_avg_sq", "exp_inf"} & state.keys())
-    holds_two_means = name == "ademamix"  # in one tensor
-    if has_maxima or holds_two_means or any(map(is_traceable_wrapper_subclass, tensors)):
-        return False
-    if "exp_avg" in state and "exp_avg_sq" in state:
-        _turn_pair(state, "exp_avg", "exp_avg_sq", group["betas"], rotation)
-        return True
-    if "exp_avg_sq_col" in state:  # row sums [rows] stay, column sums [r] turn like squares
-        _write(state, "exp_avg_sq_col", _squares(_read(state, "exp_avg_sq_col"), rotation))
-        if "exp_avg" in state:
-            _write(state, "exp_avg", _read(state, "exp_avg") @ rotation)
-        return True
-    if "state1" in state and state.get("state2") is not None:
-        _turn_pair(state, "state1", "state2", group["betas"], rotation)
-        return True
-    if "state1" in state and name in ("rmsprop", "adagrad"):  # of squares
-        _write(state, "state1", _squares(_read(state, "state1"), rotation))
-        return True
-    if {"square_avg", "grad_avg"} & state.keys():  # RMSprop's, which may have a momentum beside
-        return False
-    for key in ("state1", "momentum_buffer", "exp_avg"):
-        if state.get(key) is not None:
-            _write(state, key, _read(state, key) @ rotation)
-            return True
-    return not state
+    rules, covered = [], set[str]()
+    for moment in moments:
+        there = all(state.get(key) is not None for key in moment.keys)
+        if there and covered.isdisjoint(moment.keys):
+            rules.append(moment)
+            covered.update(moment.keys)
+    if not rules or not _covers(state, covered):
+        return not state
+    for rule in rules:
+        if isinstance(rule, MeanAndSquare):
+            _turn_pair(state, rule.mean, rule.square, group["betas"], rotation)
+        elif isinstance(rule, Square):
+            _write(state, rule.key, _squares(_read(state, rule.key), rotation))
+        else:
+            _write(state, rule.key, _read(state, rule.key) @ rotation)
+    return True
+
+
+def _covers(state: Mapping[str, Any], covered: Collection[str]) -> bool:
+    """Whether all that turns with a basis, the state's matrices, is among the covered entries."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if is_traceable_wrapper_subclass(local(value)):
+            return False
+        # A scale of 8-bit codes belongs to its codes; a code book and block maxima are 1-D.
+        if value.ndim > 1 and key.removesuffix("_scale") not in covered:
+            return False
+    return True
 
 
 def _squares(square: Tensor, rotation: Tensor) -> Tensor:

@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch.optim import SGD, Muon, Optimizer
+from torch.optim import Optimizer
 
+from lit_ft.compat.optimizers import traits_of
 from lit_ft.subspace.layers.base import SubspaceLayer
-
-MATCH_ADAMW = "match_adamw"
-
-
-def refuse_scale(scale: object) -> None:
-    """Raise ValueError for what is neither a positive number nor "match_adamw"."""
-    if isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf:
-        return
-    if scale != MATCH_ADAMW:
-        raise ValueError(f"scale={scale}: give a positive number, or '{MATCH_ADAMW}'.")
 
 
 def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, Any]) -> float:
@@ -34,9 +25,10 @@ def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, 
         optimizer: That steps S.
         group: The optimizer's, that S is in.
     """
-    if isinstance(optimizer, SGD) or getattr(optimizer, "optimizer_name", "") == "momentum":
+    step_size = traits_of(type(optimizer)).step_size
+    if step_size == "gradient":
         return 1.0
-    if isinstance(optimizer, Muon) and group["adjust_lr_fn"] in (None, "original"):
+    if step_size == "spectral" and group["adjust_lr_fn"] in (None, "original"):
         of_weight, of_delta = (
             math.sqrt(max(1, rows / cols)) for rows, cols in (layer.weight.shape, layer.delta.shape)
         )

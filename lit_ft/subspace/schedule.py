@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lit_ft.subspace.checks import check_settings
+
 
 @dataclass(frozen=True)
 class Refresh:
@@ -43,17 +45,11 @@ class Refresh:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         if self.every is not None:
-            refuse_interval(self.every)
+            check_settings(every=self.every)
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold}: an overlap lies above 0, up to 1.")
         if self.longest < 1:
             raise ValueError(f"longest={self.longest}: give a multiple of `every`, at least 1.")
-
-
-def refuse_interval(every: object) -> None:
-    """Raise ValueError for what is no number of optimizer steps."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every}: give a whole number of optimizer steps, at least 1.")
 
 
 class RefreshSchedule:
@@ -78,7 +74,7 @@ class RefreshSchedule:
     ) -> None:
         self.refresh = refresh
         self.every = refresh.every or every
-        refuse_interval(self.every)
+        check_settings(every=self.every)
         self.at_once = at_once
         spread = self.every if refresh.stagger else 0
         self._offsets = {name: index * spread // len(names) for index, name in enumerate(names)}

@@ -14,15 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_ft.subspace.basis_tracker import BasisTracker
 from lit_ft.subspace.checks import (
-    refuse_float16,
-    refuse_non_finite,
-    refuse_resized,
-    refuse_sharding,
-    refuse_unfit,
+    MATCH_ADAMW,
+    check_finite,
+    check_layer,
+    check_settings,
+    check_steps_from_zero,
 )
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.subspace.projectors import BasisInput, Projector
-from lit_ft.subspace.scale import MATCH_ADAMW, matching_scale, refuse_scale
+from lit_ft.subspace.scale import matching_scale
 from lit_ft.subspace.schedule import Refresh
 from lit_ft.subspace.stats import SubspaceStats
 
@@ -72,7 +72,7 @@ class SubspaceUpdater:
         seed: int = 0,
         all_reduce: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
-        refuse_scale(scale)
+        check_settings(scale=scale)
         self.layers = dict(layers)
         self.scale = scale
         self.seed = seed
@@ -107,12 +107,10 @@ class SubspaceUpdater:
         """
         if self._attached:
             raise ValueError("The steps follow an optimizer already: call stop() before another.")
-        refuse_unfit(optimizer)
+        check_steps_from_zero(optimizer)
         self.freeze_weights()
         for name, layer in self.layers.items():
-            refuse_float16(name, layer.weight)
-            refuse_resized(name, layer)
-        refuse_sharding(self.layers, forms_gradients=self.tracker.projector.forms_gradients)
+            check_layer(name, layer, forms_gradients=self.tracker.projector.forms_gradients)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             if layer.delta.requires_grad and layer.delta not in held:
@@ -146,7 +144,7 @@ class SubspaceUpdater:
             FloatingPointError: A gradient is not finite; names the layers, none of which has moved.
         """
         if not skips_overflow:
-            refuse_non_finite(
+            check_finite(
                 {name: layer.delta.grad for _, name, layer in self._stepped(optimizer)}, self.step
             )
         for group, name, layer in self._stepped(optimizer):

@@ -1,28 +1,18 @@
+"""Models that several of these files train."""
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.ranks import ranks
+from tests.support.sharded_training import save_llama
 
 
 @pytest.fixture(scope="session")
-def on_both() -> Iterator[Callable[..., list]]:
-    """Runs a function on two ranks, which are the same two processes for all tests."""
-    with ranks() as run:
-        yield run
-
-
-@pytest.fixture(scope="session")
-def one_rank() -> Iterator[Callable[..., list]]:
-    """Runs a function on one rank, in a process of its own."""
-    with ranks(world=1) as run:
-        yield run
-
-
-@pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Callable[..., list]]:
-    """Runs a function on four ranks, which are the same four processes for all tests."""
-    with ranks(world=4) as run:
-        yield run
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small models as from_pretrained finds them: with tied weights and without."""
+    parent = tmp_path_factory.mktemp("models")
+    for tied in (True, False):
+        save_llama(parent / f"tied_{tied}", tie_word_embeddings=tied)
+    return parent

@@ -18,22 +18,19 @@ from lit_ft.distributed import FSDP2Strategy
 from lit_ft.models import FromConfig, Pretrained, add_adapter, export_model
 from lit_ft.models.export.whole import merged
 from lit_ft.tensors.sharding import full_tensor, is_sharded
-from tests.allocations import watched
-from tests.distributed.joining import joined
-from tests.distributed.test_fsdp import (
+from tests.support.allocations import watched
+from tests.support.joining import joined
+from tests.support.ranks import WORLD
+from tests.support.sharded_training import (
     LARGER,
     LLAMA,
     OPTIMIZERS,
     batches,
-    folder,
+    load,
     save_llama,
     train,
 )
-from tests.distributed.test_sharded_loading import load
-from tests.ranks import WORLD
-from tests.test_module import trainer_of
-
-__all__ = ["folder"]  # a fixture
+from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
 

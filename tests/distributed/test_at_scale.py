@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig
 
-from tests.ranks import WORLD
+from tests.support.ranks import WORLD
 
 pytestmark = pytest.mark.slow
 

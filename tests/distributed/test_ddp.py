@@ -8,8 +8,8 @@ import signal
 import pytest
 import torch
 
-from tests.commands import TINY, run, signal_at, start
-from tests.running import run_job
+from tests.support.commands import TINY, run, signal_at, start
+from tests.support.running import run_job
 
 pytestmark = pytest.mark.slow
 

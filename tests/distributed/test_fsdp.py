@@ -4,162 +4,31 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
-from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
 from peft import IA3Config
 from safetensors import safe_open
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.optim import SGD, AdamW
-from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.optim import SGD
+from transformers import AutoModelForCausalLM
 
 from lit_ft import CausalLMModule
-from lit_ft.callbacks import AtomicCheckpointIO, ExportHF, GaLore, LastCheckpoint, LayerwiseUpdate
+from lit_ft.callbacks import GaLore
 from lit_ft.distributed import FSDP2Strategy, fully_shard_model
 from lit_ft.models import Pretrained
-from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stochastically_rounded
-from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
+from lit_ft.optim import MuonAdamW, stochastically_rounded
 from lit_ft.optim.galore_torch import GaLoreTorchAdafactor
-from lit_ft.subspace.projectors import Oja, SubspaceIteration
-from lit_ft.tensors.sharding import full_tensor
-from tests.ranks import WORLD
-from tests.test_module import batch_of, rows, trainer_of
+from tests.support.ranks import WORLD
+from tests.support.sharded_training import OPTIMIZERS, train
+from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
-
-STEPS = 10
-LLAMA = {
-    "vocab_size": 301,
-    "hidden_size": 24,
-    "intermediate_size": 37,  # odd: two ranks do not hold as many rows
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LARGER = {
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "vocab_size": 8000,
-    "num_hidden_layers": 8,
-}
-
-
-def save_llama(folder, **sizes):
-    """Write a small random Llama, as LLAMA and `sizes` say, where from_pretrained finds it."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **{**LLAMA, **sizes})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-OPTIMIZERS = {
-    "adamw": partial(AdamW, lr=1e-3),
-    "adamw_fused": partial(AdamW, lr=1e-3, fused=True),
-    "sgd": partial(SGD, lr=1e-2, momentum=0.9),
-    "adafactor": partial(RelativeStepAdafactor, relative_size=0.1),
-    "adafactor_fixed": partial(
-        Adafactor, lr=1e-3, beta1=0.9, relative_step=False, scale_parameter=False
-    ),
-    "adamw_8bit": partial(RowwiseAdamW8bit, lr=1e-3),
-}
-PROJECTORS = {"oja": Oja(every=2), "iteration": SubspaceIteration(every=4)}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small models as from_pretrained finds them: with tied weights and without."""
-    parent = tmp_path_factory.mktemp("models")
-    for tied in (True, False):
-        save_llama(parent / f"tied_{tied}", tie_word_embeddings=tied)
-    return parent
-
-
-class Freed(Callback):
-    """Sees to it that backward leaves no gradient, but those of subspaces."""
-
-    def on_after_backward(self, trainer, pl_module):
-        kept = [n for n, p in pl_module.named_parameters() if p.grad is not None]
-        assert all(name.endswith(".delta") for name in kept), kept
-
-
-def batches(accumulate, rank, size):
-    """Each rank's rows of the same global batches: 8 rows, of several lengths."""
-    made = [batch_of([12, 3, 9, 4, 12, 2, 5, 7], seed=seed) for seed in range(STEPS)]
-    share = 8 // accumulate // size
-    starts = [(micro * size + rank) * share for micro in range(accumulate)]
-    return [rows(batch, start, start + share) for batch in made for start in starts]
-
-
-def train(
-    model_folder,
-    run_dir,
-    *,
-    sharded,
-    optimizer="adamw",
-    projector=None,
-    accumulate=1,
-    clip=None,
-    steps=STEPS,
-    resume=None,
-    export=None,
-    layerwise=False,
-    precision="32-true",
-    cpu_offload=False,
-    parts=True,
-    replicas=1,
-    **options,
-):
-    """Train on one process or on all ranks; return the whole weights and what the ranks held."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
-    callbacks = [LastCheckpoint(Path(run_dir) / "checkpoints", every_n_steps=100)]
-    if projector is not None:
-        callbacks.append(GaLore(rank=4, projector=PROJECTORS[projector]))
-    if layerwise:
-        callbacks += [LayerwiseUpdate(min_grad_bytes=0), *[Freed()] * (accumulate == 1)]
-    if export is not None:
-        callbacks.append(ExportHF(run_dir / "export", dtype=export))
-    module = CausalLMModule(
-        Pretrained(str(model_folder), dtype="float64" if precision == "32-true" else None),
-        optimizer=OPTIMIZERS[optimizer],
-        **options,
-    )
-    vars(module)["tokenizer"] = None  # the folder has none
-    strategy = FSDP2Strategy(
-        data_parallel_replicate_size=replicas,
-        cpu_offload=cpu_offload,
-        save_distributed_checkpoint=parts,
-    )
-    fsdp = {"strategy": strategy, "devices": size}
-    trainer = trainer_of(
-        run_dir,
-        max_steps=steps,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
-        callbacks=callbacks,
-        enable_checkpointing=True,
-        precision=precision,
-        use_distributed_sampler=False,
-        plugins=[AtomicCheckpointIO()],
-        **(fsdp if sharded else {}),
-    )
-    data = StatefulDataLoader(batches(accumulate, rank, size), batch_size=None)
-    trainer.validate(module, data, verbose=False)
-    trainer.fit(module, data, ckpt_path=resume)
-    held = {n: type(p).__name__ for n, p in module.named_parameters()}
-    weights = {n: full_tensor(p.detach()).clone() for n, p in module.model.state_dict().items()}
-    loss = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return weights, held, loss
 
 
 @pytest.mark.parametrize("tied", [True, False])

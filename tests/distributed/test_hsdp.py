@@ -10,11 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_ft.distributed import FSDP2Strategy
 from lit_ft.models import Pretrained
-from tests.distributed.joining import joined
-from tests.distributed.test_fsdp import folder, train
-from tests.test_module import trainer_of
-
-__all__ = ["folder"]  # a fixture
+from tests.support.joining import joined
+from tests.support.sharded_training import train
+from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
 

@@ -1,8 +1,7 @@
-"""What two ranks save goes on anywhere, is whole or not there, and is exported in little memory."""
+"""What two ranks save goes on anywhere, and is exported in little memory."""
 
 from __future__ import annotations
 
-import errno
 import json
 import pickle
 import re
@@ -19,11 +18,9 @@ from lit_ft.callbacks import AtomicCheckpointIO
 from lit_ft.distributed.checkpoint import save_parts
 from lit_ft.models import FromConfig
 from lit_ft.run.export_run import export_run
-from lit_ft.storage import atomic as replacing
-from lit_ft.storage import checkpoint_folder
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
-from tests.allocations import watched
-from tests.distributed.test_fsdp import LARGER, LLAMA, save_llama, train
+from tests.support.allocations import watched
+from tests.support.sharded_training import LARGER, LLAMA, save_llama, train
 
 pytestmark = pytest.mark.slow
 
@@ -113,46 +110,6 @@ def test_the_file_of_one_process_goes_on_on_two_ranks(
     for theirs, _, _ in on_both(train, model, tmp_path / "rest", sharded=True, **options):
         for name, weight in weights.items():
             torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-10, msg=name)
-
-
-def fail_on(rank, function):
-    def write(*args, **kwargs):
-        if dist.get_rank() == rank:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return function(*args, **kwargs)
-
-    return write
-
-
-def save_twice(target, rank, part):
-    """Save a good checkpoint, then one of which a rank cannot write `part`; return what is told."""
-    good = {"state_dict": {"weight": torch.ones(3)}, "epoch": 1}
-    save_parts(good, target)
-    owner, name = {
-        "parts": (checkpoint_folder.FileSystemWriter, "write_data"),
-        "rest": (checkpoint_folder.torch, "save"),
-        "place": (replacing.Path, "replace"),
-    }[part]
-    working = getattr(owner, name)
-    setattr(owner, name, fail_on(rank, working))
-    try:
-        save_parts({**good, "state_dict": {"weight": torch.zeros(3)}, "epoch": 2}, target)
-    except OSError as error:
-        return str(error)
-    finally:
-        setattr(owner, name, working)
-
-
-@pytest.mark.parametrize(("rank", "part"), [(0, "parts"), (1, "parts"), (0, "rest"), (0, "place")])
-def test_a_rank_that_cannot_write_fails_all_and_leaves_the_one_before(
-    rank, part, tmp_path, on_both
-):
-    for told in on_both(save_twice, tmp_path / "last.ckpt", rank, part):
-        assert "last.ckpt: " in told
-        assert "No space left on device. The one before it, if any, is intact" in told
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    found = AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
-    assert (found["epoch"], found["state_dict"]["weight"].sum()) == (1, 3)
 
 
 def refusal(*args, **kwargs):

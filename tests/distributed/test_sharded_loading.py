@@ -17,11 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_ft.distributed import FSDP2Strategy
 from lit_ft.models import Pretrained
 from lit_ft.tensors.sharding import full_tensor
-from tests.allocations import watched
-from tests.distributed.joining import joined
-from tests.distributed.test_fsdp import LARGER, LLAMA, folder, save_llama, train
-
-__all__ = ["folder"]  # a fixture
+from tests.support.joining import joined
+from tests.support.sharded_training import LARGER, LLAMA, load, save_llama, train
 
 pytestmark = pytest.mark.slow
 
@@ -34,18 +31,6 @@ class OwnConfig(LlamaConfig):
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
-
-
-def load(model_folder, sharded=True, **options):
-    """Build and load the model, move its weights, and return the most bytes that this took."""
-    strategy = FSDP2Strategy() if sharded else None
-    module = joined(Pretrained(str(model_folder)), strategy=strategy, **options)
-    with watched() as most:
-        module.configure_model()
-        with torch.no_grad():
-            for parameter in module.parameters():  # what is mapped becomes the process's own
-                parameter.add_(1)
-    return most[0]
 
 
 def test_no_rank_ever_holds_the_whole_model(tmp_path, on_both):

@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 
+from lit_ft.compat.optimizers import traits_of
 from lit_ft.optim import RowwiseAdamW8bit, narrowed, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 from lit_ft.subspace.moments import rotate_moments
 from lit_ft.tensors.sharding import full_tensor
-from tests.ranks import WORLD
+from tests.support.ranks import WORLD
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +109,9 @@ def turn(name: str, sharded: bool) -> dict[str, Any]:
     weight.grad = random((301, 64), 1)
     optimizer.step()
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(2))).Q
-    assert rotate_moments(optimizer.state[weight], optimizer.param_groups[0], rotation)
+    moments = traits_of(type(optimizer)).moments
+    [group] = optimizer.param_groups
+    assert rotate_moments(optimizer.state[weight], group, rotation, moments=moments)
     return {k: full_tensor(v) for k, v in optimizer.state[weight].items() if isinstance(v, Tensor)}
 
 

@@ -33,8 +33,8 @@ from lit_ft.models import FromConfig, Pretrained
 from lit_ft.optim import MuonAdamW, stochastically_rounded
 from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.tensors.sharding import full_tensor
-from tests.distributed.test_fsdp import LLAMA, STEPS, batches, save_llama
-from tests.test_module import trainer_of
+from tests.support.sharded_training import LLAMA, STEPS, batches, save_llama
+from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
 

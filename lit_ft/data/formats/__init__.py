@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol, cast
 
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal, Remedy
+
 Row = Mapping[str, Any]
 
 
@@ -61,9 +64,7 @@ def named(name: str) -> Format:
     """Return the format of that name, with the usual columns; raise ValueError if there is none."""
     kinds = {kind.__module__.rpartition(".")[2]: kind for kind in available()}
     if name not in kinds:
-        raise ValueError(
-            f"data.format={name}: there is no such format. There are: {', '.join(kinds)}."
-        )
+        raise ValueError(f"format={name}: there is no such format. There are: {', '.join(kinds)}.")
     return kinds[name]()
 
 
@@ -77,9 +78,10 @@ def detect(row: Row) -> Format:
         if candidate.matches(row):
             return candidate
     wanted = "; ".join(f"{type(one).__name__.lower()}: {one.wants}" for one in formats)
-    raise ValueError(
-        f"no format fits a row with the keys {sorted(map(str, row))}. Known formats are {wanted}. "
-        "Rename the keys, or name the columns: data/format=alpaca data.format.output=answer"
+    raise Refusal(
+        f"no format fits a row with the keys {sorted(map(str, row))}. Known formats are {wanted}",
+        Remedy("rename the keys"),
+        remedies.NAMED_COLUMNS,
     )
 
 

@@ -72,11 +72,6 @@ def _message(turn: Any, place: str) -> Message:
             f"{place} has the unknown role {turn[role_key]!r}; known roles are {', '.join(ROLES)}: "
             "rename it in the file"
         )
-    _refuse_silent_loss(turn, place)
-    return Message(role=ROLES[turn[role_key]], content=turn[content_key])
-
-
-def _refuse_silent_loss(turn: Mapping[str, Any], place: str) -> None:
     # Reading on would train on what the author left out, or leave out what the author meant.
     if turn.get("tool_calls"):
         raise ValueError(f"{place} calls a tool, which this format does not read: write the text")
@@ -85,3 +80,4 @@ def _refuse_silent_loss(turn: Mapping[str, Any], place: str) -> None:
             f"{place} has the weight {turn['weight']!r}, but every assistant turn is learnt: "
             "remove the weight, or end the conversation before this turn"
         )
+    return Message(role=ROLES[turn[role_key]], content=turn[content_key])

@@ -25,7 +25,8 @@ class Projector(ABC):
         basis_input: What `move` is given.
         renews: Whether a move finds the basis anew; after a small step it always looks at rest.
         starts_from_svd: Whether the first basis comes from an SVD of the first gradient.
-        every: Optimizer steps between two moves of the same layer's basis.
+        every: Optimizer steps between two moves of the same layer's basis, where `Refresh`, which
+            says when bases move, gives no interval of its own.
         rotates_moments: Whether the optimizer's moments follow the basis.
     """
 

@@ -16,7 +16,7 @@ class Random(Projector):
     """P ← orth(Gaussian), as Flora (arXiv:2402.03293) resamples its projection.
 
     Attributes:
-        every: Optimizer steps between two draws.
+        every: Optimizer steps between two draws, where `Refresh` gives no interval.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.NOTHING

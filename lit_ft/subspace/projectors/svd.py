@@ -19,7 +19,7 @@ class SVD(Projector):
     The paper leaves the moments in the old basis.
 
     Attributes:
-        every: Optimizer steps between two moves (the paper: 200).
+        every: Optimizer steps between two moves, where `Refresh` gives none (the paper: 200).
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.GRADIENT

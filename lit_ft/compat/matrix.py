@@ -1,0 +1,83 @@
+"""What goes together, as a table for people: the rules asked about every combination."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lit_ft.compat.plan import Plan
+from lit_ft.compat.refusal import Refusal, Remedy
+from lit_ft.compat.rules import refusals
+
+Facts = Mapping[str, Any]
+"""Fields of a `Plan`, as one choice sets them."""
+
+
+def support_table(
+    optimizers: Mapping[str, Facts],
+    galore: Mapping[str, Facts],
+    strategies: Mapping[str, Facts],
+    variations: Iterable[Facts],
+) -> str:
+    """Return a Markdown table of what goes together, and its notes.
+
+    A row is an optimizer with one or several choices of GaLore that fare alike; a column is a
+    strategy. "yes" stands for a plain run that works. Its notes say which of its variations do not.
+
+    Args:
+        optimizers: the facts of each choice of `optim=`.
+        galore: the facts of each choice of `galore=`.
+        strategies: the facts of each choice of `strategy=`.
+        variations: the facts of each combination of the other settings.
+    """
+    variations = list(variations)
+    notes: dict[str, int] = {}
+    lines = [
+        "| `optim` | `galore` | " + " | ".join(f"`{name}`" for name in strategies) + " |",
+        "| --- " * (len(strategies) + 2) + "|",
+    ]
+    for optim, of_optim in optimizers.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for choice, of_galore in galore.items():
+            cells = tuple(
+                _cell(Plan(**{**of_optim, **of_galore, **of_strategy}), variations, notes, choice)
+                for of_strategy in strategies.values()
+            )
+            alike.setdefault(cells, []).append(f"`{choice}`")
+        lines += [
+            f"| `{optim}` | {', '.join(choices)} | {' | '.join(cells)} |"
+            for cells, choices in alike.items()
+        ]
+    lines.append("")
+    lines += [f"{number}. {message}" for message, number in notes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def first_reason(plan: Plan, galore: str | None = None) -> str | None:
+    """Return the first thing said against a plan, for the command line; None if it works.
+
+    Args:
+        plan: the plan.
+        galore: the choice of `galore=` that is named already, and not named again.
+    """
+    for refusal in refusals(plan):
+        ways = [_without_galore(remedy, galore) for remedy in refusal.remedies]
+        return Refusal(refusal.why, *ways).on_command_line
+    return None
+
+
+def _without_galore(remedy: Remedy, galore: str | None) -> Remedy:
+    if len(remedy.settings) < 2 or remedy.settings.get("galore") != galore:
+        return remedy
+    return replace(remedy, settings={k: v for k, v in remedy.settings.items() if k != "galore"})
+
+
+def _cell(plain: Plan, variations: Sequence[Facts], notes: dict[str, int], galore: str) -> str:
+    reason = first_reason(plain, galore)
+    reasons = (
+        [reason] if reason else [first_reason(replace(plain, **v), galore) for v in variations]
+    )
+    numbers = {notes.setdefault(said, len(notes) + 1) for said in reasons if said is not None}
+    marks = f" <sup>{', '.join(map(str, sorted(numbers)))}</sup>" if numbers else ""
+    return f"{'no' if reason else 'yes'}{marks}"

@@ -1,0 +1,144 @@
+"""What a run combines, as plain values: what the rules look at."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lit_ft.compat.optimizers import Traits
+
+Parallel = Literal["single", "ddp", "fsdp", "tensor", "undefined", "other"]
+
+_STRATEGIES: tuple[tuple[str, Parallel], ...] = (
+    (r"^lit_ft\..*\.FSDP2Strategy$", "fsdp"),
+    (r"^lit_ft\..*\.TensorParallelStrategy$", "tensor"),
+    (r"\.ModelParallelStrategy$", "undefined"),
+    (r"\.DDPStrategy$", "ddp"),
+    (r"\.SingleDeviceStrategy$", "single"),
+)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What GaLore's projector asks for.
+
+    Attributes:
+        projector: The class's name.
+        forms_gradients: A basis is taken from the whole gradient of a matrix.
+    """
+
+    projector: str
+    forms_gradients: bool = False
+
+    @property
+    def choice(self) -> str | None:
+        """The choice of `galore=` with this projector; None for one of another project."""
+        return _PROJECTORS.get(self.projector)
+
+
+_PROJECTORS = {
+    "Oja": "online",
+    "SubspaceIteration": "iteration",
+    "SVD": "svd",
+    "Random": "random",
+    "Online": "paper",
+}
+BASES = {
+    choice: Basis(projector, forms_gradients=choice in ("svd", "paper"))
+    for projector, choice in _PROJECTORS.items()
+}
+"""What the choices of `galore=` ask for; that of the paper starts from an SVD."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter does to the model that it sits on.
+
+    Attributes:
+        kind: The name of the configuration's class.
+        init: How its values start, as `init_lora_weights` has it.
+        options: The names of the other options that are not at their defaults.
+    """
+
+    kind: str = "LoraConfig"
+    init: bool | str = True
+    options: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One combination of optimizer, GaLore, update, adapter, strategy and trainer.
+
+    Attributes:
+        optimizer: The name of the optimizer's class; empty if it is not known yet.
+        traits: What its steps depend on.
+        parallel: How the model is spread over the devices; "undefined" for Lightning's
+            `ModelParallelStrategy`, which leaves that open.
+        strategy: The name of the strategy's class.
+        devices: Processes of the run, on all nodes.
+        layerwise: Large parameters are stepped inside the backward pass.
+        clip: What gradients are clipped by.
+        accumulate: Micro-batches of an optimizer step.
+        precision: Lightning's name of it.
+        scales_loss: A gradient scaler scales the loss and may skip steps.
+        adapter: What the adapter does; None trains every weight.
+        quantised: The weights under the adapter are quantised.
+        basis: What GaLore's projector asks for; None trains without GaLore.
+        compiled: torch.compile runs the model.
+        finds_batch_size: The largest micro-batch that fits is measured first.
+        module: The name of the module's class.
+        optimizes_by_hand: The module steps its optimizer itself.
+        clips_its_own_way: The module overrides how gradients are clipped.
+        back_propagates_its_own_way: The module overrides the backward pass.
+        copied_before_galore: The name of a callback ahead of GaLore that copies the module.
+        finds_rate: Lightning's learning rate finder runs.
+    """
+
+    optimizer: str = ""
+    traits: Traits = Traits()
+    parallel: Parallel = "single"
+    strategy: str = "SingleDeviceStrategy"
+    devices: int = 1
+    layerwise: bool = False
+    clip: Literal["none", "norm", "value"] = "none"
+    accumulate: int = 1
+    precision: str = "32-true"
+    scales_loss: bool = False
+    adapter: Adapter | None = None
+    quantised: bool = False
+    basis: Basis | None = None
+    compiled: bool = False
+    finds_batch_size: bool = False
+    module: str = "CausalLMModule"
+    optimizes_by_hand: bool = False
+    clips_its_own_way: bool = False
+    back_propagates_its_own_way: bool = False
+    copied_before_galore: str | None = None
+    finds_rate: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of every weight."""
+        return self.parallel in ("fsdp", "tensor", "undefined")
+
+
+def parallel_of(kind: type) -> Parallel:
+    """Return how a class of Lightning strategies spreads a model."""
+    for base in kind.__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        for pattern, parallel in _STRATEGIES:
+            if re.search(pattern, name):
+                return parallel
+    return "other"
+
+
+def adapter_of(config: Any) -> Adapter | None:
+    """Return what the rules ask of an adapter's configuration, a `peft.PeftConfig` or None."""
+    if config is None:
+        return None
+    kind = type(config)
+    usual = kind() if kind.__name__ == "LoraConfig" else config
+    changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(usual, f.name)}
+    init = getattr(config, "init_lora_weights", True)
+    return Adapter(kind.__name__, init, frozenset(changed - {"init_lora_weights"}))

