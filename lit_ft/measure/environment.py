@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 import torch
+from packaging.version import Version
+
+TESTED_TORCH = "2.13"  # the minor release in constraints.txt
 
 _PACKAGES = [
     "lit_ft",
@@ -38,6 +41,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def newer_torch() -> str | None:
+    """Return torch's version if its minor release is newer than the tested one, else None."""
+    version = str(torch.__version__)
+    newer = Version(version).release[:2] > Version(TESTED_TORCH).release[:2]
+    return version if newer else None
 
 
 def hardware() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 from lit_ft.callbacks import (
@@ -21,6 +21,7 @@ from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
 from lit_ft.compat.refusal import Remedy
 from lit_ft.datamodule import InstructionDataModule
 from lit_ft.distributed.plan import Misconfiguration, check_run
+from lit_ft.measure.environment import TESTED_TORCH, newer_torch
 from lit_ft.module import CausalLMModule
 from lit_ft.run.failures import (
     errors_of_starting_loaders,
@@ -54,6 +55,11 @@ def fine_tune(
         resume: A checkpoint of the full state; None starts from the model's own weights.
         validate_only: Stop after the first validation (of `resume`'s weights, if given).
     """
+    if (version := newer_torch()) is not None:
+        rank_zero_warn(
+            f"This is torch {version}, and lit_ft is tested on {TESTED_TORCH}: the run goes on. If "
+            "it fails in torch, try that one."
+        )
     if trainer.limit_val_batches == 0:
         raise Misconfiguration(
             "trainer.limit_val_batches=0: a run is judged by its validation",
