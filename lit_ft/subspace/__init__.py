@@ -1,7 +1,8 @@
 """GaLore as parameters: whole weights move in subspaces that ordinary optimizers step.
 
 A projected layer's weight gradient is never formed. Its gradient in the subspace is the `.grad` of
-a small parameter; any optimizer steps it; a fold moves the step into the weight.
+a small parameter. An ordinary optimizer steps that parameter, and a fold adds the step to the
+weight.
 """
 
 from lit_ft.subspace.checks import MATCH_ADAMW

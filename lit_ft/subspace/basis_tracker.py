@@ -1,4 +1,4 @@
-"""The bases of the layers: whose turn it is, by which rule it moves, and the moments with it."""
+"""Move the layers' bases when their turn comes, and the optimizer's moments with them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from lit_ft.tensors.stochastic_rounding import keyed_generator
 
 log = logging.getLogger(__name__)
 
-# Rounds of power iteration that take a random start to the data: a layer's first moves, one a step.
+# A layer's first moves, one a step: rounds of power iteration that fit a random basis to the data.
 _START_ROUNDS = 3
 
 
 class BasisTracker:
-    """Moves bases, step by step; the arguments are those of `SubspaceUpdater`.
+    """Moves bases step by step.
 
-    `step` is everywhere the optimizer step, from 0, that is being taken or comes next.
+    The arguments are those of `SubspaceUpdater`, and `stats`, which records the moves. In every
+    method `step` is the optimizer step that is being taken or comes next, counted from 0.
     """
 
     def __init__(
@@ -54,18 +55,18 @@ class BasisTracker:
         self._indices = {name: index for index, name in enumerate(layers)}
         self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
         in_rounds = projector.basis_input is BasisInput.SKETCH
-        self._starts = dict.fromkeys(layers, _START_ROUNDS if in_rounds else 0)  # that are left
-        self._moved: dict[str, Tensor | None] = {}  # at this step, with the overlap if it is seen
+        self._starts = dict.fromkeys(layers, _START_ROUNDS if in_rounds else 0)  # still to come
+        self._moved: dict[str, Tensor | None] = {}  # at this step; the overlap if it is measured
         self._said: set[type] = set()
 
     def reschedule(self, refresh: Refresh, *, step: int) -> None:
-        """Let the bases move when `refresh` says."""
+        """Follow `refresh` from `step` on; the same settings leave each layer's turn as it is."""
         schedule = self._schedule_for(refresh, step=step)
         if schedule.refresh != self.schedule.refresh:
             self.schedule = schedule
 
     def prepare(self, step: int) -> None:
-        """Ask the coming window for what its moves will look at."""
+        """Let the backward passes of `step` record the inputs that its moves need."""
         for name, layer in self.layers.items():
             frozen = not (layer.delta.requires_grad or layer.weight.requires_grad)
             basis_input = BasisInput.NOTHING if frozen else self.basis_input(name, step)
@@ -73,19 +74,19 @@ class BasisTracker:
             layer.weight.requires_grad_(basis_input is BasisInput.GRADIENT)
 
     def reduce_basis_inputs(self, layers: Iterable[SubspaceLayer]) -> None:
-        """Average over the ranks what the moves of these layers will look at."""
+        """Average the sketches of these layers over the ranks."""
         if self.all_reduce is None:
             return
         basis_input = []
         for layer in layers:
             if layer.basis.requires_grad:
-                if layer.basis.grad is None:  # this rank's rows did not come through the layer
+                if layer.basis.grad is None:  # no row of this rank passed through the layer
                     layer.basis.grad = torch.zeros_like(layer.basis)
                 basis_input.append(layer.basis.grad)
         self.all_reduce(basis_input)
 
     def basis_input(self, name: str, step: int) -> BasisInput:
-        """Return what the layer's move at `step` looks at, or would; NOTHING if it has none."""
+        """Return the input that the layer's move at `step` needs; NOTHING if it needs none."""
         if self._starts[name] == _START_ROUNDS and self.projector.starts_from_svd:
             return BasisInput.GRADIENT
         due = self._starts[name] > 0 or self.schedule.is_due(name, step)
@@ -94,8 +95,8 @@ class BasisTracker:
     def move_to_gradient(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, gradient: Tensor, *, step: int
     ) -> None:
-        """Take the layer's basis from its whole gradient, before a step."""
-        rule: Projector = SVD()  # or the first basis of a rule that starts from one
+        """Compute the layer's basis from its whole gradient [rows, cols], before a step."""
+        rule: Projector = SVD()  # for the first basis of a rule that starts from an SVD
         if self.projector.basis_input is BasisInput.GRADIENT:
             rule = self.projector
         self._move(optimizer, group, name, rule, gradient, step=step)
@@ -103,13 +104,13 @@ class BasisTracker:
     def move_if_due(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, *, step: int
     ) -> None:
-        """Move the layer's basis after a step, by its sketch or by nothing, and forget the former.
+        """Move the layer's basis after a step, if its rule needs no gradient, and clear its inputs.
 
         Args:
-            optimizer: Whose moments follow.
-            group: The optimizer's, that the layer is in.
-            name: The layer's.
-            step: That was taken.
+            optimizer: The optimizer whose moments follow the basis.
+            group: The optimizer's group that holds the layer's delta.
+            name: The name of the layer.
+            step: The optimizer step that was taken.
         """
         basis_input, layer = self.basis_input(name, step), self.layers[name]
         if basis_input is BasisInput.SKETCH and layer.basis.grad is not None:
@@ -121,13 +122,13 @@ class BasisTracker:
         layer.clear_basis_input()
 
     def advance(self, step: int) -> None:
-        """End `step`: who has moved waits for the next turn; who could not keeps this one."""
+        """End `step`: layers that moved wait for their next turn; the others keep theirs."""
         overlaps = {name: seen for name, seen in self._moved.items() if seen is not None}
         starting = any(self._starts[name] for name in self._moved)
         rests: dict[str, float] = dict.fromkeys(self._moved, 0.0)
         if self.schedule.refresh.adaptive and overlaps and not starting:
             values = torch.stack(list(overlaps.values()))
-            if self.all_reduce is not None:  # no rank may come to another decision
+            if self.all_reduce is not None:  # all ranks must decide alike
                 self.all_reduce([values])
             rests |= zip(overlaps, values.tolist(), strict=True)
         for name in self._moved:
@@ -136,12 +137,12 @@ class BasisTracker:
         self.schedule.advance(step, rests)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs beside the bases themselves."""
+        """Return what resuming needs in addition to the bases themselves."""
         schedule = self.schedule.state_dict()
         return {"memory": self._memory, "turns": schedule, "starts": dict(self._starts)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, step: int) -> None:
-        """Continue from `state_dict`."""
+        """Continue at `step` from what `state_dict` returned."""
         self._memory = {name: dict(memory) for name, memory in state["memory"].items()}
         self._starts = dict(state["starts"])
         self.schedule.load_state_dict(state["turns"], step)
@@ -157,7 +158,7 @@ class BasisTracker:
         step: int,
     ) -> None:
         layer, memory = self.layers[name], self._memory[name]
-        # A run that goes on loads it before Lightning takes the module to its device.
+        # A resumed run loads it before Lightning moves the module to its device.
         memory |= {k: v.to(layer.basis) for k, v in memory.items() if v.ndim}
         measured = self._is_measured(name, step)
         move = DeviceTimer(layer.basis.device) if measured else None
@@ -182,33 +183,34 @@ class BasisTracker:
         layer.basis.copy_(moved)
 
     def _is_measured(self, name: str, step: int) -> bool:
-        """Whether the schedule or the coming reading looks at the layer's move at this step."""
+        """Whether the schedule or the next snapshot uses the layer's move at this step."""
         if self.schedule.refresh.adaptive:
             return True
         remaining = self.stats.steps_to_snapshot
         if remaining is None:
             return False
-        # Of a layer's moves before a reading the last one counts.
+        # Only a layer's last move before a snapshot counts.
         next_move = step + 1 if self._starts[name] > 1 else self.schedule.after(name, step)
         return next_move >= step + remaining
 
     def _schedule_for(self, refresh: Refresh, *, step: int) -> RefreshSchedule:
         if self.compiled and refresh.adaptive:
             raise ValueError(
-                "Of a compiled model the bases move together, and adaptive=True lets each have its "
-                "own schedule, with a graph for each set of them: leave out one of the two."
+                "The bases of a compiled model move together, and adaptive=True gives each layer "
+                "its own schedule, with a graph for each set of layers that move: leave out one of "
+                "the two."
             )
         if refresh.adaptive and not self.projector.renews:
             name = type(self.projector).__name__
             raise Refusal(
-                f"adaptive=True lets layers wait whose moves turn their bases little, and {name}'s "
-                "small steps always do",
+                "adaptive=True makes a layer wait after a move that hardly turns its basis, and "
+                f"the small steps of {name} hardly ever turn one",
                 remedies.RENEWED_BASES,
                 remedies.NOT_ADAPTIVE,
             )
         if self.compiled:
             refresh = replace(refresh, stagger=False)
-        # The gradient at hand is projected with the basis that it gives: from step 0 on.
+        # Each gradient is projected with the basis that it gives, from step 0 on.
         at_once = self.projector.basis_input is BasisInput.GRADIENT
         every = self.projector.every
         return RefreshSchedule(list(self.layers), refresh, every=every, at_once=at_once, step=step)
@@ -217,13 +219,14 @@ class BasisTracker:
         if type(optimizer) not in self._said:
             self._said.add(type(optimizer))
             log.warning(
-                "The state of %s has no rule for a change of basis: it is left as it is.",
+                "The state of %s has no rule for a change of basis: it stays in the coordinates of "
+                "the old basis.",
                 type(optimizer).__name__,
             )
 
 
 def _share_of_peak(group: dict[str, Any]) -> float:
-    """Return the group's learning rate over the highest that its schedule names."""
+    """Return the group's learning rate as a fraction of the highest in its schedule."""
     # OneCycleLR starts from `initial_lr` and goes up to `max_lr`.
     peak = max(group["lr"], group.get("initial_lr", 0), group.get("max_lr", 0))
     return float(group["lr"] / peak) if peak else 0.0

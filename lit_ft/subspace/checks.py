@@ -1,4 +1,4 @@
-"""What cannot be trained in subspaces: refused by name, with the remedy."""
+"""Refuse what cannot be trained in subspaces, by name and with the remedy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MATCH_ADAMW = "match_adamw"
 
 
 def check_settings(*, every: object = 1, scale: object = MATCH_ADAMW) -> None:
-    """Raise ValueError for an interval or a scale that is none.
+    """Raise ValueError for an invalid interval or scale.
 
     Args:
-        every: optimizer steps between two moves of a basis, a whole number from 1 on.
-        scale: α, a positive number or "match_adamw".
+        every: The optimizer steps between two moves of a basis, a whole number of at least 1.
+        scale: The scale α, a positive number or "match_adamw".
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every}: give a whole number of optimizer steps, at least 1.")
@@ -36,7 +36,7 @@ def check_settings(*, every: object = 1, scale: object = MATCH_ADAMW) -> None:
 
 
 def check_steps_from_zero(optimizer: Optimizer) -> None:
-    """Raise Refusal for an optimizer whose step has no meaning on parameters that are zero."""
+    """Raise Refusal for an optimizer that cannot step parameters that are zero before each step."""
     name, traits = unwrapped(type(optimizer)).__name__, traits_of(type(optimizer))
     if getattr(optimizer, "is_paged", False):
         traits = replace(
@@ -51,7 +51,7 @@ def check_steps_from_zero(optimizer: Optimizer) -> None:
                 f"{name} scales its step by the parameter's size, and a subspace parameter is zero",
                 remedies.optimizer("adafactor_fixed"),
             )
-        # Whatever the class does by default, a group may say it.
+        # A group may override the default of its class.
         decoupled = group.get("decoupled_weight_decay", traits.decoupled_decay)
         if group.get("weight_decay") and not decoupled:
             raise Refusal(
@@ -62,28 +62,28 @@ def check_steps_from_zero(optimizer: Optimizer) -> None:
 
 
 def check_layer(name: str, layer: SubspaceLayer, *, forms_gradients: bool) -> None:
-    """Raise ValueError for a layer that has changed since it went into its subspace.
+    """Raise ValueError for a layer that has changed since it entered its subspace.
 
     Args:
-        name: the layer's name.
-        layer: the layer, whose weight may have been cast, resized or sharded meanwhile.
-        forms_gradients: whether bases are taken from whole gradients.
+        name: The name of the layer.
+        layer: The layer, whose weight may have been cast, resized or sharded since then.
+        forms_gradients: Whether bases are computed from whole gradients.
     """
     check_dtype(name, layer.weight)
     rows, cols = layer.moving_weight.shape
     if (len(layer.delta), layer.basis.shape[1]) != (rows, cols):
         raise ValueError(
-            f"{name} is [{rows}, {cols}] now and went into its subspace with {len(layer.delta)} "
+            f"{name} is [{rows}, {cols}] now, and entered its subspace with {len(layer.delta)} "
             f"rows and {layer.basis.shape[1]} columns: resize embeddings before GaLore."
         )
     if not holds_whole_rows(layer.weight):
         raise ValueError(
-            f"{name} is sharded by columns, and a subspace needs whole rows: leave fully_shard its "
-            "Shard(0)."
+            f"{name} is sharded by columns, and a subspace needs whole rows: let fully_shard use "
+            "Shard(0), its default."
         )
     if is_sharded(layer.weight) and forms_gradients:
         raise ValueError(
-            f"SVD takes bases from whole gradients, and no rank has that of {name}, which is "
+            f"SVD computes bases from whole gradients, and no rank has that of {name}, which is "
             "sharded: use SubspaceIteration or Oja."
         )
 
@@ -102,18 +102,18 @@ def check_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
     """Raise FloatingPointError, on every rank, if a gradient is not finite.
 
     Args:
-        gradients: By layer.
-        step: The optimizer step that they are for.
+        gradients: The gradient of each layer, by name; None for a layer that has none.
+        step: The optimizer step that the gradients are for.
     """
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     # A sum over the ranks: the maximum of NaN and a number may be the number.
     norm = torch.nn.utils.get_total_norm(present.values())
-    if full_tensor(norm).isfinite():  # the one time that the host waits for the device
+    if full_tensor(norm).isfinite():  # the only time that the host waits for the device
         return
     bad = [name for name, gradient in present.items() if not full_tensor(gradient).isfinite().all()]
-    if bad:  # else the norm alone left its range
+    if bad:  # else only the norm overflowed
         raise FloatingPointError(
             f"The gradient of {', '.join(bad[:4])}{', ...' * (len(bad) > 4)} is not finite at step "
             f"{step}: lower the learning rate, look at this step's data, or train in a wider "
-            "precision. These layers' weights are those of the step before."
+            "precision. The weights of these layers have not moved in this step."
         )

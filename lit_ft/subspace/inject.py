@@ -30,7 +30,7 @@ TARGETS = {
     "attention": r"(^|\.)\w*(attn|attention)\w*\.",
     "mlp": r"(^|\.)\w*(mlp|ffn|feed_forward|expert)\w*\.",
 }
-_LARGE_SHARE = 0.1  # of a model, to be said as a warning: GaLore does little for its memory
+_LARGE_SHARE = 0.1  # of a model: above it GaLore saves little memory, and the log warns
 
 
 def inject(
@@ -44,26 +44,26 @@ def inject(
 ) -> dict[str, SubspaceLayer]:
     """Freeze the weights of the targeted layers and let them move in subspaces of `rank`.
 
-    Call it before the optimizer is built (and before a model is sharded): the layers' `delta`
-    takes their weight's place among the trainable parameters. The model computes what it did.
+    Call it before the optimizer is built and before the model is sharded: the `delta` of each layer
+    replaces its weight among the trainable parameters. The model's outputs stay the same.
 
     Args:
-        model: Changed in place; the layers stay the same objects.
-        rank: r; above min(rows, cols) of a layer it is capped there, and said so: such a layer's
-            basis spans its shorter side, and loses nothing.
-        targets: "all", or any of "attention", "mlp", "embeddings", "head", or regular expressions
-            that are searched in a layer's name.
-        side: What the basis spans: a layer's inputs ("right") or outputs ("left"), or whichever
-            is shorter ("std"); embeddings and the head are always right.
-        seed: Of the bases that training starts from.
-        allow_meta: Take weights on the meta device: whoever fills them in does so one by one, and
-            leaves the small tensors alone (`to_empty` would not).
+        model: The model, changed in place; its layers stay the same objects.
+        rank: The rank r of the subspaces. It is capped at a layer's shorter side, which is logged:
+            the layer's basis then spans the whole side and loses nothing.
+        targets: The layers to train in subspaces: "all", any of "attention", "mlp", "embeddings"
+            and "head", or regular expressions that are searched in a layer's name.
+        side: The side that a basis spans: a layer's inputs ("right"), its outputs ("left") or the
+            shorter of the two ("std"). Embeddings and the head are always right.
+        seed: The seed of the bases that training starts from.
+        allow_meta: Whether weights may be on the meta device. The loader must then fill them in one
+            by one and leave `delta` and `basis` alone, which `to_empty` does not.
 
     Returns:
-        The layers by name; of those that share a weight the first.
+        The layers by name; layers that share a weight appear once, under the first name.
 
     Raises:
-        ValueError: The rank is no positive integer, a target matches nothing or is no regular
+        ValueError: The rank is not a positive integer, a target matches nothing or is not a regular
             expression, or a targeted layer is frozen, quantised, sharded, without values (on the
             meta device), under an adapter, or shares its weight with a layer that is not targeted.
     """
@@ -106,10 +106,10 @@ def inject(
 
 
 def keep_out_of_broadcasts(model: nn.Module) -> None:
-    """Let DDP, once it wraps `model`, leave the bases alone.
+    """Exclude the bases from DDP's broadcasts; call it before DDP wraps `model`.
 
-    It would send all buffers of rank 0 before each forward pass: more bytes than the gradients,
-    for bases that are the same on every rank as it is.
+    DDP would send all buffers of rank 0 before each forward pass. The bases take more bytes than
+    the gradients, and are the same on every rank anyway.
     """
     bases = {name for name in _small_tensors(model) if name.endswith("basis")}
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *bases}
@@ -117,7 +117,7 @@ def keep_out_of_broadcasts(model: nn.Module) -> None:
 
 
 def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
-    """Return the model's layers that are in a subspace, those with a shared weight once."""
+    """Return the model's subspace layers by name; layers that share a weight appear once."""
     found: dict[nn.Parameter, tuple[str, SubspaceLayer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, SubspaceLayer):
@@ -126,7 +126,7 @@ def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
 
 
 def layer_group(name: str, layer: SubspaceLayer) -> str:
-    """Return "embeddings", "head", "attention", "mlp" or "other": the part of a model it is in."""
+    """Return the layer's part of the model: embeddings, head, attention, mlp or other."""
     if isinstance(layer, SubspaceEmbedding):
         return "embeddings"
     if isinstance(layer, SubspaceHead):
@@ -135,10 +135,14 @@ def layer_group(name: str, layer: SubspaceLayer) -> str:
 
 
 def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers by name that `targets` means, see `inject`; in a subspace or not.
+    """Return the layers that `targets` selects, by name, whether in a subspace or not.
+
+    Args:
+        model: The model whose layers are searched.
+        targets: The layers to select, in the words of `inject`.
 
     Raises:
-        ValueError: A target matches nothing, or is no regular expression.
+        ValueError: A target matches nothing, or is not a regular expression.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     embeddings, heads = _embeddings(model), _heads(model)
@@ -146,13 +150,13 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     known = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter)  # not what weight_norm makes
+        if isinstance(getattr(module, "weight", None), nn.Parameter)  # weight_norm's is a tensor
         and (
             type(module) is nn.Linear
             or isinstance(module, SubspaceLayer)
             or SubspaceConv1D.fits(module)
-            # Of a transformer the token embedding alone: positions are few, and looked up once for
-            # all sequences of a batch, so that no gradient a sequence exists.
+            # In a transformer only the token embedding: positions are few, and are looked up once
+            # for all sequences of a batch, so no gradient per sequence exists.
             or (type(module) is nn.Embedding and (not embeddings or module in embeddings))
         )
     }
@@ -186,11 +190,11 @@ def _pattern(target: str) -> re.Pattern[str]:
     try:
         return re.compile(TARGETS.get(target, target))
     except re.error as error:
-        raise ValueError(f"The target {target!r} is no regular expression: {error}.") from error
+        raise ValueError(f"The target {target!r} is not a regular expression: {error}.") from error
 
 
 def _tell_of_unknown(model: nn.Module, known: dict[str, nn.Module]) -> None:
-    """Say which matrices no target means; loudly where they are a large part of the model."""
+    """Log the matrices that no target can select, as a warning if they are much of the model."""
     seen = {_weight(module) for module in known.values()}
     unknown: dict[str, int] = {}
     for prefix, module in model.named_modules():
@@ -203,22 +207,22 @@ def _tell_of_unknown(model: nn.Module, known: dict[str, nn.Module]) -> None:
         share = sum(unknown.values()) / sum(p.numel() for p in model.parameters())
         log.log(
             logging.WARNING if share > _LARGE_SHARE else logging.INFO,
-            "Left as ordinary parameters, since their layers are of no known type: %s; %.1f %% of "
-            "the model.",
+            "Trained as ordinary parameters, because GaLore does not know the types of their "
+            "layers: %s; %.1f %% of the model.",
             ", ".join(unknown),
             100 * share,
         )
 
 
 def _check_targets(model: nn.Module, chosen: dict[str, nn.Module], *, allow_meta: bool) -> None:
-    """Raise ValueError for targets that cannot be trained in a subspace, or only together."""
+    """Raise ValueError for targets that cannot enter a subspace, or only with another layer."""
     weights = {_weight(module): name for name, module in chosen.items()}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if name not in chosen and isinstance(weight, nn.Parameter) and weight in weights:
             raise ValueError(
-                f"{name} shares its weight with {weights[weight]}, which alone is targeted: "
-                "target both (embeddings and head), or neither."
+                f"{name} shares its weight with {weights[weight]}, and only the latter is "
+                "targeted: target both (embeddings and head) or neither."
             )
 
     for name, module in chosen.items():
@@ -231,20 +235,23 @@ def _obstacle(module: nn.Module, *, allow_meta: bool) -> str | None:
     """Return why a layer cannot enter a subspace, and what to do; None if it can."""
     weight = _weight(module)
     if isinstance(module, SubspaceLayer):
-        return "is in a subspace already: inject once"
+        return "is in a subspace already: call inject once"
     if not weight.is_floating_point():
-        return "has a quantised weight: GaLore needs one that can move"
+        return (
+            "has a quantised weight, which cannot move: load the model without quantisation, or "
+            "leave the layer out of the targets"
+        )
     if is_sharded(weight):
         return (
-            "is sharded already: inject first, then let fully_shard spread the weights and the "
-            "small parameters over the ranks"
+            "is sharded already: call inject first, then let fully_shard spread the weights and "
+            "the small parameters over the ranks"
         )
     if weight.is_meta and not allow_meta:
         return "has no values yet (it is on the meta device): load it first"
     if "forward" in vars(module):
         return (
-            "has a forward of its own instance (accelerate's hooks give it one), which knows no "
-            "subspace: take that away, or leave the layer out of the targets"
+            "has a forward method of its own (accelerate's hooks set one), which knows nothing of "
+            "subspaces: remove the method, or leave the layer out of the targets"
         )
     if not weight.requires_grad:
         return "is frozen: unfreeze it, or leave it out of the targets"
@@ -259,7 +266,7 @@ def _obstacle(module: nn.Module, *, allow_meta: bool) -> str | None:
 
 
 def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:
-    """Make `module` a subspace layer: the same object, so that all who hold it see the change."""
+    """Make `module` a subspace layer: the same object, so that every reference to it follows."""
     kind: type[nn.Module]
     if isinstance(module, nn.Embedding):
         kind = SubspaceEmbedding
@@ -273,7 +280,7 @@ def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:
 
 
 def _keep_out_of_exports(model: nn.Module) -> None:
-    """Let transformers' `save_pretrained` write the weights alone, of each part that has it."""
+    """Let `save_pretrained` of each part from transformers write nothing but the weights."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             ignored = {*(part._keys_to_ignore_on_save or ()), *_small_tensors(part)}
@@ -294,7 +301,7 @@ def _weight(module: nn.Module) -> nn.Parameter:
 
 
 def _embeddings(model: nn.Module) -> set[nn.Module]:
-    """The token embeddings of the transformers in `model`, which it may be itself."""
+    """Return the token embeddings of the transformers in `model`, itself included."""
     return _of_transformers(model, "get_input_embeddings")
 
 

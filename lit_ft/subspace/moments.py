@@ -18,14 +18,14 @@ from lit_ft.tensors.sharding import local
 def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
     """Return C [r, r] with S_new ≈ S_old C: the best fit of S_old P_old in the new basis.
 
-    C = P_old P_newᵀ (P_new P_newᵀ)⁻¹; the last factor is 1 where the new rows are orthonormal.
+    C = P_old P_newᵀ (P_new P_newᵀ)⁻¹; the last factor is I where the new rows are orthonormal.
 
     Args:
-        old: P_old [r, n].
-        new: P_new [r, n].
+        old: The old basis P_old [r, n].
+        new: The new basis P_new [r, n].
     """
     overlap, gram = old @ new.T, new @ new.T
-    # Not `solve`: it waits for the device to say that it went well.
+    # Not `solve`, which waits for the device to report success.
     solved: Tensor = torch.linalg.solve_ex(gram, overlap.T).result
     return solved.T
 
@@ -33,14 +33,14 @@ def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
 def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """Return bias-corrected first and second moments in the new coordinates.
 
-    m C for the mean; for the square the variance, taken as uncorrelated, goes through C∘² and the
-    mean's square through C: |(v − m²) C∘² + (m C)²|. LDAdam, arXiv:2410.16103, section 3.2.
-    To this comes what v expects of `unseen` directions.
+    The mean becomes m C. The square becomes |(v − m²) C∘² + (m C)²|: its variance, taken as
+    uncorrelated, goes through C∘², and its mean through C (LDAdam, arXiv:2410.16103, section 3.2).
+    The second moment that is expected in `unseen` directions is added to it.
 
     Args:
-        mean: m̂ [rows, r].
-        square: v̂ [rows, r].
-        rotation: C [r, r].
+        mean: The bias-corrected first moment m̂ [rows, r].
+        square: The bias-corrected second moment v̂ [rows, r].
+        rotation: The change of basis C [r, r].
     """
     turned = mean @ rotation
     variance = torch.addcmul(square, mean, mean, value=-1)
@@ -49,16 +49,16 @@ def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
 
 
 def unseen(square: Tensor, rotation: Tensor) -> Tensor:
-    """Return the second moment that is to be expected where the old basis did not reach.
+    """Return the second moment [..., r] to expect in directions that the old basis did not reach.
 
-    Of new direction j a share 1 − Σᵢ C²ᵢⱼ is orthogonal to the old basis. The gradient there is
-    no smaller for not having been looked at; at zero, AdamW's steps would be too large by the
-    square root of the overlap until v has filled up, in hundreds of steps. It is taken to be as
-    large as in the old directions on average.
+    A share 1 − Σᵢ C²ᵢⱼ of new direction j is orthogonal to the old basis. The gradient there is
+    taken to be as large as in the old directions on average. With zero in its place, AdamW's steps
+    would be too large by the square root of the overlap until v has filled up, which takes hundreds
+    of steps.
 
     Args:
-        square: v [..., r] in the old basis.
-        rotation: C [r, r].
+        square: The second moment v [..., r] in the old basis.
+        rotation: The change of basis C [r, r].
     """
     share = (1 - rotation.square().sum(0)).clamp_(min=0)
     return square.mean(-1, keepdim=True) * share
@@ -71,20 +71,20 @@ def rotate_moments(
     *,
     moments: tuple[Moment, ...],
 ) -> bool:
-    """Turn one parameter's optimizer state in place by `rotation` C [r, r].
+    """Turn one parameter's optimizer state in place.
 
     Each row turns by itself, so each rank turns the rows of sharded state that it holds.
 
     Args:
-        state: the optimizer's state of the parameter S [rows, r].
-        group: the optimizer's group that holds the parameter.
-        rotation: C, from `change_of_basis`.
-        moments: what the entries of the state are, as `Traits.moments` says it; of several rules
-            for one entry the first counts.
+        state: The optimizer's state of the parameter S [rows, r].
+        group: The optimizer's group that holds the parameter.
+        rotation: The change of basis C [r, r], from `change_of_basis`.
+        moments: The kinds of the state's entries, from `Traits.moments`. If several rules read the
+            same entry, the first one counts.
 
     Returns:
-        True if every matrix in the state has a rule, or the state is empty. False leaves the state
-        as it is.
+        True if every matrix in the state has a rule, or the state is empty; otherwise False, and
+        the state is unchanged.
     """
     rules, covered = [], set[str]()
     for moment in moments:
@@ -105,7 +105,7 @@ def rotate_moments(
 
 
 def _covers(state: Mapping[str, Any], covered: Collection[str]) -> bool:
-    """Whether all that turns with a basis, the state's matrices, is among the covered entries."""
+    """Whether every matrix of the state, which must turn with the basis, has a rule."""
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
@@ -136,7 +136,7 @@ def _turn_rows(
 ) -> None:
     mean = _read(state, first)
     # In raw moments √v̂ would come out too large while t is small: the two corrections differ.
-    # A fused optimizer counts on the device: not a Python number, which the host would wait for.
+    # A fused optimizer counts on the device, and the host would wait for a Python number.
     steps = torch.as_tensor(state["step"], dtype=mean.dtype)
     correct_mean, correct_square = 1 - betas[0] ** steps, 1 - betas[1] ** steps
     mean = mean / correct_mean

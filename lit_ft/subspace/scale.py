@@ -1,4 +1,4 @@
-"""α: how large a step in the subspace is in the weight."""
+"""The scale α: how far a step in the subspace moves the weight."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lit_ft.subspace.layers.base import SubspaceLayer
 
 
 def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, Any]) -> float:
-    """Return the α with which a learning rate means what it means to the optimizer on W.
+    """Return the α with which a learning rate has the same effect as on the whole weight W.
 
-    - AdamW, and whatever else makes updates of one size (RMS 1): √(cols / r), as an update of RMS 1
-      in S then has RMS 1 in α S P too. 1 for the rows of tokens.
+    - AdamW, and other optimizers whose updates have RMS 1: √(cols / r), so that an update of RMS 1
+      in S has RMS 1 in α S P too. It is 1 for layers whose rows are tokens.
     - SGD: 1. Its step in S, times P, is its step on W, projected.
-    - Muon, whose updates have a spectral norm that hangs on the shape: the ratio of the two norms;
-      AdamW's α where Muon itself is made to match AdamW ("match_rms_adamw").
+    - Muon, whose updates have a spectral norm that depends on the shape: the ratio of the two
+      norms; AdamW's α where Muon itself matches AdamW ("match_rms_adamw").
 
     Args:
-        layer: That S belongs to.
-        optimizer: That steps S.
-        group: The optimizer's, that S is in.
+        layer: The layer that S belongs to.
+        optimizer: The optimizer that steps S.
+        group: The optimizer's group that holds S.
     """
     step_size = traits_of(type(optimizer)).step_size
     if step_size == "gradient":
@@ -33,6 +33,6 @@ def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, 
             math.sqrt(max(1, rows / cols)) for rows, cols in (layer.weight.shape, layer.delta.shape)
         )
         return of_weight / of_delta
-    # Of most tokens a batch says little: their gradients are noise in most coordinates, and AdamW
-    # takes each to full size (benchmarks/results/quality_variants.jsonl).
+    # A batch says little about most tokens: their gradients are noise in most coordinates, and
+    # AdamW scales each to full size (benchmarks/results/quality_variants.jsonl).
     return 1.0 if layer.rows_are_tokens else math.sqrt(layer.basis.shape[1] / layer.rank)

@@ -1,4 +1,4 @@
-"""When bases move: whose turn it is at which optimizer step."""
+"""When bases move: the optimizer steps at which each layer has its turn."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from lit_ft.subspace.checks import check_settings
 class Refresh:
     """How often bases move.
 
-    Adaptive as Q-GaLore (arXiv:2407.08296) doubles a layer's interval while its successive
-    projections agree, with two differences: whole subspaces are compared, where its code compares
-    their first vectors (the mean of five, 0.4 or more), and a basis that moves again has its turns
-    back. It is for rules that renew the basis: one step of `Oja` or `Online` leaves an overlap near
-    1 (0.9999), so that every layer would soon wait `longest`.
+    Adaptive refreshes follow Q-GaLore (arXiv:2407.08296), which doubles a layer's interval while
+    its successive projections agree. There are two differences. Whole subspaces are compared, where
+    Q-GaLore's code compares first vectors (the mean of five, 0.4 or more). And a basis that moves
+    again gets its usual interval back. They suit rules that renew the basis: one step of `Oja` or
+    `Online` leaves an overlap near 1 (0.9999), so every layer would soon wait for `longest`.
 
-    The threshold has to leave room for chance. At weights that do not move, the bases that
-    `SubspaceIteration` takes from one batch of 12 short rows and the next overlap by 0.55 on
-    average, 0.35 to 0.8 by layer (SmolLM2-135M, rank 64); larger batches agree more.
+    The threshold must leave room for chance. While the weights stand still, the bases that
+    `SubspaceIteration` computes from two batches of 12 short rows overlap by 0.55 on average, 0.35
+    to 0.8 by layer (SmolLM2-135M, rank 64). Larger batches agree more.
 
     Attributes:
-        every: Optimizer steps between two turns of a layer; None for the projector's.
-        stagger: Spread the layers' turns over the interval, so that no step pays for all.
-        adaptive: A layer whose basis has stopped moving waits twice as long for its next turn, and
-            `every` again as soon as it moves.
-        threshold: The overlap of its last two bases (see `observation.overlap`) from which on a
+        every: The optimizer steps between two turns of a layer; None for the projector's interval.
+        stagger: Whether the layers' turns are spread over the interval, so that no single step pays
+            for all of them.
+        adaptive: Whether a layer whose basis has stopped moving waits twice as long for its next
+            turn. It waits `every` steps again as soon as its basis moves.
+        threshold: The overlap of a layer's last two bases (see `stats.overlap`) from which on its
             basis has stopped moving.
         longest: The longest wait, in multiples of `every`.
 
     Raises:
-        ValueError: A number that is out of its range.
+        ValueError: A number is out of its range.
     """
 
     every: int | None = None
@@ -43,11 +44,11 @@ class Refresh:
     longest: int = 8
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Refuse numbers that are out of their range."""
         if self.every is not None:
             check_settings(every=self.every)
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold}: an overlap lies above 0, up to 1.")
+            raise ValueError(f"threshold={self.threshold}: give an overlap above 0 and up to 1.")
         if self.longest < 1:
             raise ValueError(f"longest={self.longest}: give a multiple of `every`, at least 1.")
 
@@ -56,11 +57,12 @@ class RefreshSchedule:
     """Each layer's next turn; the same on every rank, and continued by a resumed run.
 
     Args:
-        names: The layers, in the order in which they take turns.
-        refresh: How often.
-        every: Of the projector, if `refresh` names none.
-        at_once: The first turn is step 0's, for rules that move before a step, by its gradient.
-        step: The optimizer step, from 0, that comes next.
+        names: The names of the layers, in the order in which they take turns.
+        refresh: The settings for how often bases move.
+        every: The projector's interval in optimizer steps, used if `refresh` sets none.
+        at_once: Whether the first turns are at step 0, for rules that move before a step, from its
+            gradient.
+        step: The optimizer step that comes next, counted from 0.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class RefreshSchedule:
         self.interval = dict.fromkeys(self._offsets, self.every)
 
     def _first(self, name: str, step: int) -> int:
-        """The first turn at `step` or later."""
+        """Return the first turn of layer `name` at `step` or later."""
         offset = self._offsets[name]
         if not self.at_once:
             return step + (offset - 1 - step) % self.every
@@ -96,7 +98,7 @@ class RefreshSchedule:
         return self.next[name] <= step
 
     def after(self, name: str, step: int) -> int:
-        """Return the turn of layer `name` that follows `step`, if its interval stays."""
+        """Return the first turn of layer `name` after `step`, if its interval does not change."""
         if not self.is_due(name, step):
             return self.next[name]
         if self.at_once and step == 0:
@@ -104,12 +106,12 @@ class RefreshSchedule:
         return step + self.interval[name]
 
     def advance(self, step: int, overlaps: Mapping[str, float]) -> None:
-        """End `step`: the layers that moved when it was their turn take their next one.
+        """End `step`: each layer that moved in its turn gets its next one.
 
         Args:
-            step: The step that ends.
-            overlaps: Of the layers that moved, between their last two bases; only an adaptive
-                schedule looks at the numbers.
+            step: The optimizer step that ends.
+            overlaps: The overlap of the last two bases of each layer that moved, by name. Only an
+                adaptive schedule uses the numbers.
         """
         for name in [name for name in overlaps if self.is_due(name, step)]:
             rests = overlaps[name] >= self.refresh.threshold
@@ -126,7 +128,7 @@ class RefreshSchedule:
         return {"made_with": self._made_with, "next": self.next, "interval": self.interval}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Continue from `state_dict`; another schedule's starts anew, at `step`."""
+        """Continue from `state_dict`; start again at `step` if it is another schedule's."""
         if state.get("made_with") == self._made_with:
             self.next, self.interval = dict(state["next"]), dict(state["interval"])
         else:

@@ -1,4 +1,4 @@
-"""What is seen of subspaces while they train, without waiting for the device at each step."""
+"""Measure subspaces while they train, without waiting for the device at each step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lit_ft.tensors.sharding import full_tensor
 def overlap(old: Tensor, new: Tensor) -> Tensor:
     """Return how much of the span of `old` lies in the span of `new`: tr(Π_old Π_new) / r.
 
-    The mean squared cosine of their principal angles, ||P_old P_newᵀ||² / r where the rows are
-    orthonormal: 1 for the same span, about r / n for random ones.
+    This scalar is the mean squared cosine of their principal angles: 1 for the same span, about
+    r / n for random ones. Where the rows are orthonormal it is ||P_old P_newᵀ||² / r.
 
     Args:
-        old: P_old [r, n].
-        new: P_new [r, n].
+        old: The old basis P_old [r, n].
+        new: The new basis P_new [r, n].
     """
     crossed = old @ new.T
-    # Not `solve`: it waits for the device to say that it went well.
+    # Not `solve`, which waits for the device to report success.
     in_old = torch.linalg.solve_ex(old @ old.T, crossed).result
     in_new = torch.linalg.solve_ex(new @ new.T, crossed.T).result
     share: Tensor = (in_old * in_new.T).sum() / len(old)
@@ -32,21 +32,21 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
 
 
 def squared_update(delta: Tensor, basis: Tensor) -> Tensor:
-    """Return ||S P||², for S [rows, r] and P [r, n]; ||S||² where the rows are orthonormal."""
+    """Return ||S P||², a scalar, for S [rows, r] and P [r, n]; it is ||S||² for orthonormal P."""
     return (delta @ (basis @ basis.T) * delta).sum()
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was seen since the last snapshot, as plain numbers by layer.
+    """The measurements since the last snapshot, as plain numbers by layer.
 
     Attributes:
-        energies: How much of the gradients' energy the basis captured at the last step, and all of
-            it, see `energy.captured_and_total_energy`.
-        overlaps: Of the last two bases, where a basis moved.
-        seconds: That the last move took on this process, the moments' included.
-        step_rms: Root mean square of what the last step added to the weights, decay left out, over
-            the learning rate; None if nothing was stepped.
+        energies: The energy of the gradients that the basis captured at the last step, and their
+            total energy; see `energy.captured_and_total_energy`.
+        overlaps: The overlap of a layer's last two bases, for each layer whose basis moved.
+        seconds: The time of a layer's last move on this process, in seconds, including its moments.
+        step_rms: The root mean square of what the last step added to the weights, without weight
+            decay, divided by the learning rate; None if nothing was stepped.
     """
 
     energies: dict[str, tuple[float, float]]
@@ -56,13 +56,13 @@ class Snapshot:
 
 
 class SubspaceStats:
-    """Collects on the device what `snapshot` then returns.
+    """Collects measurements on the device until `snapshot` returns them.
 
-    The last step before a snapshot shows its gradients' energies, which cost products of tokens
-    with tokens, and the size of its update. Of each layer's moves the last one is measured.
+    Only the last step before a snapshot measures the size of its update and the energies of its
+    gradients, which cost products of tokens with tokens. Only the last move of a layer is measured.
 
     Args:
-        layers: By name.
+        layers: The layers to measure, by name.
     """
 
     def __init__(self, layers: Mapping[str, SubspaceLayer]) -> None:
@@ -78,23 +78,23 @@ class SubspaceStats:
         self._num_weights = 0
 
     def await_snapshot(self, steps: int | None) -> None:
-        """Let the next snapshot come after so many more optimizer steps (1 or more), or never."""
+        """Expect the next snapshot after `steps` more optimizer steps, at least 1; None: never."""
         self.steps_to_snapshot = steps
         for layer in self._layers.values():
             layer.energy.requires_grad_(steps == 1)
 
     def record_step(self, name: str, *, scale: float, lr: float) -> None:
-        """Look at what a step has left in a layer, before it is folded; in a snapshot's step only.
+        """Measure a step in one layer, before it is folded, if it is the last before a snapshot.
 
         Args:
-            name: The layer's.
-            scale: α.
-            lr: Of the step.
+            name: The name of the layer.
+            scale: The scale α of the fold.
+            lr: The learning rate of the step.
         """
         if self.steps_to_snapshot != 1:
             return
         layer = self._layers[name]
-        # None: this rank's rows did not come through the layer.
+        # None: no row of this rank passed through the layer.
         energy = layer.energy.grad
         self._energies[name] = torch.zeros_like(layer.energy) if energy is None else energy
         if lr:
@@ -104,12 +104,12 @@ class SubspaceStats:
             self._num_weights += layer.weight.numel()
 
     def record_move(self, name: str, *, turned: Tensor, move: DeviceTimer) -> None:
-        """Take note of a basis that has moved.
+        """Record a move of a basis.
 
         Args:
-            name: The layer's.
-            turned: The overlap of its bases.
-            move: The time that it took.
+            name: The name of the layer.
+            turned: The overlap of the old and the new basis, a scalar.
+            move: The timer of the move.
         """
         self._overlaps[name], self._moves[name] = turned, move
 
@@ -119,10 +119,11 @@ class SubspaceStats:
             self.await_snapshot(self.steps_to_snapshot - 1 or None)
 
     def snapshot(self, all_reduce: Callable[[Sequence[Tensor]], None] | None) -> Snapshot:
-        """Return what was seen since the last snapshot; waits for the device once.
+        """Return the measurements since the last snapshot; waits for the device once.
 
         Args:
-            all_reduce: Averages tensors over the ranks, in place: then every rank must call.
+            all_reduce: The function that averages tensors over the ranks, in place, for which every
+                rank must call this method; None for one process.
         """
         tensors = [*self._energies.values(), *self._overlaps.values(), *self._squared_steps]
         values: list[float] = []
@@ -135,7 +136,7 @@ class SubspaceStats:
         snapshot = Snapshot(
             energies={name: (next(numbers), next(numbers)) for name in self._energies},
             overlaps={name: next(numbers) for name in self._overlaps},
-            # They ended before what was just waited for.
+            # The moves ended before the values that the host has just waited for.
             seconds={name: move.seconds() for name, move in self._moves.items()},
             step_rms=(sum(numbers) / self._num_weights) ** 0.5 if self._num_weights else None,
         )
@@ -144,11 +145,11 @@ class SubspaceStats:
 
 
 class DeviceTimer:
-    """A stretch of the device's work, from the construction to `end`."""
+    """Times the device's work from construction to `end`."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: tuple[torch.Event, torch.Event] | None = None
-        if device.type != "cpu":  # which works while the host goes on
+        if device.type != "cpu":  # it works while the host goes on
             self._events = (
                 torch.Event(device, enable_timing=True),
                 torch.Event(device, enable_timing=True),
@@ -157,14 +158,14 @@ class DeviceTimer:
         self._began = self._ended = time.perf_counter()
 
     def end(self) -> DeviceTimer:
-        """End here."""
+        """Stop the timer and return it."""
         if self._events is not None:
             self._events[1].record()
         self._ended = time.perf_counter()
         return self
 
     def seconds(self) -> float:
-        """Return its length; the device must be past its end."""
+        """Return the measured time in seconds; the device must have passed the end."""
         if self._events is None:
             return self._ended - self._began
         begin, end = self._events

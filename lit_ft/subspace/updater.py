@@ -1,4 +1,4 @@
-"""What happens around an optimizer step: the fold behind it, and now and then a new basis."""
+"""The work around an optimizer step: the fold after it, and the moves of the bases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
-    """Of a step that is taken under autocast, as Lightning's manual optimization takes it."""
+    """Run the method without autocast, under which Lightning's manual optimization steps."""
 
     @wraps(method)
     def exact(self: SubspaceUpdater, *args: Any, **kwargs: Any) -> None:
@@ -44,21 +44,27 @@ def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
 class SubspaceUpdater:
     """Trains layers in subspaces with an ordinary optimizer.
 
-    After the optimizer has stepped S, the step is folded into W and S is zero again; then the
-    bases whose turn it is move, and the optimizer's moments with them. A layer that is frozen after
-    `inject` (`layer.requires_grad_(False)`) stays as it is, basis included.
+    After the optimizer has stepped S, the step is folded into W and S is zero again. Then the bases
+    whose turn it is move, and the optimizer's moments with them. A layer that is frozen after
+    `inject` (`layer.requires_grad_(False)`) does not change, and neither does its basis.
 
     Args:
-        layers: As from `inject`, by name.
-        projector: Moves the bases.
-        scale: α, a positive number, or "match_adamw" for `matching_scale`: the learning rate then
-            means what it means to the optimizer on whole weights.
-        refresh: When the bases move; None for every `projector.every` steps, staggered.
-        compiled: torch.compile runs the model, with one graph for each set of layers whose bases
-            move at the same step: they are not staggered, which leaves two, and as many again
-            for the steps that are logged.
-        seed: Of random bases and of stochastic rounding.
-        all_reduce: Averages tensors over the data-parallel ranks, in place; None for one process.
+        layers: The layers by name, as `inject` returns them.
+        projector: The rule that moves the bases.
+        scale: The scale α: a positive number, or "match_adamw" for `matching_scale`, with which a
+            learning rate has the same effect as on whole weights.
+        refresh: The settings for when bases move; None for every `projector.every` optimizer steps,
+            staggered.
+        compiled: Whether torch.compile runs the model. It makes one graph for each set of layers
+            whose bases move at the same step, so moves are not staggered: two graphs remain, and as
+            many again for the steps that are logged.
+        seed: The seed of random bases and of stochastic rounding.
+        all_reduce: The function that averages tensors over the data-parallel ranks, in place; None
+            for one process.
+
+    Raises:
+        ValueError: The scale or the interval is invalid, or an adaptive `refresh` does not go with
+            the projector or a compiled model.
     """
 
     def __init__(
@@ -93,20 +99,22 @@ class SubspaceUpdater:
         self._attached = False
 
     def reschedule(self, refresh: Refresh) -> None:
-        """Let the bases move when `refresh` says; call it while nothing trains."""
+        """Let the bases move when `refresh` says; call it outside of training."""
         self.tracker.reschedule(refresh, step=self.step)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Follow `optimizer`'s steps, until the handle that is returned is removed.
+        """Follow the steps of `optimizer` until the returned handle is removed.
 
         Raises:
             ValueError: The optimizer does not hold the layers' deltas (it was built before
-                `inject`), or cannot train what is zero before each step; or the projector needs
-                whole gradients of a sharded weight, or a weight has become float16 or has got
-                another number of rows.
+                `inject`), or cannot step parameters that are zero; another optimizer is followed
+                already; the projector needs whole gradients of a sharded weight; or a weight has
+                become float16 or changed its shape.
         """
         if self._attached:
-            raise ValueError("The steps follow an optimizer already: call stop() before another.")
+            raise ValueError(
+                "These layers follow an optimizer already: call stop() before attaching another."
+            )
         check_steps_from_zero(optimizer)
         self.freeze_weights()
         for name, layer in self.layers.items():
@@ -116,32 +124,33 @@ class SubspaceUpdater:
             if layer.delta.requires_grad and layer.delta not in held:
                 raise ValueError(
                     f"The optimizer does not hold {name}.delta: build it after inject(), on the "
-                    "parameters that require a gradient."
+                    "parameters that require gradients."
                 )
-        # Not before: sharding a model puts other parameters in place of those of `inject`.
+        # Not earlier: sharding a model replaces the parameters that `inject` has made.
         self._by_delta = {layer.delta: name for name, layer in self.layers.items()}
         self._attached = True
         self.tracker.prepare(self.step)
         return optimizer.register_step_post_hook(self._after_step)
 
     def begin_accumulation(self) -> None:
-        """Forget the basis_input of a step that was skipped; call it where gradients are zeroed."""
+        """Clear the basis inputs of a skipped step; call it where gradients are zeroed."""
         for layer in self.layers.values():
             layer.clear_basis_input()
 
     @_without_autocast
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, skips_overflow: bool = False) -> None:
-        """Check the gradients and take the bases that come from G itself.
+        """Check the gradients, and move the bases that are computed from G itself.
 
         Call it when the gradients are complete, and unscaled if a grad scaler scales them.
 
         Args:
-            optimizer: Whose step comes next.
-            skips_overflow: A grad scaler skips the step if a gradient is not finite.
+            optimizer: The optimizer whose step comes next.
+            skips_overflow: Whether a grad scaler skips the step if a gradient is not finite.
 
         Raises:
-            FloatingPointError: A gradient is not finite; names the layers, none of which has moved.
+            FloatingPointError: A gradient is not finite. The message names the layers, none of
+                which has moved.
         """
         if not skips_overflow:
             check_finite(
@@ -150,7 +159,7 @@ class SubspaceUpdater:
         for group, name, layer in self._stepped(optimizer):
             gradient, layer.weight.grad = layer.weight.grad, None
             if self.tracker.basis_input(name, self.step) is not BasisInput.GRADIENT:
-                continue  # a callback that unfreezes the model has asked for it
+                continue  # a callback that unfreezes the model let it be computed
             if gradient is None and self.all_reduce is not None:
                 gradient = torch.zeros_like(layer.weight)
             if gradient is None:
@@ -165,7 +174,7 @@ class SubspaceUpdater:
     @_without_autocast
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        # A grad scaler leaves it to a fused optimizer to take no step after an overflow.
+        # After an overflow a grad scaler leaves it to a fused optimizer to skip the step.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and overflow.item():
             self.begin_accumulation()
@@ -193,18 +202,19 @@ class SubspaceUpdater:
         self.tracker.prepare(self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs beside the layers' own tensors."""
+        """Return what resuming needs in addition to the layers' own tensors."""
         return {"step": self.step, **self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from what `state_dict` returned."""
         self.step = state["step"]
         self.tracker.load_state_dict(state, step=self.step)
-        if self._attached:  # an optimizer that is built later would take what asks for a gradient
+        # Not before: an optimizer that is built later would hold all that requires a gradient.
+        if self._attached:
             self.tracker.prepare(self.step)
 
     def stop(self) -> None:
-        """Ask for no more sketches, and leave layers whose weights whoever comes next can train."""
+        """Compute no more sketches, and make the weights trainable in place of the deltas."""
         self._attached = False
         self.stats.await_snapshot(None)
         for layer in self.layers.values():
@@ -215,7 +225,7 @@ class SubspaceUpdater:
             layer.clear_basis_input()
 
     def freeze_weights(self) -> None:
-        """Let the layers move through their deltas again, after `stop`; but not the frozen ones."""
+        """Undo `stop`: train the deltas in place of the weights again, except in frozen layers."""
         for layer in self.layers.values():
             if layer.weight.requires_grad:
                 layer.weight.requires_grad_(False)
@@ -238,8 +248,8 @@ class SubspaceUpdater:
         if idle:
             log.warning(
                 "The first step's loss did not come through %d of the layers that move in "
-                "subspaces: %s. Where a model takes a layer's weight and does not call the layer, "
-                "the weight stands still: leave it out of the targets.",
+                "subspaces: %s. Where a model uses a layer's weight and does not call the layer, "
+                "the weight stands still: leave the layer out of the targets.",
                 len(idle),
                 ", ".join(idle[:4]) + ", ..." * (len(idle) > 4),
             )

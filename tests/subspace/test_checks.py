@@ -129,7 +129,7 @@ def refused_on_sharded_weights():
 @pytest.mark.slow
 def test_what_needs_whole_weights_is_refused(on_both):
     for late, svd, start, columns in on_both(refused_on_sharded_weights):
-        assert late.startswith("0 is sharded already: inject first")
+        assert late.startswith("0 is sharded already: call inject first")
         for message in (svd, start):
             assert "no rank has that of 0" in message
             assert "use SubspaceIteration or Oja" in message

@@ -19,7 +19,7 @@ from tests.support.tiny_model import tiny_model
         ({"rank": 1.5}, "rank=1.5"),
         ({"side": "Right"}, "side=Right: give right, left or std"),
         ({"targets": "nonsense"}, "nonsense"),
-        ({"targets": ["attention", "*"]}, "The target '[*]' is no regular expression"),
+        ({"targets": ["attention", "*"]}, "The target '[*]' is not a regular expression"),
         ({"targets": ["head"]}, "embed_tokens shares its weight with lm_head"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_layer_whose_forward_is_replaced_is_refused():
     model = tiny_model("llama")
     layer = model.model.layers[0].mlp.up_proj
     layer.forward = types.MethodType(nn.Linear.forward, layer)
-    with pytest.raises(ValueError, match=r"up_proj has a forward of its own instance"):
+    with pytest.raises(ValueError, match=r"up_proj has a forward method of its own"):
         inject(model, rank=4)
 
 

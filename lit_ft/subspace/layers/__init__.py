@@ -1,1 +1,1 @@
-"""The layers that move in a subspace, and the thin products of their backward passes."""
+"""Layers whose weights move in a subspace, and the thin products of their backward passes."""

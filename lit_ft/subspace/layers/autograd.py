@@ -1,4 +1,4 @@
-"""What the backward passes of the layers have in common."""
+"""The decorator that the backward passes of all subspace layers share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def thin_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorate the `backward` of an autograd Function that takes R in place of G.
+    """Decorate the `backward` of an autograd Function that computes R in place of G.
 
-    Its products keep the gradient's dtype where the caller has autocast on, as Lightning has in
-    manual optimization. And it refuses a second derivative, to which what it kept would not lead.
+    Its products keep the gradient's dtype even where the caller has autocast on, as Lightning does
+    in manual optimization. A second derivative raises RuntimeError: the saved tensors do not
+    determine it.
     """
 
     @wraps(backward)

@@ -10,7 +10,7 @@ from lit_ft.subspace.layers.linear import subspace_linear
 
 
 class SubspaceConv1D(SubspaceLayer, nn.Module):
-    """A linear layer whose weight [in, out] moves in a subspace."""
+    """transformers' Conv1D whose weight [in, out] moves in a subspace."""
 
     weight_is_transposed = True
     nf: int
@@ -18,12 +18,12 @@ class SubspaceConv1D(SubspaceLayer, nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether `module` is such a layer (known by its class, which torch does not have)."""
+        """Whether `module` is transformers' Conv1D, which is known by the name of its class."""
         kind = type(module)
         return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W + b, for `x` [..., in]."""
+        """Return x W + b [..., out], for `x` [..., in]."""
         if not torch.is_grad_enabled():
             return nn.functional.linear(x, self.weight.T, self.bias)
         return subspace_linear(

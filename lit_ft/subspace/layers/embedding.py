@@ -14,10 +14,10 @@ from lit_ft.subspace.layers.energy import captured_and_total_energy
 
 
 class SubspaceEmbedding(SubspaceLayer, nn.Embedding):
-    """`nn.Embedding` whose weight [V, d] moves in a subspace of d: right side only."""
+    """`nn.Embedding` whose weight [V, d] moves in a subspace of d, always the right side."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows of W that the ids `input` [..., T] name."""
+        """Return the rows [..., T, d] of W that the ids `input` [..., T] name."""
         if not torch.is_grad_enabled():
             return F.embedding(input, self.weight)
         return _Embedding.apply(  # type: ignore[no-any-return, no-untyped-call]
@@ -54,7 +54,8 @@ class _Embedding(torch.autograd.Function):
         in_basis = grad @ basis.T
         gradient = _scatter(ids, in_basis, ctx.num_rows)
         weight_gradient = sketch = energy = None
-        sequences = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)  # without any, samples
+        # Without sequences each id is a sample.
+        sequences = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
         if ctx.needs_sketch:
             of_ids = _sums_of_ids(sequences, in_basis.reshape(*sequences.shape, -1))  # R_s[id_t]
             sketch = of_ids.reshape(-1, len(basis)).T @ grad.reshape(-1, grad.shape[-1])
@@ -76,9 +77,9 @@ def _sums_of_ids(ids: Tensor, values: Tensor) -> Tensor:
     """Return [S, T, k]: for each token the sum of `values` over its id's places in the sequence.
 
     Args:
-        ids: [S, T].
-        values: [S, T, k].
+        ids: The token ids [S, T].
+        values: The values to sum, [S, T, k].
     """
-    # An id's first place among the sorted ones: numbers below T for V ids.
+    # Each id becomes its first place among the sorted ones, a number below T.
     places = torch.searchsorted(ids.sort(-1).values, ids)[..., None].expand_as(values)
     return torch.zeros_like(values).scatter_add_(1, places, values).gather(1, places)

@@ -1,11 +1,11 @@
-"""How much of a gradient a basis captures, without forming the gradient."""
+"""How much of a gradient's energy a basis captures, without forming the gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Entries that a product of tokens with tokens has at a time, and blocks that it has at least.
+# The most entries of a product of tokens with tokens at a time, and the fewest blocks of it.
 _BLOCK_ENTRIES = 1 << 24
 _BLOCKS = 4
 
@@ -15,30 +15,32 @@ def captured_and_total_energy(
 ) -> Tensor:
     """Return Σ_s ||G_s Π||² and Σ_s ||G_s||² over the samples s of the batch.
 
-    Π = Pᵀ (P Pᵀ)⁻¹ P projects on the span of the basis. Since G_s = Σ_t rows_t ⊗ cols_t,
-    ||G_s||² = Σ_tu (rows_t · rows_u) (cols_t · cols_u); the captured part has `cols` in the span.
-    With orthonormal P it is tr(H Pᵀ), H being the sketch, whose samples these are. A sequence costs
-    about T² (m + n + r) / 2 multiply-adds.
+    Π = Pᵀ (P Pᵀ)⁻¹ P projects onto the span of the basis. Since G_s = Σ_t rows_t ⊗ cols_t,
+    ||G_s||² = Σ_tu (rows_t · rows_u) (cols_t · cols_u), as in ghost clipping (arXiv:2110.05679).
+    For the captured part, `cols` are projected onto the span; with orthonormal P it is tr(H Pᵀ),
+    where H is the sketch over the same samples. A sequence costs about T² (m + n + r) / 2
+    multiply-adds.
 
     Args:
-        rows: [..., T, m] per token; leading dimensions enumerate sequences, each of them a sample.
-            [S, m], without sequences, is S samples. Of an embedding the ids [..., T], which stand
-            for one-hot rows.
-        cols: [..., T, n] or [S, n], likewise.
-        cols_in_basis: [..., T, r] or [S, r], `cols` in the basis: cols Pᵀ.
-        basis: P [r, n].
+        rows: The row factors of the tokens, [..., T, m]; leading dimensions enumerate sequences,
+            each of which is a sample. [S, m], without sequences, is S samples. For an embedding,
+            the ids [..., T], which stand for one-hot rows.
+        cols: The column factors of the same tokens, [..., T, n] or [S, n].
+        cols_in_basis: The column factors in the basis, `cols` Pᵀ [..., T, r] or [S, r].
+        basis: The basis P [r, n].
 
     Returns:
-        [2], in the dtype of the basis.
+        The captured and the total energy, [2], in the dtype of the basis.
     """
-    wide = torch.float32 if cols.dtype is torch.float16 else cols.dtype  # squares leave its range
+    # float16 cannot hold the squares.
+    wide = torch.float32 if cols.dtype is torch.float16 else cols.dtype
     rows = rows.to(wide) if rows.is_floating_point() else rows[..., None]
     cols, cols_in_basis = cols.to(wide), cols_in_basis.to(wide)
     length = cols.shape[-2] if cols.ndim > 2 else 1
     rows, cols, cols_in_basis = (
         t.reshape(-1, length, t.shape[-1]) for t in (rows, cols, cols_in_basis)
     )
-    # Not `inv`: it waits for the device to say that it went well.
+    # Not `inv`, which waits for the device to report success.
     span = cols_in_basis @ torch.linalg.inv_ex(basis @ basis.T).inverse.to(wide)
     energy = basis.new_zeros(2)
     size = max(1, min(_BLOCK_ENTRIES // max(1, len(cols) * length), -(-length // _BLOCKS)))

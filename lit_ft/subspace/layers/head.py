@@ -1,4 +1,4 @@
-"""The output head in a subspace: its loss, without logits of all tokens and without G [V, d]."""
+"""The output head in a subspace: the loss without the logits of all tokens and without G [V, d]."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lit_ft.subspace.layers.products import projected_gradient, projected_gradie
 
 
 class SubspaceHead(SubspaceLinear):
-    """A `SubspaceLinear` that can turn hidden states into the loss, a piece at a time."""
+    """A `SubspaceLinear` that can turn hidden states into the loss, a chunk at a time."""
 
     def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
         """Sum the next-token cross-entropy over the target positions; gradients are recorded.
 
-        Loss, input gradient, R, sketch and energies are computed in the forward pass, from the
-        logits of at most `chunk_tokens` tokens at a time; the backward pass scales them. For the
-        sketch and the energies pieces do not cross sequences: each is a sample, however the batch
-        was cut.
+        The forward pass computes the loss, the input gradient, R, the sketch and the energies from
+        the logits of at most `chunk_tokens` tokens at a time. The backward pass scales them. For
+        the sketch and the energies a chunk never crosses sequences: each chunk is a sample, however
+        the batch was cut.
 
         Args:
-            hidden: [B, T, d].
-            labels: [B, T], unshifted; -100 is ignored.
-            chunk_tokens: Target tokens a piece, at most.
+            hidden: The last hidden states [B, T, d].
+            labels: The labels [B, T], unshifted; -100 is ignored.
+            chunk_tokens: The most target tokens in a chunk.
 
         Returns:
             The sum in nats, a scalar in at least float32.
@@ -38,7 +38,7 @@ class SubspaceHead(SubspaceLinear):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        # Or products that are taken in float32 on purpose would be cast again.
+        # Otherwise products that are in float32 on purpose would be cast again.
         with torch.autocast(device, enabled=False):
             return _CrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
                 states,
@@ -71,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
         accumulated = torch.promote_types(dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=accumulated)
         grad_hidden = torch.zeros_like(states)
-        # Of a model that is gathered in bfloat16 the delta is too: pieces would get lost in a sum.
+        # FSDP2 may gather the delta in bfloat16, in which a sum loses small summands.
         gradient = torch.zeros_like(delta, dtype=torch.promote_types(delta.dtype, torch.float32))
         sketch = torch.zeros_like(basis) if basis.requires_grad else None
         energies = torch.zeros_like(energy) if energy.requires_grad else None
@@ -88,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
             logits = logits.to(accumulated)
             chosen = torch.arange(len(goal), device=goal.device), goal
             loss, slope = loss - logits[chosen].sum(), logits
-            # In place: a second [tokens, vocabulary] would be the largest tensor of a step.
+            # In place: a second [tokens, vocabulary] tensor would be the largest of a step.
             top = slope.amax(1, keepdim=True)
             total = slope.sub_(top).exp_().sum(1, keepdim=True)
             loss = loss + (total.log() + top).sum()

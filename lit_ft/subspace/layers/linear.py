@@ -18,7 +18,7 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
     """`nn.Linear` whose weight moves in a subspace; the bias is an ordinary parameter."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return x Wᵀ + b, for x = `input` [..., in]."""
+        """Return x Wᵀ + b [..., out], for x = `input` [..., in]."""
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         return subspace_linear(
@@ -42,16 +42,16 @@ def subspace_linear(
     energy: Tensor,
     side: Side,
 ) -> Tensor:
-    """Return x Wᵀ + b; the gradient goes to `delta` and, where they ask for it, elsewhere.
+    """Return x Wᵀ + b [..., out]; backward computes R and what else requires a gradient.
 
     Args:
-        x: [..., in].
-        weight: W [out, in].
-        bias: [out] or None.
-        delta: S, zero; receives R.
-        basis: P; receives the sketch H if it requires a gradient.
-        energy: [2]; receives captured and total energy if it requires a gradient.
-        side: What P spans, see `SubspaceLayer`.
+        x: The input [..., in].
+        weight: The weight W [out, in]; receives its whole gradient if it requires one.
+        bias: The bias [out], or None.
+        delta: The parameter S [rows, r], which is zero; receives R.
+        basis: The basis P [r, cols]; receives the sketch H if it requires a gradient.
+        energy: A tensor [2]; receives the captured and the total energy if it requires a gradient.
+        side: The side that P spans; see `SubspaceLayer`.
     """
     return _Linear.apply(x, weight, bias, delta, basis, energy, side)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x: Any  # None where it is not needed
         x, x_in_basis, weight, basis = ctx.saved_tensors
-        dtype = grad.dtype  # that the product was computed in
+        dtype = grad.dtype  # the one that the forward product was computed in
         x_dtype, delta_dtype = ctx.dtypes
         x = x if x is None else x.to(dtype)
         rows: Any

@@ -1,4 +1,4 @@
-"""Thin products: what the subspace needs of a weight gradient G = Yᵀ X, without forming it."""
+"""Thin products of a weight gradient G = Yᵀ X, computed without forming it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ def projected_gradient(rows: Tensor, cols_in_basis: Tensor) -> Tensor:
     """Return R = Σ_t rows_t ⊗ cols_in_basis_t, the gradient in the coordinates of the basis.
 
     Args:
-        rows: [..., m], per token; the output gradients Y where the basis spans the inputs.
-        cols_in_basis: [..., r], per token; X Pᵀ.
+        rows: The row factors of the tokens, [..., m]: the output gradients Y where the basis spans
+            the inputs.
+        cols_in_basis: The column factors of the same tokens in the basis, [..., r]: X Pᵀ where the
+            basis spans the inputs.
 
     Returns:
-        [m, r], in the dtype of the arguments.
+        The projected gradient R [m, r], in the dtype of the arguments.
     """
     return rows.reshape(-1, rows.shape[-1]).T @ cols_in_basis.reshape(-1, cols_in_basis.shape[-1])
 
@@ -24,19 +26,20 @@ def projected_gradient_and_sketch(
 ) -> tuple[Tensor, Tensor]:
     """Return R and the sketch H = Σ_s R_sᵀ G_s over the samples s of the batch.
 
-    H is what every rule that moves the basis needs. One gradient a sample makes it a plain sum:
-    it accumulates over micro-batches and ranks, however the batch is cut, where RᵀG of the summed
+    Rules that track the data move the basis by H. With one gradient per sample it is a plain sum:
+    it accumulates over micro-batches and ranks however the batch is cut. RᵀG of the summed
     gradients would not. H Pᵀ = Σ_s R_sᵀ R_s, so its trace is the energy that the basis captures.
 
     Args:
-        rows: [..., T, m] per token; leading dimensions enumerate sequences, each of them a sample.
-            [S, m], without sequences, is S samples, [m] is one.
-        cols: [..., T, n] or [S, n], likewise.
-        cols_in_basis: [..., T, r] or [S, r], `cols` in the basis: cols Pᵀ.
+        rows: The row factors of the tokens, [..., T, m]; leading dimensions enumerate sequences,
+            each of which is a sample. [S, m], without sequences, is S samples; [m] is one.
+        cols: The column factors of the same tokens, [..., T, n] or [S, n].
+        cols_in_basis: The column factors in the basis, `cols` Pᵀ [..., T, r] or [S, r].
 
     Returns:
-        R [m, r] in the dtype of the arguments, and H [r, n], summed over samples in float32 or
-        wider, and of float16, whose range the square of a scaled loss leaves, taken in float32.
+        R [m, r] in the dtype of the arguments, and H [r, n] summed over samples in float32 or
+        wider. For float16, whose range the square of a scaled loss exceeds, H's products are taken
+        in float32 too.
     """
     wide = torch.float32 if rows.dtype is torch.float16 else rows.dtype
     if rows.ndim < 3:  # R_s = y_s ⊗ P x_s, hence R_sᵀ G_s = ||y_s||² P x_s ⊗ x_s
@@ -44,7 +47,7 @@ def projected_gradient_and_sketch(
         sketch = projected_gradient(cols_in_basis.to(wide) * energy, cols.to(wide))
         return projected_gradient(rows, cols_in_basis), sketch
     rows, cols, cols_in_basis = (t.reshape(-1, *t.shape[-2:]) for t in (rows, cols, cols_in_basis))
-    # As many samples at a time as keep R_s [S, m, r] below a quarter of G [m, n].
+    # So many samples at a time that R_s [S, m, r] stays below a quarter of G [m, n].
     size = max(1, cols.shape[-1] // (4 * cols_in_basis.shape[-1]))
     summed = torch.promote_types(rows.dtype, torch.float32)
     gradient = rows.new_zeros(rows.shape[-1], cols_in_basis.shape[-1], dtype=summed)

@@ -1,4 +1,4 @@
-"""How a basis moves: one rule a file."""
+"""The rules that move a basis, one per file."""
 
 from lit_ft.subspace.projectors.base import BasisInput, Projector
 from lit_ft.subspace.projectors.oja import Oja

@@ -20,21 +20,21 @@ from lit_ft.subspace.projectors.base import (
 def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
     """Return P + η H (I − PᵀP), orthonormalised.
 
-    H is normalised by the energy that P captures. The drift D is orthogonal to P, so that the new
-    rows have the Gram matrix I + D Dᵀ: its Cholesky factor always exists, and of a D that is not
-    small, or of rank one, it leaves orthonormal rows as well. Oja (1982); arXiv:2408.12857.
+    H is normalised by the energy that P captures. The drift D is orthogonal to P, so the new rows
+    have the Gram matrix I + D Dᵀ. Its Cholesky factor always exists, and makes the rows orthonormal
+    even if D is large or of rank one. Oja (1982); arXiv:2408.12857.
 
     Args:
-        basis: P [r, n] with orthonormal rows.
-        sketch: H [r, n].
-        step_size: η.
+        basis: The basis P [r, n], with orthonormal rows.
+        sketch: The sketch H [r, n].
+        step_size: The step size η.
     """
     drift = sketch / captured_energy(basis, sketch)
     drift = drift - (drift @ basis.T) @ basis
     # A norm of 1 turns a direction by 45°: no step goes further.
     drift = drift * (step_size / (step_size * drift.norm()).clamp_min(1))
     moved = basis + drift
-    # Not `cholesky`: it waits for the device to say that it went well.
+    # Not `cholesky`, which waits for the device to report success.
     factor = torch.linalg.cholesky_ex(moved @ moved.T).L
     identity = torch.eye(len(moved), dtype=moved.dtype, device=moved.device)
     turned: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False) @ moved
@@ -43,13 +43,13 @@ def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Oja(Projector):
-    """Online subspace descent on orthonormal bases, the stateless form.
+    """Online subspace descent (arXiv:2408.12857) on orthonormal bases, in its stateless form.
 
-    Every fourth step is often enough: in a run of 80 on SmolLM2 the loss was that of moving at each
-    step, for a quarter of the cost (benchmarks/results/quality_variants.jsonl).
+    A move every fourth step is enough: in a run of 80 steps on SmolLM2 the loss was the same as
+    with a move at each step, for a quarter of the cost (benchmarks/results/quality_variants.jsonl).
 
     Attributes:
-        step_size: η is `step_size` √r.
+        step_size: The step size η divided by √r.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.SKETCH

@@ -20,14 +20,14 @@ from lit_ft.subspace.projectors.base import (
 def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) -> Tensor:
     """Return the gradient of Σ_s ||G_s − G_s PᵀP||² / Σ_s ||R_s||² + λ ||PPᵀ − I||².
 
-    In closed form −4H + 2 (PPᵀ) H + 2 (H Pᵀ) P + 4λ (PPᵀ − I) P, since H Pᵀ = Σ_s R_sᵀ R_s. The
-    paper divides the first term by the norm of G; the optimizer on P is scale-free.
+    The closed form is −4H + 2 (PPᵀ) H + 2 (H Pᵀ) P + 4λ (PPᵀ − I) P, since H Pᵀ = Σ_s R_sᵀ R_s. The
+    paper divides the first term by the norm of G instead; the optimizer on P is scale-free.
     arXiv:2408.12857, eq. 5.
 
     Args:
-        basis: P [r, n].
-        sketch: H [r, n].
-        penalty: λ.
+        basis: The basis P [r, n].
+        sketch: The sketch H [r, n].
+        penalty: The weight λ of the orthonormality term.
     """
     h = sketch / captured_energy(basis, sketch)
     gram = basis @ basis.T
@@ -39,11 +39,11 @@ def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) 
 
 @dataclass(frozen=True)
 class Online(Projector):
-    """Online subspace descent as its paper has it: AdamW on P, at its own rate.
+    """Online subspace descent as in its paper (arXiv:2408.12857): AdamW on P, at its own rate.
 
     Attributes:
-        lr: AdamW's rate for P (the paper: 1 / T), decayed with the weights' schedule.
-        penalty: λ of the orthonormality term (0 in the authors' code).
+        lr: AdamW's learning rate for P (1 / T in the paper), decayed with the weights' schedule.
+        penalty: The weight λ of the orthonormality term (0 in the authors' code).
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.SKETCH

@@ -1,4 +1,4 @@
-"""Random bases: the baseline that one drawn from data must beat."""
+"""Random bases: the baseline that bases from data must beat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Random(Projector):
     """P ← orth(Gaussian), as Flora (arXiv:2402.03293) resamples its projection.
 
     Attributes:
-        every: Optimizer steps between two draws, where `Refresh` gives no interval.
+        every: The optimizer steps between two draws,
+            unless `Refresh` gives an interval.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.NOTHING
@@ -26,7 +27,7 @@ class Random(Projector):
     def move(
         self, basis: Tensor, basis_input: Tensor | None, *, generator: torch.Generator, **_: Any
     ) -> Tensor:
-        """Return a new random orthonormal basis."""
+        """Return a new random orthonormal basis [r, cols]."""
         drawn = torch.randn(
             basis.shape, dtype=basis.dtype, device=basis.device, generator=generator
         )

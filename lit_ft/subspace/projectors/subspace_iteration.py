@@ -14,13 +14,14 @@ from lit_ft.subspace.projectors.base import BasisInput, Projector, principal_row
 
 @dataclass(frozen=True)
 class SubspaceIteration(Projector):
-    """P ← orth(H + ε P): a round of block power iteration on Σ_s G_sᵀ G_s, from the basis at hand.
+    """P ← orth(H + ε P): a round of block power iteration on Σ_s G_sᵀ G_s, from the current basis.
 
-    The shift ε leaves the iteration's limit where it is. Where the samples span less than P it
-    keeps old directions: they would be round-off, another one for each way to cut the batch.
+    The shift ε does not change the limit of the iteration. Where the samples span less than P, it
+    keeps the old directions; without it they would be round-off, different for each way to cut the
+    batch.
 
-    A round costs thin products and a QR of [cols, r]; repeated over a run it follows the top right
-    singular vectors that GaLore (arXiv:2403.03507) takes from an SVD of G.
+    A round costs thin products and a QR of [cols, r]. Repeated over a run, it follows the top right
+    singular vectors that GaLore (arXiv:2403.03507) computes by an SVD of G.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.SKETCH
@@ -28,7 +29,7 @@ class SubspaceIteration(Projector):
     rotates_moments: bool = True
 
     def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:
-        """Return the sketch's principal directions."""
+        """Return the principal directions [r, cols] of the sketch."""
         assert basis_input is not None
         limits = torch.finfo(basis_input.dtype)
         scaled = basis_input / basis_input.abs().amax().clamp_min(limits.tiny)

@@ -1,4 +1,4 @@
-"""GaLore's own rule: the top singular vectors of the gradient at hand."""
+"""GaLore's own rule: the top singular vectors of the current gradient."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from lit_ft.subspace.projectors.base import BasisInput, Projector
 class SVD(Projector):
     """P ← the top-r right singular vectors of G, every `every` steps (arXiv:2403.03507, alg. 2).
 
-    The reference rule: it forms G of the layers whose turn it is, and its time dominates the step.
-    The paper leaves the moments in the old basis.
+    This is the reference rule. It forms G for the layers whose turn it is, and its time dominates
+    the step. The paper leaves the moments in the coordinates of the old basis.
 
     Attributes:
-        every: Optimizer steps between two moves, where `Refresh` gives none (the paper: 200).
+        every: The optimizer steps between two moves (200 in the paper),
+            unless `Refresh` gives an interval.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.GRADIENT
@@ -27,7 +28,7 @@ class SVD(Projector):
     rotates_moments: bool = False
 
     def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:
-        """Return the top right singular vectors of `basis_input` [rows, cols]."""
+        """Return the top right singular vectors [r, cols] of `basis_input` [rows, cols]."""
         assert basis_input is not None
         right: Tensor = torch.linalg.svd(basis_input.to(basis.dtype), full_matrices=False)[2]
         return right[: len(basis)].contiguous()
