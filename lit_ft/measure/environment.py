@@ -1,4 +1,4 @@
-"""What a run ran on: versions of the packages that shape it, processor, memory, GPUs."""
+"""The environment of a run: package versions, processor, memory and GPUs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PACKAGES = [
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape a run."""
+    """Return the versions of Python and of the packages that affect a run."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -51,7 +51,7 @@ def newer_torch() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Return what the run ran on: processor, memory in bytes, GPUs by name."""
+    """Return the hardware of this machine: processor, memory in bytes, GPUs by name."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus = ["Apple MPS"]
