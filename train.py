@@ -17,11 +17,12 @@ def main(cfg: DictConfig) -> float:
     """Compose the objects that the configuration names, and run the job on them."""
     # Imported here so that --help and mistyped names answer at once.
     import lightning as L
+    from lightning.pytorch.utilities import rank_zero_info
 
     from lit_ft.run.console import command_line_exits, quieten_libraries
 
     quieten_libraries()  # the imports below have asides too
-    from lit_ft.run.config import refuse_untrusted, refuse_without_class
+    from lit_ft.run.config import also_chosen, refuse_untrusted, refuse_without_class
     from lit_ft.run.job import (
         available_accelerator,
         checkpoint_to_resume,
@@ -29,23 +30,29 @@ def main(cfg: DictConfig) -> float:
         refuse_to_start_processes,
         sensible_precision,
     )
-    from lit_ft.run.summary import RunSummary
+    from lit_ft.run.summary import RunSummary, redacted
 
-    cfg.run_dir = HydraConfig.get().runtime.output_dir  # of this job, also inside a sweep
+    run = HydraConfig.get()
+    cfg.run_dir = run.runtime.output_dir  # of this job, also inside a sweep
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
-    if cfg.trainer.precision is None:
-        sharded = "FSDP" in str(cfg.trainer.get("strategy"))
-        cfg.trainer.precision = sensible_precision(cfg.trainer.accelerator, sharded=sharded)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
+        rank_zero_info(moved)
     with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
         refuse_untrusted(config, also=config["trusted_packages"])
         refuse_without_class(config)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
+        # Ahead of the trainer: whether it shards the weights decides their precision.
+        [strategy] = instantiate([config["trainer"].get("strategy", "auto")], _convert_="all")
+        if config["trainer"]["precision"] is None:
+            precision = sensible_precision(config["trainer"]["accelerator"], strategy)
+            config["trainer"]["precision"] = precision
+            summary.update(config=redacted(config))
         module = instantiate(config["module"], _convert_="all")
         datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
-        trainer = instantiate(config["trainer"], _convert_="all")
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        trainer = instantiate({**config["trainer"], "strategy": strategy}, _convert_="all")
+        if run.mode == RunMode.MULTIRUN:
             refuse_to_start_processes(trainer)
         return fine_tune(
             module,
@@ -54,7 +61,6 @@ def main(cfg: DictConfig) -> float:
             summary,
             resume=resume,
             validate_only=config["validate_only"],
-            auto_batch_size=config["auto_batch_size"],
         )
 
 

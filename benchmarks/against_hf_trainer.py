@@ -1,16 +1,22 @@
-"""Tokens per second of full fine-tuning: lit_ft against transformers' Trainer on the same work.
+"""How fast does lit_ft train, compared with transformers' Trainer on the same work?
 
-Three ways to train SmolLM2-135M on the embedded data with fused AdamW, in turn in one process:
+    python benchmarks/against_hf_trainer.py
+    python benchmarks/against_hf_trainer.py --rounds 3 --steps 6
 
-- lit_ft: CausalLMModule and InstructionDataModule under Lightning's Trainer;
-- Trainer, same batches: transformers' Trainer with its own loss and a padding collator, reading the
-  same examples in the order of lit_ft's sampler, so that every batch is the same;
-- Trainer, random batches: the same with the Trainer's stock random order.
+SmolLM2-135M trains whole on the embedded data with fused AdamW, in three ways that take turns in
+one process:
 
-All use the same weights, dtype, batch size, learning rate, decay, clipping and threads, and one
-clock: from the end of the last skipped step to the end of the last step, waiting for data included.
-Tokens are those that are not padding. Equal losses at every step show that the first two do the
-same work; the run fails where they differ.
+- lit_ft: CausalLMModule and InstructionDataModule under Lightning's Trainer.
+- Trainer, same batches: transformers' Trainer with its own loss and a padding collator. It reads
+  the same examples in the order of lit_ft's sampler, so every batch is the same.
+- Trainer, random batches: the same with the Trainer's own random order.
+
+All three use the same weights, dtype, batch size, learning rate, decay, clipping and threads. One
+clock times them: from the end of the last skipped step to the end of the last step, waiting for
+data included. Padding does not count as tokens. The first two must have equal losses at every step,
+which shows that they do the same work; otherwise the run fails.
+
+Results: results/against_hf_trainer.json, and for people results/against_hf_trainer.md.
 """
 
 from __future__ import annotations
@@ -18,37 +24,33 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
-import json
 import os
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from hf_trainer_report import LIT_FT, RANDOM, SAME, as_markdown, show
 from lightning.pytorch import Callback, LightningModule, Trainer
-from smollm2 import SMOLLM2
+from support.arguments import script_parser
+from support.hf_trainer_report import LIT_FT, RANDOM, SAME, as_markdown, show
+from support.results import RESULTS, this_run, write_json
+from support.smollm2 import SMOLLM2
+from support.timing import spread
 from torch.optim import AdamW
 
 from lit_ft import CausalLMModule, InstructionDataModule
 from lit_ft.callbacks import ThroughputMonitor
 from lit_ft.run.console import quieten_libraries
-from lit_ft.run.summary import hardware, versions
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all sides share."""
+    """What all three sides share."""
 
     steps: int
     skipped_steps: int
@@ -65,12 +67,12 @@ class Measurement:
     """One run of one side.
 
     Args:
-        seconds: From the end of the skipped steps to the end of the last.
-        tokens: Of the steps in these seconds, padding not counted.
-        padded_tokens: The same, padding counted.
-        targets: Of the tokens, those that are learnt.
-        losses: Token mean of every step's batch, before its update.
-        monitor_tokens_per_second: What lit_ft's own ThroughputMonitor says.
+        seconds: time from the end of the last skipped step to the end of the last step
+        tokens: tokens of the timed steps, without padding
+        padded_tokens: tokens of the timed steps, with padding
+        targets: tokens of the timed steps that the model learns to predict
+        losses: mean loss per target token of every step's batch, before its update
+        monitor_tokens_per_second: speed that lit_ft's own ThroughputMonitor reports
     """
 
     seconds: float
@@ -86,7 +88,7 @@ class Measurement:
 
 
 class Clock:
-    """When each step ended, its loss, and its batch's tokens, with padding, and targets."""
+    """Notes when each step ends, its loss and the size of its batch."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -94,19 +96,19 @@ class Clock:
         self.sizes: list[tuple[int, int, int]] = []
 
     def measured(self, settings: Settings) -> Measurement:
-        """Cut the skipped steps off."""
+        """Return the measurement without the skipped steps."""
         timed = self.sizes[settings.skipped_steps : settings.steps]
         seconds = self.ends[-1] - self.ends[settings.skipped_steps - 1]
         return Measurement(seconds, *map(sum, zip(*timed, strict=True)), self.losses)
 
 
 class LightningClock(Clock, Callback):
-    """Notes it for Lightning's Trainer."""
+    """A clock that Lightning's Trainer calls."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note all three."""
+        """Note loss, size and time of the step."""
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
         padded = batch["input_ids"].numel()
         self.sizes.append((batch["num_tokens"], padded, batch["num_targets"]))
@@ -114,31 +116,31 @@ class LightningClock(Clock, Callback):
 
 
 class TrainerClock(Clock, transformers.TrainerCallback):
-    """Notes it for transformers' Trainer, around a collator, since callbacks see no batch."""
+    """A clock that transformers' Trainer calls. It wraps the collator: callbacks see no batch."""
 
     def __init__(self, collator: Callable[[Any], Any]) -> None:
         super().__init__()
         self.collator = collator
 
     def collate(self, rows: list[dict[str, Any]]) -> Any:
-        """Collate, and note the batch's size."""
+        """Collate the rows and note the size of the batch."""
         batch = self.collator(rows)
         targets = int((batch["labels"][:, 1:] != -100).sum())
         self.sizes.append((int(batch["attention_mask"].sum()), batch["input_ids"].numel(), targets))
         return batch
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the time."""
+        """Note when the step ends."""
         self.ends.append(time.perf_counter())
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Note the loss."""
+        """Note the loss of the step."""
         if "loss" in logs:
             self.losses.append(logs["loss"])
 
 
 def data_module(settings: Settings) -> InstructionDataModule:
-    """Make the embedded data, encoded and ready."""
+    """Return the embedded data, encoded and ready."""
     data = InstructionDataModule(
         tokenizer=SMOLLM2.load_tokenizer(),
         max_length=settings.max_length,
@@ -253,23 +255,17 @@ def report(
     settings: Settings, results: dict[str, list[Measurement]], load_average: float
 ) -> dict[str, Any]:
     """Return what goes into the JSON file."""
-    speeds = {name: [run.tokens_per_second for run in runs] for name, runs in results.items()}
-    medians = {name: statistics.median(of_side) for name, of_side in speeds.items()}
+    about = this_run()
+    speeds = {name: spread(run.tokens_per_second for run in runs) for name, runs in results.items()}
     return {
-        "command": " ".join(["python benchmarks/against_hf_trainer.py", *sys.argv[1:]]),
+        **about,
+        "versions": {**about["versions"], "accelerate": importlib.metadata.version("accelerate")},
         "settings": {"model": SMOLLM2.name, "dtype": "float32", **asdict(settings)},
-        "threads": torch.get_num_threads(),
         "load_average_before": round(load_average, 2),
-        "hardware": hardware(),
-        "versions": {**versions(), "accelerate": importlib.metadata.version("accelerate")},
         "sides": {
             name: {
-                "tokens_per_second": {
-                    "median": medians[name],
-                    "min": min(speeds[name]),
-                    "max": max(speeds[name]),
-                },
-                "lit_ft_ratio": medians[LIT_FT] / medians[name],
+                "tokens_per_second": speeds[name],
+                "lit_ft_ratio": speeds[LIT_FT]["median"] / speeds[name]["median"],
                 "runs": [asdict(run) for run in runs],
             }
             for name, runs in results.items()
@@ -278,20 +274,19 @@ def report(
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser = script_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run")
-    parser.add_argument("--skipped-steps", type=int, default=2, help="of these, not timed")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--skipped-steps", type=int, default=2, help="steps before the timed ones")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples in a batch")
     parser.add_argument("--max-length", type=int, default=512, help="longer examples are left out")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's weight decay")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradients")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the examples")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch"
+    )
     return parser.parse_args()
 
 
@@ -304,10 +299,8 @@ def main() -> None:
     load_average = os.getloadavg()[0]
     found = report(settings, run_in_turn(settings, rounds), load_average)
     show(found["sides"])
-    output.mkdir(parents=True, exist_ok=True)
-    name = output / Path(__file__).stem
-    name.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-    name.with_suffix(".md").write_text(as_markdown(found))
+    write_json(output / "against_hf_trainer.json", found)
+    (output / "against_hf_trainer.md").write_text(as_markdown(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
-"""A Llama of 70B on 8, 64 and 512 ranks, on paper: bytes a rank holds and sends in a step.
+"""How many bytes does each of 8, 64 or 512 ranks hold and send in a training step of a 70B Llama?
 
     python benchmarks/at_scale.py
+    python benchmarks/at_scale.py --ranks 8 --output /tmp/trial
 
-One process stands for rank 0 of all: the process group is torch's fake one and tensors have no
-values (FakeTensorMode), but models are sharded and trained by the code that a real run takes. What
-is held is counted from the local shards; what is sent, as in communication.py, is what goes into
-collectives, here in the first step. Activations are not in it. Blocks are alike: what the first two
-add is counted, and taken for the others.
+The figures are on paper: one process plays rank 0 of torch's fake process group, and the tensors
+have no values (FakeTensorMode). The model is sharded and trained by the code that a real run takes.
+What a rank holds is counted from its local shards. What it sends is what goes into the collectives
+of the first step. Activations are left out. All blocks are alike, so the script counts what the
+first two add and takes it for the others.
+
+tests/distributed/test_at_scale.py compares the count with two real ranks.
+
+Results: results/at_scale.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from communication import Ledger
 from rich.console import Console
 from rich.table import Table
+from support.arguments import script_parser
+from support.ledger import Ledger
+from support.results import this_run, write_json
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -33,12 +37,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_ft.distributed import fully_shard_model
 from lit_ft.measure import optimizer_state_bytes, weight_bytes
-from lit_ft.run.summary import hardware, versions
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja
 from lit_ft.tensors.sharding import local
 
-RESULTS = Path(__file__).parent / "results" / "at_scale.json"
 RANKS_A_NODE = 8
 HELD = ("weights", "bases", "sketches", "gradients", "optimizer_state")
 LLAMA_70B = {
@@ -52,6 +54,7 @@ LLAMA_70B = {
 
 
 def average(tensors: Iterable[Tensor]) -> None:
+    """Average the tensors over the ranks, in place."""
     for tensor in tensors:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -60,13 +63,13 @@ def average(tensors: Iterable[Tensor]) -> None:
 def step_on_this_rank(
     config: LlamaConfig, mesh: DeviceMesh, *, galore_rank: int | None = None, tokens: int = 64
 ) -> dict[str, Any]:
-    """Train for a step on this rank of the process group; return what it holds and has sent.
+    """Train for one step on this rank of the process group; return what it holds and sends.
 
     Args:
-        config: Of the model.
-        mesh: Of all ranks; with two dimensions for replicas (strategy=hsdp).
-        galore_rank: None for AdamW on whole weights.
-        tokens: Of the one example on each rank.
+        config: shape of the model
+        mesh: all ranks; two dimensions for replicas of a sharded model (strategy=hsdp)
+        galore_rank: rank of the subspaces; None for AdamW on whole weights
+        tokens: length of the one example on each rank
     """
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     layers = inject(model, rank=galore_rank) if galore_rank else {}
@@ -95,14 +98,14 @@ def step_on_this_rank(
 def on_paper(
     config: LlamaConfig, ranks: int, *, replicas: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """Return what rank 0 of so many would hold and send: see `step_on_this_rank`."""
+    """Return what `step_on_this_rank` returns on rank 0 of so many ranks."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     shape = (ranks,) if replicas == 1 else (replicas, ranks // replicas)
     try:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
-            # Rank 0 has the first rows; torch finds that out from values, which there are none of.
+            # Rank 0 has the first rows; torch would ask values for that, and there are none.
             patch("lit_ft.subspace.layers.base.first_row", return_value=0),
         ):
             return step_on_this_rank(config, mesh, **options)
@@ -111,7 +114,7 @@ def on_paper(
 
 
 def of_many_blocks(config: LlamaConfig, ranks: int, **options: Any) -> dict[str, Any]:
-    """Return what `on_paper` would, from models of one and of two blocks: all blocks are alike."""
+    """Return what `on_paper` returns, worked out from models of one and of two blocks."""
     one, two = (
         on_paper(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": n}), ranks, **options)
         for n in (1, 2)
@@ -128,29 +131,28 @@ def of_many_blocks(config: LlamaConfig, ranks: int, **options: Any) -> dict[str,
 
 def main() -> None:
     """Count, print, and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[8, 64, 512], help="numbers of ranks, 8 a node"
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("--galore-rank", type=int, default=1024)
-    arguments = parser.parse_args()
+    parser.add_argument("--galore-rank", type=int, default=1024, help="rank of the subspaces")
+    options = parser.parse_args()
     config = LlamaConfig(**LLAMA_70B)
     record: dict[str, Any] = {
-        "hardware": hardware(),
-        "versions": versions(),
+        **this_run(),
         "model": config.to_diff_dict(),
-        "galore_rank": arguments.galore_rank,
+        "galore_rank": options.galore_rank,
         "precision": "bf16-mixed",
         "bytes": {},
     }
     shown = Table("ranks", "strategy", "optim", *HELD, "sent in a step")
     shown.caption = "GB a rank (10^9 bytes)"
-    for ranks in arguments.ranks:
+    for ranks in options.ranks:
         nodes = ranks // RANKS_A_NODE
         for strategy, replicas in {"fsdp": 1, "hsdp": nodes}.items():
             if strategy == "hsdp" and nodes == 1:
-                continue  # the same
-            for optim, rank in {"adamw": None, "galore_subspace": arguments.galore_rank}.items():
+                continue  # one node has one replica: that is fsdp
+            for optim, rank in {"adamw": None, "galore_subspace": options.galore_rank}.items():
                 found = of_many_blocks(config, ranks, replicas=replicas, galore_rank=rank)
                 record["bytes"][f"{ranks} ranks, {strategy}, {optim}"] = found
                 held = [found[name] for name in HELD]
@@ -159,7 +161,7 @@ def main() -> None:
                     str(ranks), strategy, optim, *(f"{size / 1e9:.2f}" for size in held), sent
                 )
     Console().print(shown)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(options.output / "at_scale.json", record)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Bytes that a rank gives to each collective in a training step, SmolLM2-135M, two ranks.
+"""How many bytes does a rank give to each collective in a training step?
 
     python benchmarks/communication.py
+    python benchmarks/communication.py --steps 6 --output /tmp/trial
 
-DDP all-reduces gradients; FSDP2 gathers weights and reduce-scatters gradients. GaLore's gradients
-are small, and what moves its subspaces is averaged beside them. Counted at torch's dispatcher, on
-two gloo processes of this machine; the same operations run on NCCL.
+SmolLM2-135M trains in float32 on two ranks. DDP all-reduces gradients; FSDP2 gathers weights and
+reduce-scatters gradients. GaLore's gradients are small, and one more small all-reduce averages the
+sketches that its bases move by. The bytes are counted at torch's dispatcher, on two gloo processes
+of this machine; NCCL is given the same operations.
+
+Results: results/communication.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,20 +21,19 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
-from smollm2 import SMOLLM2
+from support.arguments import script_parser
+from support.ledger import Ledger
+from support.results import this_run, write_json
+from support.smollm2 import SMOLLM2
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim import AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import GaLore
 from lit_ft.distributed import FSDP2Strategy
-from lit_ft.run.summary import hardware, versions
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
 
-RESULTS = Path(__file__).parent / "results" / "communication.json"
 WORLD, TOKENS = 2, 64
 METHODS: dict[str, Projector | None] = {
     "adamw": None,
@@ -43,45 +42,25 @@ METHODS: dict[str, Projector | None] = {
 }
 
 
-class Ledger(TorchDispatchMode):
-    """Adds up the bytes of the tensors that this rank puts into collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.name() if hasattr(func, "name") else str(func)
-        if name.startswith("c10d::"):
-            operation = name.removeprefix("c10d::").split(".")[0].strip("_")
-            # A gathering puts in its part; its result is the other argument.
-            given = args[1] if "allgather" in operation or "scatter" in operation else args[0]
-            tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
-            self.bytes[operation] += sum(t.nbytes for t in tensors)
-        return func(*args, **(kwargs or {}))
-
-
 class Count(Callback):
-    """A ledger for each step."""
+    """Counts the bytes of each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, int]] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Open a ledger."""
+        """Start to count."""
         self.ledger = Ledger()
         self.ledger.__enter__()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Close it."""
+        """Stop, and note the step's bytes."""
         self.ledger.__exit__(None, None, None)
         self.steps.append(dict(self.ledger.bytes))
 
 
 def count(strategy: str, method: str, steps: int) -> list[dict[str, int]]:
-    """Train on one rank, and return what it has counted in each step."""
+    """Train on one rank; return the bytes of each step by collective."""
     torch.set_num_threads(1)
     module = CausalLMModule(SMOLLM2, optimizer=partial(AdamW, lr=1e-5))
     counted = Count()
@@ -110,12 +89,10 @@ def count(strategy: str, method: str, steps: int) -> list[dict[str, int]]:
 
 def main() -> None:
     """Count, print, and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=9, help="of each; the last 5 are reported")
-    steps = parser.parse_args().steps
-    record: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "megabytes": {}}
+    parser = script_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=9, help="steps of each run; the last 5 count")
+    options = parser.parse_args()
+    record: dict[str, Any] = {**this_run(), "megabytes": {}}
     shown = Table("strategy", "optim", "collectives, MB a step", "most in a step, MB", "of adamw's")
     two_ranks = LaunchConfig(
         1, 1, WORLD, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
@@ -123,7 +100,7 @@ def main() -> None:
     for strategy in ("ddp", "fsdp"):
         adamw = 0.0
         for method in METHODS:
-            counted = elastic_launch(two_ranks, count)(strategy, method, steps)[0]
+            counted = elastic_launch(two_ranks, count)(strategy, method, options.steps)[0]
             totals = [sum(step.values()) / 1e6 for step in counted]
             usual, most = sorted(totals[-5:])[2], max(totals[1:])
             adamw = adamw or usual
@@ -139,7 +116,7 @@ def main() -> None:
             listed = "\n".join(f"{name} {size}" for name, size in last.items())
             shown.add_row(strategy, method, listed, f"{most:.1f}", shares)
     Console().print(shown)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(options.output / "communication.json", record)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,37 @@
-"""Time of a step with layerwise updates against the same step as a whole, on SmolLM2-135M.
+"""How long does a training step with layerwise updates take, compared with a whole step?
 
-    python benchmarks/layerwise.py              # adamw and adamw_8bit, 512 tokens
+    python benchmarks/layerwise.py
     python benchmarks/layerwise.py --steps 20
 
-Both ways run in one process, step by step in turn. What layerwise updates save is measured in
-tests/callbacks/test_layerwise_memory.py.
+SmolLM2-135M, 512 tokens, `adamw` and `adamw_8bit`. Both ways run in one process and take turns step
+by step. tests/callbacks/test_layerwise_memory.py measures the memory that they save.
+
+Results: results/layerwise.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from rich.console import Console
 from rich.table import Table
-from smollm2 import SMOLLM2
+from support.arguments import script_parser
+from support.results import this_run, write_json
+from support.smollm2 import SMOLLM2
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
-from lit_ft.measure.environment import hardware, versions
 from lit_ft.optim import row_chunked
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
 
-RESULTS = Path(__file__).parent / "results" / "layerwise.json"
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": partial(AdamW, lr=1e-5, fused=True),
     "adamw_8bit": partial(bnb.optim.AdamW8bit, lr=1e-5),
@@ -41,7 +40,7 @@ MAX_NORM = 1.0
 
 
 class Side:
-    """A model and its optimizer, and the seconds of its steps."""
+    """One way to update: a model, its optimizer and the seconds of its steps."""
 
     def __init__(self, optimizer: str, *, layerwise: bool, clips: bool) -> None:
         torch.manual_seed(0)
@@ -75,24 +74,22 @@ class Side:
 
 def main() -> None:
     """Measure, print, and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=10, help="counted steps of each way")
-    steps = parser.parse_args().steps
-    record: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "pairs": {}}
+    parser = script_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each way")
+    options = parser.parse_args()
+    record: dict[str, Any] = {**this_run(), "pairs": {}}
     shown = Table("optimizer", "clipping", "whole, s", "layerwise, s", "layerwise / whole")
     for optimizer, clips in (("adamw", False), ("adamw_8bit", False), ("adamw", True)):
-        pair = measure(optimizer, clips=clips, steps=steps)
+        pair = measure(optimizer, clips=clips, steps=options.steps)
         record["pairs"][f"{optimizer}{', clipped' * clips}"] = pair
         figures = (f"{pair[key]:.3f}" for key in ("whole", "layerwise", "ratio"))
         shown.add_row(optimizer, "by norm" if clips else "", *figures)
     Console().print(shown)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(options.output / "layerwise.json", record)
 
 
 def measure(optimizer: str, *, clips: bool, steps: int) -> dict[str, float]:
-    """Return the medians and the median ratio of alternating steps; the first two do not count."""
+    """Return medians, and the median ratio, of steps in turn; the first two do not count."""
     whole, layerwise = (Side(optimizer, layerwise=b, clips=clips) for b in (False, True))
     for _ in range(steps + 2):
         whole.step()

@@ -1,12 +1,14 @@
-"""What `python train.py` takes on one GPU for a model of 1, 3 or 7 billion weights, by method.
+"""How much memory and time does a model of 1, 3 or 7 billion weights take on one GPU?
 
-    python benchmarks/one_gpu.py                       # seven billion weights, all methods
+    python benchmarks/one_gpu.py                       # 7 billion weights, all methods
     python benchmarks/one_gpu.py --model 1b --only galore_subspace_8bit adamw_8bit
 
-Peak memory (what torch has allocated on the GPU, weights and activations included) and tokens a
-second of the real command with the defaults of a GPU: bfloat16, layerwise updates. The weights are
-random, of a Llama's shapes under SmolLM2's tokenizer: memory and time do not depend on their
-values, and losses say nothing here.
+Each method runs the real command with a GPU's defaults: bfloat16, layerwise updates. The figures
+are the peak of torch's memory on the GPU, weights and activations included, and tokens a second.
+The weights are random, in the shapes of a Llama with SmolLM2's tokenizer. Memory and time do not
+depend on their values; the losses mean nothing here.
+
+Results: results/one_gpu.json; a run adds its methods to those that are there.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from support.arguments import script_parser
+from support.results import ROOT, this_run, write_json
 
 from lit_ft.run.summary import read_summary
 
@@ -32,9 +35,7 @@ _NAMES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "one_gpu.json"
-SHAPES = {  # as `_NAMES` has them
+SHAPES = {  # in the order of `_NAMES`
     "1b": (2048, 8192, 16, 32, 8),  # Llama 3.2
     "3b": (3072, 8192, 28, 24, 8),
     "7b": (4096, 11008, 32, 32, 32),  # Llama 2
@@ -50,21 +51,22 @@ METHODS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    """Run what is wanted; add it to the results of this model."""
+    """Run the wanted methods and add them to the results of this model."""
     parser = _parser()
     options = parser.parse_args()
     if options.steps < 3:
         parser.error("--steps: at least 3, of which the first two are not timed")
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results = options.output / "one_gpu.json"
+    found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
     of_model = found.setdefault(options.model, {})
     for method in track(options.only, options.model):
         of_model[method] = run(method, options)
-        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(results, found)
     Console().print(table(options.model, of_model))
 
 
 def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of one run, or how it failed."""
+    """Return the figures of one run; `status` says how a failed one ended."""
     shape = dict(zip(_NAMES, SHAPES[options.model], strict=True))
     settings = {
         **{f"model.config.{name}": value for name, value in shape.items()},
@@ -85,7 +87,8 @@ def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
         summary = read_summary(run_dir) or {}
     kept = ("status", "model", "peak_bytes", "optimizer_state_bytes", "tokens_per_second")
     figures = {name: summary.get(name) for name in (*kept, "step_seconds", "hardware", "versions")}
-    return {**figures, "command": command[:-1]}
+    run = this_run()
+    return {"date": run["date"], "commit": run["commit"], **figures, "command": command[:-1]}
 
 
 def table(model: str, of_model: dict[str, Any]) -> Table:
@@ -109,13 +112,13 @@ def table(model: str, of_model: dict[str, Any]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="7b", help="weights of the model")
+    parser.add_argument(
+        "--only", nargs="*", choices=METHODS, default=list(METHODS), help="methods to run"
     )
-    parser.add_argument("--model", choices=SHAPES, default="7b")
-    parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12, help="the first two are not timed")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples in a batch")
     return parser
 
 

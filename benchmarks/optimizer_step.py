@@ -1,49 +1,45 @@
-"""Time and memory of a training step: subspace training against AdamW, LoRA and galore-torch.
+"""How much time and memory does a step take with GaLore, AdamW, LoRA and galore-torch?
 
-    python benchmarks/optimizer_step.py            # both sizes
+    python benchmarks/optimizer_step.py            # both sizes, on the CPU
     python benchmarks/optimizer_step.py --size wide --steps 12
     python benchmarks/optimizer_step.py --device cuda --dtype bfloat16 --size four_of_8b
 
-Everything that a step needs is timed: forward, loss, backward, optimizer, fold, rotation, tracking,
-head and embedding. All sides use lit_ft's chunked loss; galore-torch's SVD is timed apart. Each
-method has a process of its own, as it has for its user, and steps in turn with AdamW's: what one
-side frees, another in the same process would find mapped already, and more than two leave too
-little memory to be at ease.
+All that a step needs is timed: forward, loss, backward, optimizer, fold, rotation, the move of the
+bases, head and embedding. All methods use lit_ft's chunked loss; galore-torch's SVD is timed apart.
+Each method has a process of its own, as it has for its user: in a shared process it would find
+memory that another method has mapped. It takes turns, step by step, with a process of AdamW; more
+than two would leave too little memory.
+
+Results: results/optimizer_step.json for a CPU run of all sizes and methods,
+results/optimizer_step_cuda.json for any run on a GPU; other runs are written only with --output.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
-from pathlib import Path
 from typing import Any
 
 import torch
-from new_basis import measure_refresh
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sides import METHODS, SIZES, Side, Step
+from support.arguments import script_parser
+from support.new_basis import measure_refresh
+from support.own_process import OwnProcess
+from support.results import RESULTS, this_run, write_json
+from support.sides import METHODS, SIZES, Side, Step
+from support.timing import median_ratio, spread
 
-from lit_ft.measure import peak_bytes, reset_peak
-from lit_ft.run.summary import hardware, versions
-
-RESULTS = Path(__file__).parent / "results"
 ON_CPU = ("wide", "smollm2")
 
 
 def main() -> None:
-    """Measure, print, and write the results: on the CPU, if nothing was left out."""
+    """Measure, print, and write the results; on the CPU only if nothing was left out."""
     options = _parser().parse_args()
     dtype = getattr(torch, options.dtype)
-    record: dict[str, Any] = {"steps": options.steps, "dtype": options.dtype}
-    record |= {"hardware": hardware(), "versions": versions(), "sizes": {}}
+    record = {**this_run(), "steps": options.steps, "dtype": options.dtype, "sizes": {}}
     for size in options.size:
         measured = measure(size, options.steps, options.only, options.device, dtype)
         record["sizes"][size] = measured
@@ -51,98 +47,56 @@ def main() -> None:
     record["refresh"] = refresh = measure_refresh(torch.device(options.device))
     Console().print({name: f"{seconds:.4f} s" for name, seconds in refresh.items()})
     whole = set(options.only) == set(METHODS) and set(options.size) >= set(ON_CPU)
-    if whole or options.device != "cpu":
+    if whole or options.device != "cpu" or options.output != RESULTS:
         name = "optimizer_step" if options.device == "cpu" else f"optimizer_step_{options.device}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(options.output / f"{name}.json", record)
 
 
 def measure(
     size: str, steps: int, methods: Sequence[str], device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Pair each method with AdamW; the first three steps of each are not counted."""
+    """Pair each method with AdamW; the first three steps of each are not timed."""
     found: dict[str, Any] = {}
     for name in track([name for name in METHODS if name in methods and name != "adamw"], size):
         with (
-            _process("adamw", size, device, dtype) as adamw,
-            _process(name, size, device, dtype) as method,
+            OwnProcess(Side, "adamw", size, device, dtype) as adamw,
+            OwnProcess(Side, name, size, device, dtype) as method,
         ):
             pair = {"adamw": adamw, name: method}
             _alternate(pair, 3)
             for process in pair.values():
-                process.submit(_reset_peak).result()
+                process.call(Side.reset_peak)
             taken = _alternate(pair, steps)
             for side, process in pair.items():
                 found[side] = {
                     **_figures(taken[side], taken["adamw"]),
-                    "bytes_beside_weights": process.submit(_bytes_beside_weights).result(),
-                    "peak_bytes": process.submit(_peak_bytes).result(),
+                    "bytes_beside_weights": process.call(Side.bytes_beside_weights),
+                    "peak_bytes": process.call(Side.peak_bytes),
                 }
             found[name]["adamw_beside_it"] = found["adamw"]["median"]
-            print(name, f"{found[name]['median']:.4f} s beside {found['adamw']['median']:.4f} s")
+            print(f"{name} {found[name]['median']:.4f} s, adamw {found['adamw']['median']:.4f} s")
     return found
 
 
-def _alternate(pair: Mapping[str, ProcessPoolExecutor], steps: int) -> dict[str, list[Step]]:
+def _alternate(pair: Mapping[str, OwnProcess], steps: int) -> dict[str, list[Step]]:
     taken: dict[str, list[Step]] = {side: [] for side in pair}
     for _ in range(steps):
         for side, process in pair.items():
-            taken[side].append(process.submit(_step).result())
+            taken[side].append(process.call(Side.step))
     return taken
 
 
 def _figures(steps: list[Step], of_adamw: list[Step]) -> dict[str, float]:
     seconds = [step.seconds for step in steps]
-    ratios = [a.seconds / b.seconds for a, b in zip(of_adamw, steps, strict=True)]
-    figures = {
-        "median": statistics.median(seconds),
-        "min": min(seconds),
-        "max": max(seconds),
-        "times_faster_than_adamw": statistics.median(ratios),
-    }
+    figures = spread(seconds)
+    adamw = [step.seconds for step in of_adamw]
+    figures["times_faster_than_adamw"] = median_ratio(adamw, seconds)
     refreshes = [step.seconds for step in steps if step.refreshed]
     others = [step.seconds for step in steps if not step.refreshed]
     if refreshes and others:
         ratio = statistics.median(refreshes) / statistics.median(others)
         figures["refresh_step_over_others"] = ratio
     return figures
-
-
-def _process(method: str, size: str, device: str, dtype: torch.dtype) -> ProcessPoolExecutor:
-    """A process that holds one side."""
-    arguments = (method, size, device, dtype)
-    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=arguments)
-
-
-_side: Side  # of a side's process
-
-
-def _start(method: str, size: str, device: str, dtype: torch.dtype) -> None:
-    global _side
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    _side = Side(method, size, device, dtype)
-
-
-def _end_with_the_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _step() -> Step:
-    return _side.step()
-
-
-def _bytes_beside_weights() -> int:
-    return _side.bytes_beside_weights
-
-
-def _reset_peak() -> None:
-    reset_peak(_side.device)
-
-
-def _peak_bytes() -> int | None:
-    return peak_bytes(_side.device).value
 
 
 def table(size: str, measured: dict[str, Any]) -> Table:
@@ -153,7 +107,7 @@ def table(size: str, measured: dict[str, Any]) -> Table:
         "min – max",
         "× adamw",
         "refresh step / others",
-        "MiB beside weights",
+        "MiB without weights",
         "peak MiB",
         title=size,
     )
@@ -171,16 +125,18 @@ def table(size: str, measured: dict[str, Any]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", nargs="*", choices=SIZES, default=list(ON_CPU))
+    parser = script_parser(__doc__)
     parser.add_argument(
-        "--only", nargs="*", choices=METHODS, default=METHODS, help="these methods, and adamw"
+        "--size", nargs="*", choices=SIZES, default=list(ON_CPU), help="models to measure on"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=7, help="counted steps of each method")
+    parser.add_argument(
+        "--only", nargs="*", choices=METHODS, default=METHODS, help="methods to compare with adamw"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights"
+    )
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each method")
     return parser
 
 

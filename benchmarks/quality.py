@@ -1,25 +1,25 @@
-"""Held-out loss of the methods at equal tokens, each at its own tuned learning rate.
+"""How low does each method bring the held-out loss, on equal tokens at its own best rate?
 
-    python benchmarks/quality.py                       # whatever is missing from the results
+    python benchmarks/quality.py                       # all runs that the results lack
     python benchmarks/quality.py --only adamw galore_subspace_r64 --seeds 0
-    python benchmarks/quality.py --report              # the table of what is there
+    python benchmarks/quality.py --report              # only the table of the results
     python benchmarks/quality.py --accelerator gpu --jobs 8 --every-rate
 
-SmolLM2-135M on those of the embedded examples that are at least a quarter answer (answers are what
-teaches and prompts what costs). Every run sees the same batches in the same order (per seed), and
-is validated on the same examples, of any kind, of modules that it never trained on. First every
-method runs at several rates with the first seed; the best rate then runs with all seeds. Results
-are appended to results/quality.jsonl as they come, so that the hours can be spread over sessions,
-and runs of other settings (steps, accelerator, ...) are apart from each other;
-results/quality_variants.jsonl keeps runs of what was tried on the way and is not in the code.
+SmolLM2-135M trains on those embedded examples that are at least a quarter answer: answers teach,
+prompts cost time. For each seed every run sees the same batches in the same order. Validation takes
+the same examples, of any kind, from modules that no run trains on. Every method first runs at
+several rates with the first seed; then its best rate runs with all seeds.
+
+Results: results/quality.jsonl, one line a run, added as runs end, so that the hours can be spread
+over sessions. Runs with other settings (steps, accelerator, ...) do not mix.
+results/quality_variants.jsonl keeps runs of variants that are no longer in the code.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,25 +29,24 @@ from typing import Any
 
 import lightning as L
 import torch
-from composed import composed, module_and_data
 from hydra.utils import instantiate
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from support.arguments import script_parser
+from support.composed import composed, module_and_data
+from support.results import append_json_line, read_json_lines, this_run
 
 from lit_ft.callbacks import ThroughputMonitor
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.run.console import quieten_libraries
-from lit_ft.run.summary import hardware, versions
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "quality.jsonl"
 SETTINGS = ("steps", "batch_size", "max_length", "val_examples", "accelerator")
 RATES = (5e-5, 1e-4, 1.4e-4, 2e-4)
 
 
-def _galore(name: str, rank: int, *more: str, rates: tuple[float, ...] = RATES) -> dict[str, Any]:
-    return {"overrides": [f"optim={name}", f"galore.rank={rank}", *more], "rates": rates}
+def _galore(optim: str, rank: int, *more: str, rates: tuple[float, ...] = RATES) -> dict[str, Any]:
+    return {"overrides": [*f"optim={optim}".split(), f"galore.rank={rank}", *more], "rates": rates}
 
 
 def _galore_torch(rank: int, scale: float, rates: tuple[float, ...]) -> dict[str, Any]:
@@ -64,39 +63,37 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore_subspace_r128": _galore("galore_subspace", 128),
     "galore_r64": _galore("galore", 64),
     "galore_r128": _galore("galore", 128),
-    # The papers' own scale, and the one that gives a step AdamW's size: sqrt(576 / rank).
+    # At the paper's own scale, and at the one that gives a step AdamW's size: √(576 / rank).
     "galore_torch_r64": _galore_torch(64, 0.25, (2e-4, 4e-4, 8e-4)),
     "galore_torch_r64_scale3": _galore_torch(64, 3.0, RATES),
     "galore_torch_r128": _galore_torch(128, 0.25, (2e-4, 4e-4, 8e-4)),
     "galore_torch_r128_scale2": _galore_torch(128, 2.0, RATES),
     "galore_subspace_8bit_r64": _galore("galore_subspace_8bit", 64),
-    "galore_adafactor_r64": _galore("galore_adafactor", 64),
+    "galore_adafactor_r64": _galore("adafactor_fixed galore=iteration", 64),
     "galore_subspace_paper_r64": _galore(
-        "galore_subspace_paper", 64, "galore.projector.lr=0.0125", rates=(2e-4, 4e-4, 8e-4)
+        "adamw galore=paper", 64, "galore.projector.lr=0.0125", rates=(2e-4, 4e-4, 8e-4)
     ),
-    # As galore_torch, which trains embedding and head whole.
+    # Embedding and head train whole, as with galore_torch.
     "galore_subspace_r64_blocks": _galore("galore_subspace", 64, "galore.targets=[attention,mlp]"),
     "galore_subspace_r128_blocks": _galore(
         "galore_subspace", 128, "galore.targets=[attention,mlp]"
     ),
     "galore_subspace_r256": _galore("galore_subspace", 256),
     "galore_r256": _galore("galore", 256),
-    # The shorter side of each layer, as galore_torch.
+    # The basis spans the shorter side of each layer, as with galore_torch.
     "galore_subspace_r64_std": _galore("galore_subspace", 64, "galore.side=std"),
     "galore_subspace_r128_std": _galore("galore_subspace", 128, "galore.side=std"),
-    "galore_r128_every20": _galore("galore", 128, "galore.projector.every=20"),
-    # What the defaults were chosen on.
-    "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.projector.every=1"),
-    "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.projector.every=8"),
-    "galore_r64_every20": _galore("galore", 64, "galore.projector.every=20"),
-    "galore_r64_random_every20": _galore(
-        "galore", 64, "optim/projector=random", "galore.projector.every=20"
-    ),
+    "galore_r128_every20": _galore("galore", 128, "galore.refresh.every=20"),
+    # The defaults were chosen on these.
+    "galore_subspace_r64_every1": _galore("galore_subspace", 64, "galore.refresh.every=1"),
+    "galore_subspace_r64_every8": _galore("galore_subspace", 64, "galore.refresh.every=8"),
+    "galore_r64_every20": _galore("galore", 64, "galore.refresh.every=20"),
+    "galore_r64_random_every20": _galore("adamw galore=random", 64, "galore.refresh.every=20"),
 }
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run all that the results lack, then print the table."""
     options = _parser().parse_args()
     if not options.report:
         wanted = [name for name in METHODS if not options.only or name in options.only]
@@ -114,9 +111,8 @@ def _run_all(runs: list[tuple[str, float, int]], options: argparse.Namespace) ->
         running = [pool.submit(run, *each, options) for each in runs]
         try:
             for done in track(as_completed(running), "runs", total=len(runs)):
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(done.result()) + "\n")
-        finally:  # what nobody would record need not run
+                append_json_line(_results_file(options), done.result())
+        finally:  # a run that nobody would record need not start
             pool.shutdown(cancel_futures=True)
 
 
@@ -126,7 +122,7 @@ def _start(jobs: int) -> None:
 
 
 def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once and return the record."""
+    """Train once and return the record of the run."""
     overrides = [
         *METHODS[method]["overrides"],
         f"optim.lr={rate}",
@@ -139,7 +135,7 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
     config = composed(*overrides)
     L.seed_everything(seed, verbose=False)
     module, data = module_and_data(config)
-    # In memory: the file that it would write does not belong into the cache.
+    # In memory: a file of these rows has no place in the cache.
     data.train_examples = data.train_examples.filter(_is_a_quarter_answer, keep_in_memory=True)
     throughput = ThroughputMonitor()
     galore = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
@@ -158,7 +154,7 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
     )
     began = time.monotonic()
     trainer.fit(module, data)
-    train_loss = float(trainer.callback_metrics["train_loss"])  # validate() forgets it
+    train_loss = float(trainer.callback_metrics["train_loss"])  # before validate() clears it
     trainer.limit_val_batches = 1.0
     [metrics] = trainer.validate(module, data, verbose=False)
     return {
@@ -173,16 +169,12 @@ def run(method: str, rate: float, seed: int, options: argparse.Namespace) -> dic
         "seconds": time.monotonic() - began,
         "settings": {name: getattr(options, name) for name in SETTINGS},
         "overrides": overrides,
-        "commit": subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=HERE, text=True
-        ).strip(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **this_run(),
     }
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """Best rate of each method, mean over seeds, and its share of AdamW's fall on these seeds."""
+    """Lay out each method's best rate: mean over seeds, and its share of AdamW's fall on them."""
     shown = Table("method", "lr", "seeds", "val loss", "± seeds", "fall", "of adamw's")
     falls = {method: _falls(records, method) for method in METHODS}
     for method, by_seed in falls.items():
@@ -210,7 +202,7 @@ def _best_runs(records: list[dict[str, Any]], method: str) -> list[dict[str, Any
 
 
 def _falls(records: list[dict[str, Any]], method: str) -> dict[int, float]:
-    """How far the loss fell at the best rate, by seed."""
+    """Return how far the loss fell at the best rate, by seed."""
     runs = _best_runs(records, method)
     return {run["seed"]: run["initial_val_loss"] - run["val_loss"] for run in runs}
 
@@ -243,7 +235,7 @@ def _done(options: argparse.Namespace) -> set[tuple[str, float, int]]:
 
 
 def _best_rate(records: list[dict[str, Any]], method: str) -> float | None:
-    """The rate with the lowest mean loss, among those that ran with the most seeds."""
+    """Return the rate with the lowest mean loss, among those that ran with the most seeds."""
     losses: dict[float, list[float]] = {}
     for record in records:
         if record["method"] == method:
@@ -259,7 +251,7 @@ def _is_a_quarter_answer(example: dict[str, Any]) -> bool:
 
 
 def _initial_loss(config: Any, options: argparse.Namespace) -> float:
-    """The untrained model's loss: measured once, then taken from the results."""
+    """Return the untrained model's loss: measured once, then read from the results."""
     alike = ("max_length", "val_examples", "accelerator")
     for record in _results(options, alike):
         return float(record["initial_val_loss"])
@@ -278,29 +270,41 @@ def _initial_loss(config: Any, options: argparse.Namespace) -> float:
 def _results(
     options: argparse.Namespace, alike: tuple[str, ...] = SETTINGS
 ) -> list[dict[str, Any]]:
-    """What ran with these settings."""
-    if not RESULTS.is_file():
-        return []
-    records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    """Return the runs with these settings."""
+    records = read_json_lines(_results_file(options))
+    for record in records:
+        if record["val_loss"] is None:  # it was not finite
+            record["val_loss"] = math.inf
     return [r for r in records if all(r["settings"][k] == getattr(options, k) for k in alike)]
 
 
+def _results_file(options: argparse.Namespace) -> Path:
+    return options.output / "quality.jsonl"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--only", nargs="*", choices=METHODS, help="methods to run; all if not given"
     )
     parser.add_argument(
-        "--only", nargs="*", choices=METHODS, help="these methods; all if not given"
+        "--seeds", nargs="*", type=int, default=[0, 1, 2], help="the first one tunes the rate"
     )
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--batch-size", type=int, default=7, help="about 430 target tokens")
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--val-examples", type=int, default=200)
-    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--every-rate", action="store_true", help="with all seeds, not the first")
-    parser.add_argument("--report", action="store_true", help="print the table only")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of a run")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=7,
+        help="7 have about 430 target tokens",
+    )
+    parser.add_argument("--max-length", type=int, default=256, help="most tokens of an example")
+    parser.add_argument("--val-examples", type=int, default=200, help="examples to validate on")
+    parser.add_argument(
+        "--accelerator", choices=("cpu", "gpu"), default="cpu", help="where the runs train"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--every-rate", action="store_true", help="run every rate with all seeds")
+    parser.add_argument("--report", action="store_true", help="print the table and run nothing")
     return parser
 
 

@@ -63,6 +63,7 @@ class InstructionDataModule(LightningDataModule):
         drop_overlong: Leave examples out that are too long; otherwise they are cut at the end.
         val_fraction: Share of the rows to validate on, where neither `val_path` nor the source
             itself decides.
+        max_train_examples: Train on so many, a fixed random choice; of a stream the first ones.
         max_val_examples: Validate on so many, a fixed random choice. A stream without `val_path`
             gives its first ones.
         streaming: Encode while training, not before: for data larger than the disk. There is no
@@ -96,6 +97,7 @@ class InstructionDataModule(LightningDataModule):
         group_by_length: bool = True,
         drop_overlong: bool = False,
         val_fraction: float = 0.05,
+        max_train_examples: int | None = None,
         max_val_examples: int | None = None,
         streaming: bool = False,
         num_workers: int = 0,
@@ -105,7 +107,7 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         _at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
-        _at_least(1, max_val_examples=max_val_examples)
+        _at_least(1, max_train_examples=max_train_examples, max_val_examples=max_val_examples)
         _at_least(2, max_length=max_length)
         _at_least(0, num_workers=num_workers, seed=seed)
         if not 0 < val_fraction < 1:
@@ -119,6 +121,7 @@ class InstructionDataModule(LightningDataModule):
         self.group_by_length = group_by_length
         self.drop_overlong = drop_overlong
         self.val_fraction = val_fraction
+        self.max_train_examples = max_train_examples
         self.max_val_examples = max_val_examples
         self.streaming = streaming
         self.num_workers = num_workers
@@ -190,7 +193,7 @@ class InstructionDataModule(LightningDataModule):
                 val_fraction=self.val_fraction,
                 seed=self.seed,
             )
-        self.train_examples = splits.train
+        self.train_examples = self._limited(splits.train)
         self.val_examples = subset(splits.val, self.max_val_examples)
         self.reports = splits.reports
         self._say_counts()
@@ -249,9 +252,16 @@ class InstructionDataModule(LightningDataModule):
         prompts = self.val_examples.select_columns(["prompt"])
         return [row["prompt"] for row in prompts.take(min(n, len(prompts))) if row["prompt"]]
 
+    def _limited(self, examples: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        if self.streaming and self.max_train_examples is not None:
+            return examples.take(self.max_train_examples)
+        return subset(examples, self.max_train_examples)
+
     def _say_counts(self) -> None:
         assert self.val_examples is not None
-        train = "read while training" if self.streaming else self.reports["train"]
+        train = "read while training" if self.streaming else str(self.reports["train"])
+        if self.max_train_examples is not None:
+            train += f", at most {self.max_train_examples:,} of them used"
         used = len(self.val_examples)
         choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
         rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")

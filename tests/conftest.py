@@ -8,9 +8,28 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.tiers import mark_tier, unit_tier
+
 # xdist's controller reads this file too: what takes seconds to import, fixtures import.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its tier before `-m` chooses among them."""
+    for item in items:
+        mark_tier(item)
+
+
+@pytest.fixture(autouse=True)
+def tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hold a unit test to what it may do."""
+    if request.node.get_closest_marker("unit") is None:
+        yield
+    else:
+        with unit_tier():
+            yield
 
 
 @pytest.fixture

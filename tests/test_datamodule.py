@@ -116,6 +116,7 @@ def test_sample_prompts_are_the_validation_examples_without_their_answers(
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"val_batch_size": -1}, "val_batch_size must be at least 1"),
         ({"max_length": 1}, "max_length must be at least 2"),
+        ({"max_train_examples": 0}, "max_train_examples must be at least 1"),
         ({"max_val_examples": 0}, "max_val_examples must be at least 1"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"val_fraction": 0.0}, "val_fraction must be between 0 and 1"),

@@ -94,7 +94,7 @@ def test_a_stream_of_no_example_ends_the_run(
     path = write(tmp_path / "my.jsonl", 40)
     trainer = quiet_trainer(max_steps=5)
     data = InstructionDataModule(path, streaming=True, max_val_examples=40)
-    with pytest.raises(ValueError, match="has 40 rows, and the first 40 are validated on"):
+    with pytest.raises(ValueError, match="has 40 rows, and the first 40 are used for validation"):
         trainer.fit(Recorder(tokenizer), datamodule=data)
     (tmp_path / "val.jsonl").write_text('{"text": "short"}')
     val_path = str(tmp_path / "val.jsonl")

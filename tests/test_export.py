@@ -125,3 +125,14 @@ def test_the_configuration_of_a_run_is_not_trusted_either(run_dir):
     (run_dir / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(SystemExit, match=r"os\.system: only classes of"):
         main([str(run_dir)])
+
+
+def test_a_run_from_before_classes_moved_is_exported(run_dir, tmp_path):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    loss = summary["config"]["module"]["loss"]
+    assert loss["_target_"] == "lit_ft.loss.ChunkedCrossEntropy"
+    loss["_target_"] = "lit_ft.losses.ChunkedCrossEntropy"  # as runs of 0.1 have it
+    summary["config"]["trainer"]["strategy"] = {"_target_": "lit_ft.parallel.FSDP2Strategy"}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    main([str(run_dir), "--output", str(tmp_path / "out")])
+    assert_equals_checkpoint(exported(tmp_path / "out"), run_dir / "checkpoints/last.ckpt")

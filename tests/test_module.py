@@ -113,7 +113,11 @@ def test_half_precision_trains(tmp_path, precision):
         assert not torch.equal(weights[name].float(), weight), name
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing", "compile"])
+@pytest.mark.parametrize(
+    "option",
+    # A C++ compiler runs.
+    ["activation_checkpointing", pytest.param("compile", marks=pytest.mark.process)],
+)
 def test_checkpointing_and_compilation_change_nothing_but_the_cost(tmp_path, option):
     modules = []
     for options in ({}, {option: True}):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lit_ft.callbacks._support.second_backward import compiled_for_two_backward_passes
 from lit_ft.callbacks._support.trainer import find_callback, loss_scaler, only_optimizer
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.compat import remedies
@@ -47,7 +49,7 @@ class LayerwiseUpdate(Callback):
     def __init__(self, min_grad_bytes: int = 2**20) -> None:
         self.min_grad_bytes = min_grad_bytes
         self._step: LayerwiseStep | None = None
-        self._repeatable = False  # the loss, before it had to be
+        self._undo = ExitStack()  # puts back what one fit changes in the module and in torch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be right, before the model is loaded."""
@@ -57,7 +59,7 @@ class LayerwiseUpdate(Callback):
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return how the module steps, clips and back-propagates."""
         clips = is_overridden("configure_gradient_clipping", module, LightningModule)
-        usual = hasattr(type(module).configure_gradient_clipping, "clips_as_lightning_does")
+        usual = hasattr(module.configure_gradient_clipping, "clips_as_lightning_does")
         return {
             "layerwise": True,
             "optimizes_by_hand": not module.automatic_optimization,
@@ -83,8 +85,8 @@ class LayerwiseUpdate(Callback):
             self._prepare_second_backward(trainer, pl_module)
         self._step = LayerwiseStep(optimizer, large, max_norm=max_norm, max_value=max_value)
         if max_norm is not None:
-            pl_module.backward = self._step.backward  # type: ignore[method-assign]
-        pl_module.configure_gradient_clipping = self._own_clipping(pl_module)  # type: ignore[method-assign]
+            self._replace(pl_module, "backward", self._step.backward)
+        self._replace(pl_module, "configure_gradient_clipping", self._own_clipping(pl_module))
         _tell(trainer, large, max_norm)
 
     def on_before_backward(
@@ -98,14 +100,14 @@ class LayerwiseUpdate(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer and the module."""
-        self._detach(pl_module)
+        """Let go of the optimizer, and put the module and torch back as they were."""
+        self._detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimizer and the module."""
-        self._detach(pl_module)
+        """Let go of the optimizer, and put the module and torch back as they were."""
+        self._detach()
 
     def _prepare_second_backward(self, trainer: Trainer, module: LightningModule) -> None:
         galore = find_callback(trainer, GaLore)
@@ -116,11 +118,26 @@ class LayerwiseUpdate(Callback):
                 remedies.WHOLE_UPDATE,
                 remedies.NO_CLIPPING,
             )
-        # What torch.compile saves for backward it would give away in the first pass.
-        torch._functorch.config.donated_buffer = False
+        self._undo.enter_context(compiled_for_two_backward_passes())
         loss = getattr(module, "loss", None)
         if isinstance(loss, ChunkedCrossEntropy):
-            self._repeatable, loss.repeatable = loss.repeatable, True
+            self._undo.callback(setattr, loss, "repeatable", loss.repeatable)
+            loss.repeatable = True
+
+    def _replace(self, module: LightningModule, name: str, own: Callable[..., Any]) -> None:
+        """Put `own` where the module's method is, until the fit ends."""
+        before = vars(module).get(name)  # a user's own, in front of the class's
+
+        def put_back() -> None:
+            if vars(module).get(name) is not own:
+                return  # somebody else has taken the place
+            if before is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = before
+
+        vars(module)[name] = own
+        self._undo.callback(put_back)
 
     def _own_clipping(self, module: LightningModule) -> Any:
         usual, step = module.configure_gradient_clipping, self._step
@@ -136,16 +153,11 @@ class LayerwiseUpdate(Callback):
 
         return configure_gradient_clipping
 
-    def _detach(self, module: LightningModule) -> None:
-        if self._step is None:
-            return
-        self._step.remove()
-        self._step = None
-        loss = getattr(module, "loss", None)
-        if "backward" in vars(module) and isinstance(loss, ChunkedCrossEntropy):
-            loss.repeatable = self._repeatable
-        vars(module).pop("backward", None)
-        vars(module).pop("configure_gradient_clipping", None)
+    def _detach(self) -> None:
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
+        self._undo.close()
 
 
 def _clipping(trainer: Trainer) -> tuple[float | None, float | None]:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-# Length-sorting spans this many global batches: enough for little padding, few enough that rows
-# meet other rows in every epoch (transformers' LengthGroupedSampler chose the same number).
+# Rows are sorted by length within this many global batches: enough to keep padding small, and few
+# enough that rows meet different rows in every epoch. transformers' LengthGroupedSampler uses the
+# same number.
 GROUPED_GLOBAL_BATCHES = 50
 
 
@@ -26,17 +27,18 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """Order the rows of one epoch; global batch t is `order[t * global_size :][:global_size]`.
 
-    With `shuffle`, a longest row opens epoch 0, so that a run too large for the memory fails in
-    its first step. With `group_by_length`, the rows of a full global batch have similar lengths;
-    the short last one is left as it falls, so that no epoch ends on the shortest rows.
+    With `shuffle`, the longest row opens epoch 0, so that a run that needs too much memory fails
+    in its first step. With `group_by_length`, the rows of a full global batch have similar
+    lengths. The short last batch is left unsorted, so that no epoch ends on the shortest rows.
 
     Args:
-        lengths: Tokens of each row, [rows].
-        global_size: Rows of a global batch over all ranks and micro-batches.
-        shuffle: Draw a new permutation from (seed, epoch); otherwise keep the order of the data.
-        group_by_length: Sort by length within chunks of many global batches.
-        seed: Non-negative.
-        epoch: Non-negative.
+        lengths: The number of tokens of each row, [rows].
+        global_size: The number of rows in a global batch, over all ranks and micro-batches.
+        shuffle: Whether to draw a new permutation from (seed, epoch). Otherwise the order of the
+            data is kept.
+        group_by_length: Whether to sort rows by length within chunks of many global batches.
+        seed: The non-negative seed of the shuffling.
+        epoch: The non-negative number of the epoch.
 
     Returns:
         A permutation of the row indices, [rows].
@@ -63,20 +65,22 @@ def epoch_order(
 def assign_rows(
     lengths: Sequence[int] | NDArray[np.int64], *, batch_size: int, num_replicas: int
 ) -> list[list[list[int]]]:
-    """Deal the rows of one global batch to micro-batches and ranks.
+    """Assign the rows of one global batch to micro-batches and ranks.
 
-    Neighbours in length share a micro-batch (little padding), the longest come first, the ranks of
-    one micro-step get similar work, and a rank that has had less work so far gets the longer
-    rows: the padded tokens of two ranks differ by no more than two micro-batches of one step do.
+    Rows of similar length share a micro-batch, which keeps padding small. The longest rows come
+    first. The ranks of one micro-step get similar work, and a rank that has had less work so far
+    gets the longer rows. The padded tokens of two ranks therefore differ by no more than those of
+    two micro-batches of one step.
 
     Args:
-        lengths: Tokens of each row of the global batch.
-        batch_size: Rows of a micro-batch on one rank at most.
-        num_replicas: Number of ranks.
+        lengths: The number of tokens of each row of the global batch, [rows].
+        batch_size: The largest number of rows in a micro-batch on one rank.
+        num_replicas: The number of data-parallel ranks.
 
     Returns:
-        Positions in `lengths`, indexed [micro-step][rank]: ceil(rows / (batch_size *
-        num_replicas)) micro-steps, rows spread evenly. A list is empty where rows do not suffice.
+        Positions in `lengths`, indexed [micro-step][rank]. There are ceil(rows / (batch_size *
+        num_replicas)) micro-steps, and rows are spread evenly over them. A list is empty where
+        there are too few rows.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if not len(sizes):
@@ -99,33 +103,36 @@ def assign_rows(
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yield this rank's micro-batches, global batch by global batch.
+    """Yield this rank's micro-batches, one global batch after another.
 
-    A global batch (the rows of one optimizer step) has batch_size * micro_batches * num_replicas
-    rows. Which rows depends on (seed, epoch, its number, its size) alone, not on how it is cut into
-    ranks and micro-batches. Every row occurs exactly once an epoch, and all ranks yield equally
-    many micro-batches in every global batch, the short last one included, where a micro-batch
-    may be an empty list: collate it into a dummy, so that the ranks keep step.
+    A global batch holds the rows of one optimizer step: batch_size * micro_batches * num_replicas
+    of them. Its rows depend only on the seed, the epoch, its number and its size, not on how it is
+    cut into ranks and micro-batches. Every row occurs exactly once an epoch. All ranks yield the
+    same number of micro-batches in every global batch, including the short last one. There, a
+    micro-batch may be an empty list: collate it into a dummy, so that the ranks stay in step.
 
-    Each iteration is one epoch; a finished one moves on to the next unless `set_epoch` is called.
-    Iterators have `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader wants
-    them. The state is the same on all ranks, and may be loaded under another cut of the same
-    global batch.
+    Each iteration is one epoch. A finished epoch advances to the next unless `set_epoch` is called.
+    Iterators have `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader requires.
+    The state is the same on all ranks. It can be loaded when the same global batch is cut
+    differently.
 
-    Under Lightning, set `Trainer(use_distributed_sampler=False)`, and where the loader has workers
-    call `set_epoch(trainer.fit_loop.epoch_progress.current.processed)` when it is made: they
-    begin before Lightning tells the epoch. Save in on_train_batch_end or at a validation: Lightning
-    2.6 with max_steps skips an epoch when it resumes from on_train_epoch_end.
+    Under Lightning, set `Trainer(use_distributed_sampler=False)`. If the loader has workers, also
+    call `set_epoch(trainer.fit_loop.epoch_progress.current.processed)` when it is made, because
+    workers start before Lightning sets the epoch. Save checkpoints in on_train_batch_end or at a
+    validation: with max_steps, Lightning 2.6 skips an epoch when it resumes from
+    on_train_epoch_end.
 
     Args:
-        lengths: Tokens of each row.
-        batch_size: Rows of a micro-batch on one rank.
-        micro_batches: Micro-batches of a rank in one global batch (gradient accumulation).
-        num_replicas: Number of data-parallel ranks.
-        rank: This rank.
-        shuffle: Reshuffle every epoch.
-        group_by_length: Put rows of similar length into one global batch: less padding.
-        seed: Seed of the shuffling, non-negative, the same on all ranks.
+        lengths: The number of tokens of each row, [rows].
+        batch_size: The number of rows in a micro-batch on one rank.
+        micro_batches: The number of micro-batches of a rank in one global batch (gradient
+            accumulation).
+        num_replicas: The number of data-parallel ranks.
+        rank: The index of this data-parallel rank.
+        shuffle: Whether to reshuffle the rows every epoch.
+        group_by_length: Whether to put rows of similar length into one global batch, which reduces
+            padding.
+        seed: The non-negative seed of the shuffling, the same on all ranks.
 
     Raises:
         ValueError: If a size is below 1 or the rank is not one of the replicas.
@@ -166,7 +173,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     @cached_property  # a state is taken at each batch
     def order_settings(self) -> dict[str, int]:
-        """What the order of the rows hangs on, beside their number and that of a global batch."""
+        """The settings that the row order depends on, apart from `num_rows` and `global_size`."""
         return {
             "seed": self.seed,
             "shuffle": int(self.shuffle),
@@ -179,7 +186,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Micro-batches that this rank (as every rank) yields per epoch."""
+        """The number of micro-batches that each rank yields per epoch."""
         num_full, rest = divmod(len(self.lengths), self.global_size)
         return num_full * self.micro_batches - (-rest // (self.batch_size * self.num_replicas))
 
@@ -189,7 +196,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class _EpochIterator(Iterator[list[int]]):
-    """One epoch of a GlobalBatchSampler; its state is a place in the endless run of epochs."""
+    """One epoch of a GlobalBatchSampler; its state is a place in the endless series of epochs."""
 
     def __init__(self, sampler: GlobalBatchSampler) -> None:
         self._sampler = sampler
@@ -232,17 +239,17 @@ class _EpochIterator(Iterator[list[int]]):
         return [rows[step[sampler.rank]].tolist() for step in steps]
 
     def _follow_set_epoch(self) -> None:
-        # Lightning makes the first iterator of a fit, and restores it, before it tells the epoch.
+        # Lightning makes the first iterator of a fit, and restores it, before it sets the epoch.
         if self._epoch != self._sampler.epoch:
             self._epoch, self._position = self._sampler.epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where to go on: plain integers, the same on all ranks."""
+        """Return where to resume, as plain integers that are the same on all ranks."""
         if self._order is None:
             self._follow_set_epoch()
         epoch, position = self._epoch, self._position
-        # Lightning saves after the last batch, never having seen StopIteration, and wants the
-        # next epoch when it resumes.
+        # Lightning saves after the last batch, before it sees StopIteration, and expects the next
+        # epoch when it resumes.
         if position == len(self._sampler):
             epoch, position = epoch + 1, 0
         global_batch, step = divmod(position, self._sampler.micro_batches)
@@ -257,10 +264,10 @@ class _EpochIterator(Iterator[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Resume where `state` was taken.
 
         Raises:
-            ValueError: If the state lies inside an epoch of other global batches or other data.
+            ValueError: If `state` lies inside an epoch with other data, settings or global batches.
         """
         sampler = self._sampler
         if state["global_batch"] or state["micro_batch"]:
@@ -282,12 +289,12 @@ class _EpochIterator(Iterator[list[int]]):
 def _other_data(name: str, saved: int, now: int) -> str:
     return (
         f"Cannot resume inside an epoch: {name} was {saved} and is now {now}. Resume with the same "
-        "data, settings and batch_size * accumulate_grad_batches * devices, or start anew."
+        "data, settings and batch_size * accumulate_grad_batches * devices, or start a new run."
     )
 
 
 def check_batch_geometry(batch_size: int, micro_batches: int, num_replicas: int, rank: int) -> None:
-    """Refuse sizes that cut no global batch.
+    """Check that a global batch can be cut by these sizes.
 
     Raises:
         ValueError: If a size is below 1 or the rank is not one of the replicas.

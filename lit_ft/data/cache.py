@@ -1,4 +1,4 @@
-"""Tokenised data on disk, under a key of everything that shaped it."""
+"""Tokenised data on disk, under a key made from everything that determines it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def cache_folder() -> Path:
 
 
 def cache_key(source: Source, format: Format | None, encoder: Encoder) -> str:
-    """Hash all that decides how a source is encoded: content, format, tokenizer, limits, code.
+    """Hash everything that determines the encoded rows: content, format, tokenizer, limits, code.
 
-    The split into training and validation is taken from the encoded rows and is no part of it.
+    The split into training and validation is not part of the key, because it is made later.
     """
     ingredients = {
         "source": source.identity(),
@@ -54,24 +54,29 @@ def cache_key(source: Source, format: Format | None, encoder: Encoder) -> str:
 
 
 def cached(key: str, build: Callable[[Path], Dataset]) -> Dataset:
-    """Return the table under a key, building it where it is missing or damaged.
+    """Return the table under a key, and build it first if it is missing or damaged.
 
-    An entry appears whole or not at all, so that processes may race; the first one wins.
+    An entry is complete or absent, so several processes may build it at once. The first one wins.
 
     Args:
-        key: Names the entry.
-        build: Makes the table; may use the folder that it is given, which is deleted later.
+        key: The name of the entry, from `cache_key`.
+        build: Builds the table. It is passed a folder for its own files, which is deleted later.
+
+    Raises:
+        RuntimeError: If the entry is still damaged after three attempts.
     """
     entry = cache_folder() / key
-    for _ in range(3):  # a process that found the entry damaged may take ours away once
+    for _ in range(3):  # another process that found the entry damaged may remove ours once
         if not entry.exists():
             _write(entry, build)
         try:
             return _load(entry)
-        except Exception as error:  # whatever a damaged file makes its reader raise
+        except Exception as error:  # a damaged file can make its reader raise anything
             logger.warning("rebuilding the damaged cache entry %s: %s", entry, error)
             _discard(entry)
-    raise RuntimeError(f"{entry} does not hold what was written: is the disk full or failing?")
+    raise RuntimeError(
+        f"{entry} does not hold what was written to it: check whether the disk is full or failing."
+    )
 
 
 def _write(entry: Path, build: Callable[[Path], Dataset]) -> None:
@@ -94,14 +99,14 @@ def _load(entry: Path) -> Dataset:
     from datasets import load_from_disk
 
     expected = json.loads((entry / MANIFEST).read_text())
-    # What else lies there is from `filter` and `map`, which write beside the table they read.
+    # Extra files come from `filter` and `map`, which write next to the table that they read.
     if not expected.items() <= dict(_digests(entry)).items():
-        raise ValueError("its files are not those that were written")
+        raise ValueError("its files differ from those that were written")
     return load_from_disk(entry)
 
 
 def _discard(entry: Path) -> None:
-    # Renaming takes the entry away in one step; a process that lost the race finds nothing.
+    # Renaming removes the entry in one step; a process that loses the race finds nothing.
     grave = Path(tempfile.mkdtemp(dir=entry.parent, prefix="damaged-"))
     try:
         os.replace(entry, grave)

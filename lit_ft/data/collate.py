@@ -19,25 +19,31 @@ Row = Sequence[Example]
 class Collator:
     """Collate rows of examples into a batch.
 
-    An example is `{"input_ids": [...], "labels": [...]}` with unshifted labels; a row is a list of
-    examples that lie behind each other. The batch is a dict of
+    An example is `{"input_ids": [...], "labels": [...]}` with unshifted labels. A row is a list of
+    examples that follow one another. The batch is a dict with B rows of T tokens:
 
-    - `input_ids` [B, T], padded on the right;
-    - `labels` [B, T]: -100 on padding and on the first token of every example, which nothing of
+    - `input_ids` [B, T]: token ids, padded on the right;
+    - `labels` [B, T]: -100 on padding and on the first token of every example, which no token of
       its own example predicts;
-    - `position_ids` [B, T], in packed batches only: restart at 0 with each example, and once more
-      where padding begins. From restarts transformers builds the mask that keeps examples apart,
-      given neither an attention_mask nor a cache (call the model with use_cache=False);
-    - `attention_mask` [B, T], in unpacked batches that contain padding only: 1 real, 0 padding;
-    - `num_tokens`: tokens that are not padding; `num_targets`: labels that are not -100.
+    - `position_ids` [B, T], only in packed batches: they restart at 0 with each example, and once
+      more where padding begins. From the restarts, transformers builds the mask that keeps
+      examples apart, if it is given neither an attention_mask nor a cache (call the model with
+      use_cache=False);
+    - `attention_mask` [B, T], only in unpacked batches with padding: 1 on tokens, 0 on padding;
+    - `num_tokens`: the number of tokens that are not padding;
+    - `num_targets`: the number of labels that are not -100.
 
-    No rows at all give a dummy of one short row without tokens or targets to count, so that a
-    rank without work keeps step with the others.
+    Without any tokens, the batch is a dummy: one short row that counts no tokens and no targets,
+    so that a rank without work stays in step with the others.
 
     Args:
-        pad_token_id: Fills `input_ids` behind a row.
-        packed: Always give `position_ids`; otherwise only if a row has several examples.
-        pad_to_multiple_of: T is a multiple of this.
+        pad_token_id: The token id that fills `input_ids` after the end of a row.
+        packed: Whether to always include `position_ids`. Otherwise they are included only if a row
+            holds several examples.
+        pad_to_multiple_of: The number of tokens that the row length T is padded to a multiple of.
+
+    Raises:
+        ValueError: If `pad_to_multiple_of` is below 1.
     """
 
     def __init__(
@@ -50,20 +56,20 @@ class Collator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Collate; see the class.
+        """Return the batch of `rows`, as the class describes it.
 
         Raises:
-            ValueError: If an example has not as many labels as input ids.
+            ValueError: If an example has more or fewer labels than input ids.
         """
         examples = list(chain.from_iterable(rows))
         lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
         if not lengths.any():
             return self._dummy()
-        # `add.reduceat` cannot sum the nothing of an empty row.
+        # `add.reduceat` cannot sum an empty row.
         row_ends = np.cumsum([len(row) for row in rows])
         row_lengths = np.diff(np.concatenate(([0], lengths.cumsum()))[row_ends], prepend=0)
 
-        starts = (lengths.cumsum() - lengths).repeat(lengths)  # of each token's example
+        starts = (lengths.cumsum() - lengths).repeat(lengths)  # where each token's example starts
         offsets = np.arange(len(starts)) - starts
         labels = _flatten(examples, "labels", lengths)
         labels[offsets == 0] = IGNORE_INDEX
@@ -88,8 +94,8 @@ class Collator:
         return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def _dummy(self) -> dict[str, Any]:
-        # Two tokens, so that the shifted labels are not empty; no attention_mask, because a row
-        # that attends to nothing is a softmax over nothing.
+        # Two tokens, so that the shifted labels are not empty. No attention_mask, because a row
+        # that attends to no token would take a softmax over nothing.
         width = self._width(2)
         batch: dict[str, Any] = {
             "input_ids": torch.full((1, width), self.pad_token_id),
@@ -114,7 +120,7 @@ def _flatten(examples: list[Example], key: str, lengths: NDArray[np.int64]) -> N
 def _fill(
     is_token: NDArray[np.bool_], tokens: NDArray[np.int64], padding: int | NDArray[np.int64]
 ) -> torch.Tensor:
-    """Spread tokens over the True places of is_token [B, T], padding over the others."""
+    """Write `tokens` where `is_token` [B, T] is True, and `padding` elsewhere."""
     filled = np.empty(is_token.shape, dtype=np.int64)
     filled[:] = padding
     filled[is_token] = tokens

@@ -1,7 +1,7 @@
-"""The embedded data: Python's own standard library, read from the running interpreter.
+"""The embedded data: Python's standard library, read from the running interpreter.
 
-A function or class without its docstring is the prompt, its docstring the answer. No file of others
-is shipped or fetched; another Python version gives slightly other pairs.
+The prompt is a function or class without its docstring, and the answer is the docstring. No
+third-party file is shipped or downloaded. Another Python version gives slightly different pairs.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @dataclass(frozen=True)
 class Pair:
-    """A definition without its docstring, and its docstring.
+    """A definition without its docstring, and the docstring.
 
     Args:
-        module: Path of the source file relative to the library, with forward slashes.
-        line: Where the definition starts, decorators included; from 1.
-        kind: function or class.
-        code: Its dedented source as it was written, comments included. Where nothing but the
-            docstring was the body, `pass` stands for it, so that the code always parses.
+        module: The path of the source file relative to the library, with forward slashes.
+        line: The line where the definition or its first decorator starts, counted from 1.
+        kind: The kind of definition, "function" or "class".
+        code: The dedented source as written, with comments and without the docstring. `pass`
+            replaces a body of only a docstring, so that the code always parses.
         docstring: The docstring, dedented as `inspect.cleandoc` does.
     """
 
@@ -62,16 +62,16 @@ class Pair:
 class Docstrings:
     """The pairs of the standard library as prompts and completions, in a fixed order.
 
-    The modules are split by hash, about a tenth of them for validation: no source file is on both
-    sides. A docstring that occurs more than once is dropped with all its copies.
+    The modules are split by hash, and about a tenth of them are for validation. No source file is
+    on both sides. A docstring that occurs more than once is dropped with all its copies.
 
     Args:
-        kind: Only the docstrings of each `function`, or of each `class`; None for both.
-        library: Folder of the library's sources; the running interpreter's own if None.
+        kind: The kind of definition to use, "function" or "class"; None uses both.
+        library: The folder of the library's sources; None uses the running interpreter's.
 
     Raises:
-        ValueError: If the kind is unknown, or the folder holds no Python source, as where an
-            interpreter is shipped with compiled files alone.
+        ValueError: If `kind` is unknown, or if the folder holds no Python source. Some
+            interpreters ship only compiled files.
     """
 
     name = "python-docstrings"
@@ -91,13 +91,13 @@ class Docstrings:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The modules that are read, in order of their relative paths."""
+        """The modules to read, sorted by relative path."""
         found = (file.relative_to(self.library) for file in self.library.rglob("*.py"))
         kept = [file for file in found if not SKIPPED_FOLDERS.intersection(file.parts)]
         return sorted(kept, key=Path.as_posix)
 
     def identity(self) -> dict[str, object]:
-        """What determines the rows: the interpreter and the sizes and times of its modules."""
+        """Return the kind, the Python version, and the sizes and times of the modules."""
         stats = [(file.as_posix(), (self.library / file).stat()) for file in self.files]
         return {
             "source": type(self).__name__,
@@ -107,7 +107,7 @@ class Docstrings:
         }
 
     def rows(self) -> Iterator[SourceRow]:
-        """Yield `{prompt, completion}` rows, each with its side of the split."""
+        """Yield `{prompt, completion}` rows, each marked for training or validation."""
         pairs = [pair for file in self.files for pair in read_pairs(self.library, file)]
         copies = Counter(pair.docstring for pair in pairs)
         for pair in pairs:
@@ -120,22 +120,22 @@ class Docstrings:
 
 
 def prompt(pair: Pair) -> str:
-    """Return the instruction and the code, fenced."""
+    """Return the instruction, followed by the code in a fence."""
     return f"Write the docstring of this Python {pair.kind}.\n\n```python\n{pair.code}\n```"
 
 
 def in_validation(module: str) -> bool:
-    """Whether a module's pairs are for validation: by a hash that no Python version changes."""
+    """Whether a module's pairs are for validation, by a hash that is the same in every Python."""
     digest = hashlib.sha256(module.encode()).digest()
     return int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
 
 
 def read_pairs(library: Path, file: Path) -> list[Pair]:
-    """Return the pairs of one module in the order of their lines; none if it does not parse."""
+    """Return the pairs of one module in line order; none if the module does not parse."""
     try:
         source = (library / file).read_text(encoding="utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library's own invalid escapes and the like
+            warnings.simplefilter("ignore")  # such as the library's own invalid escapes
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
@@ -153,11 +153,11 @@ def read_pairs(library: Path, file: Path) -> list[Pair]:
 
 
 def without_docstring(lines: list[bytes], node: Definition) -> str:
-    """Return the dedented source of a definition that has a docstring, less the docstring.
+    """Return the dedented source of a documented definition, without its docstring.
 
     Args:
-        lines: The module's source, one line an item, from its first line.
-        node: The definition in that module.
+        lines: The lines of the module's source, from the first.
+        node: The definition in the module, which has a docstring.
     """
     doc, *rest = node.body
     assert node.end_lineno is not None
@@ -167,7 +167,7 @@ def without_docstring(lines: list[bytes], node: Definition) -> str:
     after = after.removeprefix(b";").lstrip()
     if not rest:
         after = b"pass" + (b"  " + after if after else b"")
-    # A docstring that has its lines to itself takes them along.
+    # Lines that held only the docstring are removed with it.
     kept = [before + after] if (before + after).strip() else []
     start = min(one.lineno for one in [node, *node.decorator_list])
     body = lines[start - 1 : doc.lineno - 1] + kept + lines[doc.end_lineno : node.end_lineno]

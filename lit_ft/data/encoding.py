@@ -1,8 +1,8 @@
 """Encoding: a conversation becomes token ids, and labels on what the assistant said.
 
-Every assistant turn is learnt, with the token that ends it, and nothing else; of plain text, all.
-Labels follow the Hugging Face convention: unshifted, -100 where there is nothing to learn, which
-is always so at the first token, since nothing predicts it.
+Every assistant turn is learnt, with the token that ends it, and nothing else. In plain text, every
+token is learnt. Labels follow the Hugging Face convention: unshifted, and -100 where there is
+nothing to learn. The first label is always -100, since nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from lit_ft.loss.targets import IGNORE_INDEX
 
 
 class EncodedRow(NamedTuple):
-    """One row's tokens, and what became of them.
+    """One row's tokens and labels, and whether it was cut or dropped.
 
-    A row is an example if `num_targets` is positive. Rows that are none stay in the table, so that
-    they can be counted.
+    A row is an example if `num_targets` is positive. Other rows stay in the table, so that they
+    can be counted.
 
     Args:
-        origin: Where the row stands.
-        input_ids: Its token ids; empty if it was dropped as overlong.
-        labels: As many, unshifted, -100 where there is nothing to learn.
-        num_tokens: How many these are.
-        num_targets: Labels that are not -100.
+        origin: The place of the row in its source, for errors (`my.jsonl:57`).
+        input_ids: The token ids, [tokens]; empty if the row was dropped as too long.
+        labels: The unshifted labels, [tokens]; -100 where there is nothing to learn.
+        num_tokens: The number of token ids.
+        num_targets: The number of labels that are not -100.
         truncated: Whether tokens were cut off at the end.
-        overlong: Whether it was dropped because it was too long.
+        overlong: Whether the row was dropped because it was too long.
         prompt: The messages before the last assistant turn; empty for plain text.
-        held_out: As the source says.
+        held_out: Whether the row is for validation; None where the source leaves that open.
     """
 
     origin: str
@@ -55,15 +55,16 @@ class EncodedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """Counts of one split: no row leaves it in silence.
+    """Counts of the rows of one split, including every row that was cut or dropped.
 
     Args:
-        examples: Rows that are trained or validated on.
-        truncated: Of these, cut at the maximal length.
-        dropped_overlong: Rows left out because they are longer.
-        dropped_without_targets: Rows left out because no token of them would be learnt.
-        tokens: Of the examples.
-        targets: Tokens of the examples that are learnt.
+        examples: The number of rows that are trained or validated on.
+        truncated: The number of examples that were cut at the maximum length.
+        dropped_overlong: The number of rows left out because they are too long.
+        dropped_without_targets: The number of rows left out because none of their tokens would be
+            learnt.
+        tokens: The number of tokens in the examples.
+        targets: The number of tokens in the examples that are learnt.
     """
 
     examples: int = 0
@@ -112,12 +113,13 @@ class Encoder:
     """Turns conversations into tokens and labels.
 
     Args:
-        tokenizer: A fast one of transformers; its chat template renders the chats.
-        max_length: Tokens of an example at most, at least 2.
-        drop_overlong: Drop longer rows; otherwise cut them at the end.
+        tokenizer: A fast tokenizer of transformers, whose chat template renders the chats.
+        max_length: The largest number of tokens in an example, at least 2.
+        drop_overlong: Whether to drop rows that are too long. Otherwise they are cut at the end.
 
     Raises:
-        ValueError: If the tokenizer is not a fast one, which alone knows its tokens' characters.
+        ValueError: If the tokenizer is not a fast one. Only fast ones know the characters of their
+            tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -132,11 +134,11 @@ class Encoder:
             )
 
     def __call__(self, rows: Iterable[ParsedRow]) -> Iterator[EncodedRow]:
-        """Yield the rows encoded, one for one.
+        """Yield each row encoded, in order.
 
         Raises:
-            ValueError: Naming the row, if the tokenizer has no chat template or no end-of-text
-                token, or if its template fails on the row or cannot tell the assistant's turns.
+            ValueError: If the tokenizer has no chat template or no end-of-text token, or if its
+                template fails on a row or cannot tell the turns apart. Names the row.
         """
         return map(self._encode, rows)
 
@@ -187,10 +189,10 @@ def prompt_of(conversation: Conversation) -> list[Message]:
 
 
 def load_chat_template(name: str) -> str:
-    """Return a template of ours (`plain`) or the text of a Jinja file.
+    """Return the shipped template `plain`, or the text of the Jinja file `name`.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If `name` is neither of them.
     """
     shipped = files("lit_ft.data") / "templates" / f"{name}.jinja"
     if shipped.is_file():

@@ -1,7 +1,7 @@
-"""Readers of local files, one a suffix, that say where every row stands.
+"""Readers of local files, one for each suffix, that name the place of every row.
 
-Each yields pairs (origin, row) in the file's order. The origin, `my.jsonl:57`, is what errors
-quote; every complaint about a file's content is a ValueError that starts with it.
+Each reader yields pairs (origin, row) in the file's order. Every error about a file's content is a
+ValueError that starts with the origin, such as `my.jsonl:57`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read(file: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the origin and the fields of every row of a file that `READERS` knows by its suffix.
+    """Yield the origin and the fields of every row of a file whose suffix is in `READERS`.
 
-    Raises ValueError, naming file and row, where a row cannot be read, is no object of named
-    fields, or where there is none.
+    Raises:
+        ValueError: If a row cannot be read or is not an object with named fields, or if the file
+            has no rows. Names the file and the row.
     """
     origin = None
     for origin, row in READERS[file.suffix.lower()](file):
@@ -29,11 +30,11 @@ def read(file: Path) -> Iterator[tuple[str, Row]]:
             raise ValueError(f"{origin}: a row must be an object, not {type(row).__name__}")
         yield origin, row
     if origin is None:
-        raise ValueError(f"{file}: there is no row in the file")
+        raise ValueError(f"{file}: the file has no rows")
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """One JSON object a line, in UTF-8; blank lines, CRLF and a byte order mark are no matter."""
+    """Yield the JSON object of each UTF-8 line; ignore blank lines, CRLF and a byte order mark."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
@@ -44,7 +45,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
 
 
 def read_json(file: Path) -> Iterator[tuple[str, object]]:
-    """A JSON array of objects, read whole; a file that starts otherwise is read as JSON lines."""
+    """Yield the objects of a JSON array, read whole. Other files are read as JSON lines."""
     with file.open("rb") as stream:
         start = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
     if not start.startswith(b"["):
@@ -57,10 +58,10 @@ def read_json(file: Path) -> Iterator[tuple[str, object]]:
 
 
 def read_csv(file: Path) -> Iterator[tuple[str, object]]:
-    """Comma-separated values, in UTF-8, under a line of names; every value stays a string.
+    """Yield the rows of UTF-8 comma-separated values under a header line; all stay strings.
 
-    Read by the standard library and not through `datasets`, whose types are guessed by pandas: an
-    answer such as `007`, `NA` or an empty one must stay what it is.
+    The standard library reads them and not `datasets`, in which pandas guesses the types: an
+    answer such as `007`, `NA` or an empty one must stay as it is.
     """
     csv.field_size_limit(sys.maxsize)  # the default refuses answers over 128 KiB
     with file.open(encoding="utf-8-sig", newline="") as stream:
@@ -68,11 +69,13 @@ def read_csv(file: Path) -> Iterator[tuple[str, object]]:
         try:
             names = rows.fieldnames or []
             if len(set(names)) < len(names):
-                raise ValueError(f"{file}: two columns have one name, in {', '.join(names)}")
+                raise ValueError(
+                    f"{file}: two columns have the same name, in {', '.join(names)}; rename one"
+                )
             for row in rows:
                 origin = f"{file}:{rows.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{origin}: the row and the line of names differ in length")
+                    raise ValueError(f"{origin}: the row and the header line differ in length")
                 yield origin, row
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from error
@@ -81,8 +84,8 @@ def read_csv(file: Path) -> Iterator[tuple[str, object]]:
 
 
 def read_parquet(file: Path) -> Iterator[tuple[str, object]]:
-    """Apache Parquet, streamed."""
-    # Not through `datasets`, to which [ and * are patterns.
+    """Yield the rows of an Apache Parquet file, a batch of rows in memory at a time."""
+    # Not through `datasets`, which reads [ and * in a path as patterns.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -106,11 +109,13 @@ def _decode(text: bytes, origin: str) -> object:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin}: not valid JSON: {error}") from error
     if b"\\u" in text:
-        # JSON allows half of a surrogate pair in an escape, UTF-8 and tokenizers do not.
+        # JSON allows half of a surrogate pair in an escape; UTF-8 and tokenizers do not.
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{origin}: holds half of a \\u surrogate pair") from error
+            raise ValueError(
+                f"{origin}: holds half of a \\u surrogate pair; write both halves or remove it"
+            ) from error
     return value
 
 

@@ -1,4 +1,4 @@
-"""Which tokens of a rendered chat the assistant says: by the template's marks or its prefixes."""
+"""Find the tokens of a chat that the assistant says, by its template's marks or its prefixes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TEMPLATES = (remedies.MARKED_TEMPLATE, remedies.PLAIN_TEMPLATE)
 def assistant_mask(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], Sequence[int]]:
-    """Return a chat's token ids, and 1 for each token that the assistant says.
+    """Return a chat's token ids, [tokens], and a mask, [tokens], of 1 where the assistant speaks.
 
     Raises:
-        Refusal: The tokenizer has no chat template, or one whose turns cannot be told apart.
+        Refusal: If the tokenizer has no chat template, or one whose turns cannot be told apart.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str):
@@ -65,7 +65,8 @@ def _assistant_spans(
     """Find the characters [first, last) of each assistant turn in a rendered chat.
 
     Raises:
-        Refusal: If the template renders a chat's beginning otherwise than alone.
+        Refusal: If the chat begins with the assistant, or if the template renders the beginning of
+            a chat differently when more turns follow.
     """
     end_tokens = tuple(tokenizer.get_added_vocab())
     spans = []
@@ -78,8 +79,8 @@ def _assistant_spans(
         through = _render(tokenizer, messages[: place + 1])
         if not (text.startswith(through) and through.startswith(before)):
             raise Refusal(
-                f"the chat template renders message {place} otherwise at the end of a chat than "
-                "in it, so its tokens cannot be told",
+                f"the chat template renders message {place} differently at the end of a chat than "
+                "inside it, so its tokens cannot be found",
                 *_TEMPLATES,
             )
         # The newline that templates put after the end of a turn is no part of it.

@@ -1,4 +1,4 @@
-"""What is done with tables of examples: hold some out, choose some, mix several, fill rows."""
+"""Operations on tables of examples: hold some out, choose some, mix several, fill rows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from lit_ft.data.tables import TENSOR_COLUMNS, column
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLIT_SEED = 0  # no setting, so that runs with other seeds validate on the same examples
+SPLIT_SEED = 0  # not a setting, so that runs with other seeds validate on the same examples
 
 
 def split(table: Dataset, *, val_fraction: float) -> tuple[Dataset, Dataset]:
     """Split a table into a training and a validation side.
 
-    A source that holds rows out itself is obeyed. Otherwise a row's side depends on its place in
-    the source alone, so that neither a seed nor rows appended to a file move other rows. Both
-    sides get an example at least, if there are two.
+    If the source marks the rows to hold out, they are the validation side. Otherwise a row's side
+    depends only on its place in the source, so that neither a seed nor rows appended to a file
+    move other rows. Each side gets at least one example, if there are two.
+
+    Args:
+        table: The encoded rows of one source.
+        val_fraction: The share of the rows to validate on, between 0 and 1, if the source marks
+            none.
     """
     if _splits_itself(table):
         return side(table, held_out=False), side(table, held_out=True)
@@ -32,14 +37,14 @@ def split(table: Dataset, *, val_fraction: float) -> tuple[Dataset, Dataset]:
 
 
 def side(table: Dataset, *, held_out: bool) -> Dataset:
-    """Return the rows on one side of the source's own split; all if it has none."""
+    """Return the rows on one side of the source's own split, or all rows if it has none."""
     if not _splits_itself(table):
         return table
     return table.select(np.flatnonzero(column(table, "held_out") == held_out))
 
 
 def subset(table: Dataset, size: int | None) -> Dataset:
-    """Return so many rows, chosen at random once and for all, in their order; all if None."""
+    """Return `size` rows in order, the same random choice in every run; all rows if None."""
     if size is None or size >= len(table):
         return table
     chosen = np.argsort(_random(len(table)), kind="stable")[:size]
@@ -47,10 +52,15 @@ def subset(table: Dataset, size: int | None) -> Dataset:
 
 
 def mix(tables: Sequence[Any], weights: Sequence[float], *, seed: int) -> Any:
-    """Interleave tables or streams, drawing the next example from each with its weight's share.
+    """Interleave tables or streams, drawing each example from one of them by weight.
 
-    The mixture ends when every table has been seen whole (`all_exhausted` in `datasets`): no
-    example is left out, and those of a table small for its weight occur several times an epoch.
+    The mixture ends when every table has been read completely (`all_exhausted` in `datasets`). No
+    example is left out. Those of a table that is small for its weight occur several times an epoch.
+
+    Args:
+        tables: The tables or streams to mix.
+        weights: The positive weight of each, relative to the others.
+        seed: The seed of the drawing.
     """
     if len(tables) == 1:
         return tables[0]
@@ -65,11 +75,11 @@ def mix(tables: Sequence[Any], weights: Sequence[float], *, seed: int) -> Any:
 
 
 class Bins(TorchDataset[list[dict[str, NDArray[np.int64]]]]):
-    """Rows of a batch: the examples that lie behind each other in each.
+    """Rows to batch, each with one or more examples that follow one another.
 
     Args:
-        table: The examples.
-        bins: The indices of the examples in each row; None for one example a row.
+        table: The table of examples.
+        bins: The indices of the examples in each row; None puts one example in each row.
     """
 
     def __init__(self, table: Dataset, bins: list[list[int]] | None = None) -> None:
@@ -79,7 +89,7 @@ class Bins(TorchDataset[list[dict[str, NDArray[np.int64]]]]):
         self.lengths = [int(lengths[indices].sum()) for indices in self.bins]
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return len(self.bins)
 
     def __getitem__(self, index: int) -> list[dict[str, NDArray[np.int64]]]:
@@ -92,7 +102,7 @@ def _splits_itself(table: Dataset) -> bool:
 
 
 def _draw(rows: int, *, usable: NDArray[Any], share: float) -> NDArray[np.bool_]:
-    """Draw a share of rows by their places; of the usable ones never none or all, if avoidable."""
+    """Draw a share of the rows by their places; of several usable rows, some but not all."""
     numbers = _random(rows)
     drawn: NDArray[np.bool_] = numbers < int(share * 2**64)
     places = np.flatnonzero(usable)
@@ -103,5 +113,5 @@ def _draw(rows: int, *, usable: NDArray[Any], share: float) -> NDArray[np.bool_]
 
 
 def _random(rows: int) -> NDArray[np.uint64]:
-    # numpy keeps the stream of a bit generator over its versions, not so that of other methods.
+    # numpy keeps the stream of a bit generator across versions, unlike that of other methods.
     return np.random.PCG64(SPLIT_SEED).random_raw(rows)

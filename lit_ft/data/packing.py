@@ -11,14 +11,15 @@ import numpy as np
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Pack examples into bins by best-fit decreasing.
 
-    Every example goes, longest first, into the fullest bin that still has space for it: at most
-    11/9 of the fewest possible bins, plus 4 (Johnson et al., 1974, doi:10.1137/0203025). The
-    result depends on the arguments alone. Indices ascend inside a bin, and bins ascend by their
-    first index, so that packing stays close to the order of the data. Takes O(n log n) time.
+    Each example goes, longest first, into the fullest bin that still has space for it. The result
+    has at most 11/9 of the fewest possible bins, plus 4 (Johnson et al., 1974,
+    doi:10.1137/0203025), and depends only on the arguments. Indices ascend within a bin, and bins
+    ascend by their first index, so that packing stays close to the order of the data. Packing
+    takes O(n log n) time.
 
     Args:
-        lengths: Tokens of each example.
-        max_length: Tokens that a bin holds at most.
+        lengths: The number of tokens of each example, [examples].
+        max_length: The largest number of tokens in a bin.
 
     Returns:
         The example indices of each bin; every example occurs exactly once.

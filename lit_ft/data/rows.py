@@ -8,12 +8,12 @@ from lit_ft.data.formats import Conversation, Row
 
 
 class SourceRow(NamedTuple):
-    """A row as its source gives it.
+    """A row as its source yields it.
 
     Args:
-        origin: Where it stands, for errors: `my.jsonl:57`.
-        fields: What it holds; a format reads it.
-        held_out: Whether it is for validation, or None where the source leaves that open.
+        origin: The place of the row in its source, for errors (`my.jsonl:57`).
+        fields: The values of the row by column name, which a format reads.
+        held_out: Whether the row is for validation; None where the source leaves that open.
     """
 
     origin: str
@@ -25,9 +25,9 @@ class ParsedRow(NamedTuple):
     """A row that a format has read.
 
     Args:
-        origin: As above.
+        origin: The place of the row in its source, for errors (`my.jsonl:57`).
         conversation: The messages of a chat, or plain text.
-        held_out: As above.
+        held_out: Whether the row is for validation; None where the source leaves that open.
     """
 
     origin: str

@@ -22,17 +22,17 @@ SPLIT_NAME = re.compile(r"(^|[-_.])(train|test|valid|validation|val|dev)([-_.]|$
 
 
 class Source(Protocol):
-    """A place that gives rows in a fixed order."""
+    """A place that yields rows in a fixed order."""
 
     name: str
-    """What the user calls it."""
+    """The name that the user gave the source."""
 
     def rows(self) -> Iterator[SourceRow]:
-        """Yield every row. Raises ValueError naming the row that cannot be read."""
+        """Yield every row. Raises ValueError if a row cannot be read, naming it."""
         ...
 
     def identity(self) -> dict[str, object]:
-        """What determines the rows, as JSON values: the key of cached results."""
+        """Return the JSON values that determine the rows, from which the cache key is made."""
         ...
 
 
@@ -41,14 +41,16 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
 
     Args:
         path: `python-docstrings` (the embedded data); a .jsonl, .json, .csv or .parquet file; a
-            folder of such files; or the name of a Hugging Face dataset, which may also be a local
+            folder of these files; or the name of a Hugging Face dataset, which may also be a local
             folder laid out as on the hub.
-        streaming: Read a hub dataset over the network while training, not downloaded first.
-        **options: For the embedded data, those of `Docstrings`. For a hub dataset, those of
-            `datasets.load_dataset`: name, split, revision ...; they make a local folder one.
+        streaming: Whether to read a hub dataset over the network while training, rather than
+            download it first.
+        **options: Options of `Docstrings` for the embedded data, or of `datasets.load_dataset`
+            (name, split, revision ...) for a hub dataset. With options, a local folder is read as
+            a hub dataset.
 
     Raises:
-        ValueError: If there is no such thing, or it does not take the options.
+        ValueError: If there is no such source, or if it does not take the options.
     """
     local = Path(path).expanduser()
     if path == EMBEDDED:
@@ -62,10 +64,10 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
         if files:
             if unread := _unread(local, files):
                 raise Refusal(
-                    f"{path}: files in folders of their own and compressed ones would not be read "
+                    f"{path}: files in subfolders and compressed files would not be read "
                     f"({', '.join(unread[:3])})",
                     Remedy("unpack them next to the others"),
-                    Remedy("take them away"),
+                    Remedy("move them out of the folder"),
                     remedies.THROUGH_DATASETS,
                 )
             return Files(path, files)
@@ -78,11 +80,11 @@ def parse(source: Source, format: Format | None = None) -> Iterator[ParsedRow]:
     """Yield the conversations of a source.
 
     Args:
-        source: Gives the rows.
-        format: Reads them; None detects it from the keys of the first row.
+        source: The source of the rows.
+        format: The format that reads the rows; None detects it from the keys of the first row.
 
     Raises:
-        ValueError: Naming the row that cannot be read or that the format does not fit.
+        ValueError: If a row cannot be read or does not fit the format. Names the row.
     """
     for row in source.rows():
         try:
@@ -94,26 +96,26 @@ def parse(source: Source, format: Format | None = None) -> Iterator[ParsedRow]:
 
 
 class Files:
-    """Local files, one after the other.
+    """Local files, read one after another.
 
     Args:
-        name: What the user calls them.
-        files: Existing files; their suffixes choose the reader.
+        name: The name that the user gave the files.
+        files: The existing files to read; each suffix chooses a reader.
 
     Raises:
-        ValueError: If no reader knows a suffix, or if the files look like the splits of one data
-            set, whose test part must not be trained on.
+        ValueError: If no reader knows a suffix, or if the files look like the splits of one
+            dataset, whose test part must not be trained on.
     """
 
     def __init__(self, name: str, files: list[Path]) -> None:
         for file in files:
             if file.suffix.lower() not in READERS:
                 known = ", ".join(READERS)
-                raise ValueError(f"{file}: unknown kind of file {file.suffix!r}; known are {known}")
+                raise ValueError(f"{file}: unknown file type {file.suffix!r}; known are {known}")
         splits = [file.name for file in files if SPLIT_NAME.search(file.stem)]
         if len(files) > 1 and splits:
             raise Refusal(
-                f"{name} holds the splits of a data set ({', '.join(splits)})",
+                f"{name} holds the splits of a dataset ({', '.join(splits)})",
                 remedies.TWO_FILES,
                 remedies.THROUGH_DATASETS,
             )
@@ -127,7 +129,7 @@ class Files:
                 yield SourceRow(origin, fields)
 
     def identity(self) -> dict[str, object]:
-        """The names and contents of the files."""
+        """Return the names of the files and the digests of their contents."""
         digests = []
         for file in self.files:
             with file.open("rb") as stream:
@@ -136,13 +138,13 @@ class Files:
 
 
 class Hub:
-    """A dataset that `datasets.load_dataset` finds: on the hub, or in a folder with its layout.
+    """A dataset that `datasets.load_dataset` finds, on the hub or in a folder laid out as there.
 
     Args:
-        path: Name of the dataset, or the folder.
-        split: Which split; `train` unless given. The library's slices work: `train[:10%]`.
-        streaming: Read over the network while training, not downloaded first.
-        **options: Passed on to `datasets.load_dataset`: name (the configuration), revision ...
+        path: The name of the dataset on the hub, or a local folder.
+        split: The split to read. Slices in the library's notation work too: `train[:10%]`.
+        streaming: Whether to read over the network while training, rather than download first.
+        **options: Options of `datasets.load_dataset`, such as name (the configuration) or revision.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class Hub:
             yield SourceRow(f"{self.name}[{self.split}] row {number}", fields)
 
     def identity(self) -> dict[str, object]:
-        """The library's own fingerprint of the data, which covers the hub's revision."""
+        """Return the name, options and fingerprint, which covers the hub's revision."""
         options = {key: str(value) for key, value in self.options.items()}
         fingerprint = None if self.streaming else self._load()._fingerprint
         return {
@@ -179,7 +181,7 @@ class Hub:
                 self._dataset = load_dataset(
                     self.name, split=self.split, streaming=self.streaming, **self.options
                 )
-            except Exception as error:  # the library's own, fsspec's, pyarrow's and the network's
+            except Exception as error:  # from the library, fsspec, pyarrow or the network
                 raise ValueError(
                     f"{self.name}: neither a local file nor a dataset that can be loaded "
                     f"({type(error).__name__}: {error}). A private dataset needs `hf auth login`."
@@ -188,7 +190,7 @@ class Hub:
 
 
 def _unread(folder: Path, files: list[Path]) -> list[str]:
-    """Return the data files of a folder that are not among those that will be read."""
+    """Return the data files in a folder that are not among `files`."""
     return [
         name
         for file in sorted(set(folder.rglob("*")) - set(files))

@@ -1,4 +1,4 @@
-"""The training and the validation side of one or several sources."""
+"""The training and the validation side of one or more sources."""
 
 from __future__ import annotations
 
@@ -30,25 +30,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """A source, the format of its rows (None: detected), and its share of a mixture."""
+    """A source, the format of its rows, and its weight in a mixture.
+
+    Args:
+        source: The source of the rows.
+        format: The format that reads the rows; None detects it from the keys of the first row.
+        weight: The positive weight of the source, relative to the others.
+    """
 
     source: Source
     format: Format | None = None
     weight: float = 1.0
 
     def table(self, encoder: Encoder) -> Dataset:
-        """Encode the source, or take it from the cache."""
+        """Return the table of the source, from the cache if it is there."""
         return encode_source(self.source, self.format, encoder)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What to train and to validate on.
+    """The examples to train on and to validate on.
 
     Args:
-        train: The training examples, mixed: a table, or a stream.
-        val: The validation examples, each once.
-        reports: Counts of `train` and `val`; those of a stream grow while it is read.
+        train: The mixed training examples, as a table or a stream.
+        val: The table of validation examples, in which each occurs once.
+        reports: The counts of `train` and `val`; those of a stream grow while it is read.
     """
 
     train: Dataset | IterableDataset
@@ -62,13 +68,14 @@ def weighted_sources(
     """Open the sources of a mixture without reading them.
 
     Args:
-        choices: `{path, weight?, format?, ...}`; the rest goes to `open_source`.
-        format: Of the rows of sources that name none; a format, or its name ("alpaca").
-        streaming: Whether hub datasets are streamed.
+        choices: The sources, each as `{path, weight?, format?, ...}`; other entries are passed to
+            `open_source`.
+        format: The format, or its name ("alpaca"), of sources that name none; None detects it.
+        streaming: Whether to stream hub datasets.
 
     Raises:
-        ValueError: If there is no source, one is unknown or occurs twice, or a weight is not
-            positive.
+        ValueError: If there is no source, if a source is unknown or occurs twice, or if a weight
+            is not positive.
     """
     sources = []
     seen: list[dict[str, Any]] = []
@@ -93,7 +100,7 @@ def weighted_sources(
 
 
 def rows_of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what says which rows a choice reads: not how often, nor in which format."""
+    """Return the entries of a choice that determine its rows, without `weight` and `format`."""
     rows = {name: value for name, value in choice.items() if name not in ("weight", "format")}
     local = Path(str(rows.get("path"))).expanduser()
     return {**rows, "path": str(local.resolve())} if local.exists() else rows
@@ -107,10 +114,18 @@ def load_tables(
     val_fraction: float,
     seed: int,
 ) -> Splits:
-    """Encode, split and mix. Every source is split by itself, unless `val` is given.
+    """Encode, split and mix the sources.
+
+    Args:
+        train: The sources to train on.
+        val: The source to validate on; None splits each of the training sources.
+        encoder: The encoder of the rows.
+        val_fraction: The share of each source's rows to validate on, between 0 and 1, if neither
+            `val` nor the source decides.
+        seed: The seed of the mixture.
 
     Raises:
-        ValueError: If a row cannot be read, or a source or a side is left without an example.
+        ValueError: If a row cannot be read, or if a source or a side has no example.
     """
     tables = [one.table(encoder) for one in train]
     if val is None:
@@ -139,9 +154,17 @@ def open_streams(
     val_rows: int | None,
     seed: int,
 ) -> Splits:
-    """Open and mix streams. Validate on `val` or, if None, on their first `val_rows` rows together.
+    """Open and mix the sources as streams. The rows validated on are not trained on.
 
-    The rows validated on are not trained on.
+    Args:
+        train: The sources to train on.
+        val: The source to validate on; None takes the first rows of the training sources.
+        encoder: The encoder of the rows.
+        val_rows: The number of rows to validate on, over all sources together, if `val` is None.
+        seed: The seed of the mixture.
+
+    Raises:
+        ValueError: If a row to validate on cannot be read, or if no validation example is left.
     """
     reports = {"train": EncodingReport()}
 

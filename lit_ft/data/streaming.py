@@ -1,4 +1,4 @@
-"""Streaming: global batches, packed or not, from examples that come one after the other."""
+"""Streaming: global batches, packed or not, from examples that arrive one after another."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lit_ft.data.batching import assign_rows, check_batch_geometry
 from lit_ft.data.collate import Example, Row
 from lit_ft.data.packing import pack
 
-# A packed block of this many rows leaves about one of them unfilled, and delays the first batch by
-# the time that it takes to tokenise as much.
+# A packed block of this many rows leaves about one of them unfilled. The first batch waits until
+# the whole block is tokenised.
 PACKED_BLOCK_ROWS = 64
 
 Batch = dict[str, Any]
@@ -25,41 +25,43 @@ class StreamingBatches(IterableDataset[Batch]):
     """Read global batches from a stream and yield this rank's micro-batches, collated.
 
     All ranks read the same stream in order. As with GlobalBatchSampler, the rows of a global batch
-    do not depend on how it is cut, no row is dropped or yielded twice, and every rank yields
-    equally many batches: dummies where rows do not suffice.
+    do not depend on how it is cut, and no row is dropped or yielded twice. Every rank yields the
+    same number of batches: dummies where there are too few rows.
 
-    The stream is read in blocks: an example alone or, with `packing` or `shuffle_buffer`, so many
-    that they can be packed tightly and shuffled well. A block is packed and shuffled by itself,
-    and so a place in the stream is a place in the source and a number of rows; no buffer has to be
-    saved. Prefer `shuffle_buffer` to `datasets.IterableDataset.shuffle(buffer_size=...)`, which
-    loses the content of its buffer on resume.
+    The stream is read in blocks. A block is one example or, with `packing` or `shuffle_buffer`,
+    enough examples to pack tightly and to shuffle well. Each block is packed and shuffled by
+    itself. A place in the stream is therefore a place in the source and a number of rows, and no
+    buffer has to be saved. Prefer `shuffle_buffer` to
+    `datasets.IterableDataset.shuffle(buffer_size=...)`, which loses its buffer on resume.
 
-    For torchdata's `StatefulDataLoader(self, batch_size=None, num_workers=0)`. Each iteration is
-    one pass over the stream; a finished one moves on to the next `epoch`, of which the source is
-    told if it has `set_epoch`. A source with `state_dict` and `load_state_dict` resumes by these
-    (`load_state_dict({})` starts anew, as in datasets); any other is read again up to the place.
-    Under Lightning give prefetched=1 and, when the loader is made, call `set_epoch` as for
-    GlobalBatchSampler.
+    Use it in torchdata's `StatefulDataLoader(self, batch_size=None, num_workers=0)`. Each iteration
+    is one pass over the stream. A finished pass advances `epoch`, and a source with `set_epoch` is
+    given the new one. A source with `state_dict` and `load_state_dict` resumes through them
+    (`load_state_dict({})` starts from the beginning, as in datasets). Any other source is read
+    again up to the place. Under Lightning, set prefetched=1 and call `set_epoch` when the loader is
+    made, as for GlobalBatchSampler.
 
     Args:
-        examples: Encoded examples, `{"input_ids": [...], "labels": [...]}`.
-        collate: Makes a batch from a list of rows; from an empty list, a dummy.
-        batch_size: Rows of a micro-batch on one rank.
-        micro_batches: Micro-batches of a rank in one global batch (gradient accumulation).
-        num_replicas: Number of data-parallel ranks.
-        rank: This rank.
-        max_length: Tokens of a row at most.
-        packing: Put several examples into one row.
-        shuffle_buffer: Shuffle within blocks of at least so many examples; 0 keeps the order.
-        seed: Seed of the shuffling, non-negative, the same on all ranks.
-        prefetched: Batches that the consumer has fetched but not begun when it asks for the state;
-            they are yielded again on resume. Lightning's loops fetch 1 ahead from a loader
-            without length.
+        examples: The encoded examples, each `{"input_ids": [...], "labels": [...]}`.
+        collate: Makes a batch from a list of rows, and a dummy from an empty list.
+        batch_size: The number of rows in a micro-batch on one rank.
+        micro_batches: The number of micro-batches of a rank in one global batch (gradient
+            accumulation).
+        num_replicas: The number of data-parallel ranks.
+        rank: The index of this data-parallel rank.
+        max_length: The largest number of tokens in a row.
+        packing: Whether to put several examples into one row.
+        shuffle_buffer: The smallest number of examples in a block that is shuffled; 0 keeps the
+            order.
+        seed: The non-negative seed of the shuffling, the same on all ranks.
+        prefetched: The number of batches that the consumer has fetched but not started when it
+            takes the state; they are yielded again on resume. Lightning's loops fetch 1 batch ahead
+            from a loader without length.
 
     Raises:
-        ValueError: If a size is below 1, or the rank is not one of the replicas; while iterating,
-            if an example is longer than `max_length`, or in a worker of a loader, each of which
-            would read the whole stream.
+        ValueError: If a size is below 1 or the rank is not one of the replicas. While iterating,
+            if an example is longer than `max_length`, or in a loader's worker process, since each
+            worker would read the whole stream.
     """
 
     def __init__(
@@ -108,14 +110,14 @@ class StreamingBatches(IterableDataset[Batch]):
 
 
 class _Pass(Iterator[Batch]):
-    """One pass over the stream; its state is a place in the endless run of passes."""
+    """One pass over the stream; its state is a place in the endless series of passes."""
 
     def __init__(self, data: StreamingBatches) -> None:
         self._data = data
         self._restart(_place(data.epoch))
 
     def _restart(self, place: dict[str, Any]) -> None:
-        # The places before each batch that the consumer may not have begun; the oldest counts.
+        # The place before each batch that the consumer may not have started; the oldest is saved.
         self._places = deque([place], maxlen=self._data.prefetched + 1)
         self._batches = self._read(place)
 
@@ -146,11 +148,11 @@ class _Pass(Iterator[Batch]):
         self._places.append(_place(data.epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where to go on; the same on all ranks."""
+        """Return where to resume; it is the same on all ranks."""
         return {"place": self._places[0], "form": _form(self._data)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Resume where `state` was taken.
 
         Raises:
             ValueError: If rows were packed, shuffled, or cut inside a global batch differently.
@@ -163,7 +165,7 @@ class _Pass(Iterator[Batch]):
             if state["form"][name] != form[name]:
                 raise ValueError(
                     f"Cannot resume here: {name} was {state['form'][name]} and is now "
-                    f"{form[name]}. Resume with the same setting, or start anew."
+                    f"{form[name]}. Resume with the same setting, or start a new run."
                 )
         self._data.set_epoch(place["epoch"])
         self._restart(place)
@@ -172,7 +174,7 @@ class _Pass(Iterator[Batch]):
 def _place(
     epoch: int, source: Any = None, block: int = 0, row: int = 0, micro_batch: int = 0
 ) -> dict[str, Any]:
-    """Name a place: the source's state where the block begins, and the rows to skip there."""
+    """Return a place: the source's state where a block begins, and the rows to skip in it."""
     return {
         "epoch": epoch,
         "source": source,
@@ -188,7 +190,7 @@ def _form(data: StreamingBatches) -> dict[str, Any]:
 
 
 class _Rows(Iterator[Row]):
-    """The rows of the stream from a place on, read block by block."""
+    """The rows of the stream from a place onwards, read block by block."""
 
     def __init__(self, data: StreamingBatches, place: dict[str, Any]) -> None:
         self._data = data
@@ -200,7 +202,7 @@ class _Rows(Iterator[Row]):
         self._row: int = place["row"]
 
     def place(self) -> dict[str, Any]:
-        """Name the place of the next row."""
+        """Return the place of the next row."""
         if self._row < len(self._rows):
             return _place(self.epoch, self._block_source, self._block, self._row)
         return _place(self.epoch, self._source.state(), self._block + 1)
@@ -231,7 +233,7 @@ class _Rows(Iterator[Row]):
                 )
             examples.append(example)
             lengths.append(length)
-            num_tokens += max(length, 1)  # or empty examples would never fill a block
+            num_tokens += max(length, 1)  # else empty examples would never fill a block
             if len(examples) >= max(data.shuffle_buffer, 1) and num_tokens >= min_tokens:
                 break
         bins = (
@@ -245,7 +247,7 @@ class _Rows(Iterator[Row]):
 
 
 class _Source(Iterator[Example]):
-    """The examples of one epoch from a state on."""
+    """The examples of one epoch from a state onwards."""
 
     def __init__(self, examples: Any, epoch: int, state: Any) -> None:
         self._examples = examples
@@ -253,7 +255,7 @@ class _Source(Iterator[Example]):
         if hasattr(examples, "set_epoch"):
             examples.set_epoch(epoch)
         if self._is_stateful:
-            # Always: datasets goes on from the last state it was given whenever it is iterated.
+            # Always, because datasets resumes from the last state it was given in each iteration.
             examples.load_state_dict(state or {})
         self._num_read: int = 0 if self._is_stateful else state or 0
         self._iterator: Iterator[Example] = islice(examples, self._num_read, None)
@@ -264,5 +266,5 @@ class _Source(Iterator[Example]):
         return example
 
     def state(self) -> Any:
-        """Say where the next example is."""
+        """Return the state of the source before the next example."""
         return self._examples.state_dict() if self._is_stateful else self._num_read

@@ -1,4 +1,4 @@
-"""Encoded rows as tables and streams, and the counts of what became of each row.
+"""Encoded rows as tables and streams, and counts of the rows that were used, cut or dropped.
 
 A table is a `datasets.Dataset` of `EncodedRow`s, memory-mapped from the cache.
 """
@@ -29,10 +29,10 @@ STREAM_CHUNK = 32  # rows encoded at once
 
 
 def encode_source(source: Source, format: Format | None, encoder: Encoder) -> Dataset:
-    """Return the table of a source, from the cache if nothing that shaped it has changed.
+    """Return the table of a source, from the cache if nothing that determines it has changed.
 
     Raises:
-        ValueError: Naming the row that cannot be read or encoded.
+        ValueError: If a row cannot be read or encoded. Names the row.
     """
     key = cache_key(source, format, encoder)
 
@@ -43,7 +43,7 @@ def encode_source(source: Source, format: Format | None, encoder: Encoder) -> Da
 
 
 def encode_rows(rows: Iterable[ParsedRow], encoder: Encoder) -> Dataset:
-    """Return the table of a few rows, in memory."""
+    """Return the table of a few rows, held in memory."""
     from datasets import Dataset
 
     return Dataset.from_list([row._asdict() for row in encoder(rows)], features=_features())
@@ -57,25 +57,27 @@ def stream_source(
     skip: int,
     tally: Callable[[EncodingReport], None],
 ) -> IterableDataset:
-    """Return the examples of a source, encoded while they are read; its state can be saved.
+    """Return the examples of a source as a stream that encodes while it is read.
+
+    The state of the stream can be saved.
 
     Args:
-        source: Gives the rows.
-        format: Reads them; None detects it from the first row.
-        encoder: Encodes them.
-        skip: How many rows to leave out at the start.
-        tally: Called with the counts of every few rows, those that make no example among them.
+        source: The source of the rows.
+        format: The format that reads the rows; None detects it from the keys of the first row.
+        encoder: The encoder of the rows.
+        skip: The number of rows to leave out at the start.
+        tally: Called with the counts of every few rows, including rows that give no example.
 
     Raises:
-        ValueError: While it is read: naming the row that cannot be read or encoded, or if a whole
-            pass gives no example.
+        ValueError: While the stream is read, if a row cannot be read or encoded (names the row), or
+            if a whole pass gives no example.
     """
     from datasets import IterableDataset
 
     seen = EncodingReport()
 
     def rows() -> Iterator[dict[str, Any]]:
-        # Without this, a trainer would pass over a stream of no example for ever.
+        # Without this, a trainer would read a stream without examples forever.
         if seen != EncodingReport() and not seen.examples:
             raise nothing_left(seen, f"training on {source.name}")
         count = 0
@@ -84,7 +86,7 @@ def stream_source(
             yield row._asdict()
         if count <= skip:
             raise Refusal(
-                f"{source.name} has {count} rows, and the first {skip} are validated on",
+                f"{source.name} has {count} rows, and the first {skip} are used for validation",
                 remedies.VALIDATE_ON_LESS,
                 remedies.VALIDATE_ELSEWHERE,
             )
@@ -106,7 +108,7 @@ def stream_source(
 
 
 def nothing_left(report: EncodingReport, purpose: str) -> Refusal:
-    """Return the error for rows of which none is an example, with their counts and the remedies."""
+    """Return the error for rows that give no example, with their counts and the remedies."""
     ways = [Remedy("give more data")]
     if report.dropped_overlong:
         ways = [remedies.LONGER_ROWS, remedies.CUT_ROWS]
@@ -116,18 +118,18 @@ def nothing_left(report: EncodingReport, purpose: str) -> Refusal:
 
 
 def report(table: Dataset) -> EncodingReport:
-    """Count a table's rows."""
+    """Return the counts of a table's rows."""
     return EncodingReport.of(**{name: column(table, name) for name in REPORT_COLUMNS})
 
 
 def column(table: Dataset, name: str) -> NDArray[Any]:
     """Return a column of numbers, [rows]."""
-    # Said aloud, since numpy would take floats for the type of no rows.
+    # The type is explicit, because numpy would make an empty column float.
     return np.asarray(table.with_format("numpy")[name][:], dtype=table.features[name].dtype)
 
 
 def drop_unusable(table: Dataset) -> Dataset:
-    """Leave out the rows that make no example."""
+    """Return the table without the rows that give no example."""
     return table.select(np.flatnonzero(column(table, "num_targets") > 0))
 
 
@@ -147,7 +149,7 @@ def _table(rows: Iterable[EncodedRow], scratch: Path, key: str) -> Dataset:
             fingerprint=key,
         )
     except DatasetGenerationError as error:
-        # The cause is what the user must read.
+        # The user must see the cause.
         raise error.__cause__ or error from None
 
 

@@ -1,4 +1,4 @@
-"""What a run really holds in memory, and what its optimizer will hold."""
+"""Measurements of a run: its memory, and the state that its optimizer will hold."""
 
 from lit_ft.measure.memory import (
     MemoryReading,

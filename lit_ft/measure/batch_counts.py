@@ -1,4 +1,4 @@
-"""How much work a batch is: tokens, targets, attention, rows."""
+"""The amount of work in a batch: tokens, targets, attention, rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch import Tensor
 
 @dataclass
 class BatchCounts:
-    """What a number of batches asked for; sums may be tensors on the device until they are read."""
+    """The work in a number of batches. Sums may be tensors on the device until they are read.
+
+    Attributes:
+        tokens: The number of tokens that are not padding.
+        targets: The number of tokens that are learnt.
+        squared_lengths: The sum of length² over the sequences, in tokens².
+        samples: The number of rows.
+    """
 
     tokens: int | Tensor = 0
     targets: int | Tensor = 0
@@ -27,11 +34,11 @@ class BatchCounts:
 
 
 def count_tokens(batch: Any) -> int | Tensor:
-    """Tokens of a batch that are not padding.
+    """Return the number of tokens of a batch that are not padding.
 
     Raises:
-        MisconfigurationException: the batch is no mapping with `num_tokens`, `attention_mask` or
-            `input_ids`.
+        MisconfigurationException: If the batch is not a mapping with `num_tokens`,
+            `attention_mask` [B, T] or `input_ids` [B, T].
     """
     if isinstance(batch, Mapping):
         if "num_tokens" in batch:
@@ -48,14 +55,18 @@ def count_tokens(batch: Any) -> int | Tensor:
 
 
 def num_samples(batch: Any) -> int:
-    """Rows of a batch."""
+    """Return the number of rows of a batch."""
     if isinstance(batch, Mapping) and "input_ids" in batch:
         return len(batch["input_ids"])
     return extract_batch_size(batch)
 
 
 def sum_squared_lengths(batch: Mapping[str, Any]) -> int | Tensor:
-    """Sum of length² over the sequences of a batch, what attention's cost is linear in."""
+    """Return the sum of length² over the sequences of a batch; attention's cost is linear in it.
+
+    It is counted from `position_ids`, `attention_mask` or `input_ids`, each [B, T], and is 0 for a
+    batch with none of them.
+    """
     if "position_ids" in batch:
         # 1 + 3 + 5 + ... over the positions of a sequence is its length squared.
         return (2 * batch["position_ids"] + 1).sum()  # type: ignore[no-any-return]

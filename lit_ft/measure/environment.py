@@ -1,4 +1,4 @@
-"""What a run ran on: versions of the packages that shape it, processor, memory, GPUs."""
+"""The environment of a run: package versions, processor, memory and GPUs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 import torch
+from packaging.version import Version
+
+TESTED_TORCH = "2.13"  # the minor release in constraints.txt
 
 _PACKAGES = [
     "lit_ft",
@@ -30,7 +33,7 @@ _PACKAGES = [
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape a run."""
+    """Return the versions of Python and of the packages that affect a run."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -40,8 +43,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def newer_torch() -> str | None:
+    """Return torch's version if its minor release is newer than the tested one, else None."""
+    version = str(torch.__version__)
+    newer = Version(version).release[:2] > Version(TESTED_TORCH).release[:2]
+    return version if newer else None
+
+
 def hardware() -> dict[str, Any]:
-    """Return what the run ran on: processor, memory in bytes, GPUs by name."""
+    """Return the hardware of this machine: processor, memory in bytes, GPUs by name."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus = ["Apple MPS"]

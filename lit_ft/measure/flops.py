@@ -1,9 +1,9 @@
-"""Floating point operations of training, counted from the model's own layers.
+"""Floating-point operations (FLOPs) of training, counted from the model's own layers.
 
-Multiply and add count as two. Counted are matrix products alone, as in PaLM's definition of model
-FLOPs utilisation (arXiv:2204.02311, appendix B), with two refinements: a frozen weight has no
-weight gradient, and a layer below every trainable weight has no input gradient. What activation
-checkpointing computes a second time is not useful work and not counted.
+A multiplication and an addition count as two. Only matrix products are counted, as in PaLM's
+definition of model FLOPs utilisation (arXiv:2204.02311, appendix B), with two refinements: a frozen
+weight has no weight gradient, and a layer below every trainable weight has no input gradient.
+Operations that activation checkpointing repeats are not useful work, and are not counted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class TrainingFlops:
     """FLOPs of forward and backward, linear in three sizes of a batch.
 
     Attributes:
-        per_token: of every linear layer except the output head, for each token.
-        per_head_token: of the output head, for each token that it sees.
-        per_squared_length: of causal attention, for each unit of the sum over sequences of length².
+        per_token: The FLOPs of all linear layers except the output head, for each token.
+        per_head_token: The FLOPs of the output head, for each token that it sees.
+        per_squared_length: The FLOPs of causal attention, for each unit of the sum of length² over
+            the sequences.
     """
 
     per_token: int
@@ -32,10 +33,13 @@ class TrainingFlops:
     def of(
         self, *, num_tokens: int, sum_squared_lengths: int, num_targets: int | None = None
     ) -> int:
-        """FLOPs of batches with these sizes in total.
+        """Return the FLOPs of batches with these total sizes.
 
-        With `num_targets` the output head counts on that many tokens (a loss that computes logits
-        at the targets alone), else on all.
+        Args:
+            num_tokens: The number of tokens in the batches.
+            sum_squared_lengths: The sum of length² over their sequences.
+            num_targets: The number of tokens that the output head sees, for a loss that computes
+                logits only at the targets; None counts all tokens.
         """
         return (
             self.per_token * num_tokens
@@ -45,14 +49,15 @@ class TrainingFlops:
 
 
 def training_flops(model: nn.Module) -> TrainingFlops:
-    """Count what one step of training costs, from the layers and from what is trainable.
+    """Count the FLOPs of a training step from the model's layers and its trainable weights.
 
-    Linear layers [m, n] (torch's and its quantised subclasses, transformers' Conv1D): 2mn a token
-    forward, 2mn for the input's gradient, 2mn for the weight's, or 2r(m + n) for its gradient in a
-    subspace of rank r. Attention, if the model has a transformers config: 2 · width · length² a
-    layer forward (the causal half), twice that backward. Not counted: weights outside such layers
-    (the fused experts of a mixture), embeddings, norms, and a subspace's fold and moves, which come
-    once a step. A sliding window or linear attention counts as full.
+    A linear layer [m, n] (torch's, its quantised subclasses, transformers' Conv1D) costs 2mn a
+    token forward, 2mn for the input's gradient, and 2mn for the weight's gradient, or 2r(m + n) for
+    its gradient in a subspace of rank r. If the model has a transformers config, attention costs
+    2 · width · length² a layer forward (the causal half) and twice that backward. Sliding windows
+    and linear attention count as full attention. Not counted are weights outside linear layers (the
+    fused experts of a mixture), embeddings, norms, and the fold and moves of a subspace, which
+    happen once a step.
     """
     layers = _linear_layers(model)
     needs_input_gradient = _input_gradients(model, layers)
@@ -61,7 +66,7 @@ def training_flops(model: nn.Module) -> TrainingFlops:
     for name, layer in layers.items():
         rows, cols = _shape(layer)
         flops = 2 * rows * cols * (1 + needs_input_gradient[name])
-        if hasattr(layer, "delta"):  # it moves in a subspace
+        if hasattr(layer, "delta"):  # its weight moves in a subspace
             flops += 2 * (rows + cols) * layer.delta.shape[1]
         elif layer.weight.requires_grad:
             flops += 2 * rows * cols
@@ -88,11 +93,11 @@ def _shape(layer: Any) -> tuple[int, int]:
 
 
 def _input_gradients(model: nn.Module, layers: dict[str, Any]) -> dict[str, bool]:
-    """Whether backward needs the gradient of each layer's input: is a trainable weight above it?
+    """Return, for each layer, whether backward needs the gradient of its input.
 
-    Module order is taken for the order of execution. Within one block (attention, MLP) the last
-    layer reads the others' results and the others read the block's input, as in every decoder that
-    transformers has. peft's lora_B reads lora_A's result.
+    It does if the input depends on a trainable weight. Module order is taken as execution order.
+    Within one block (attention, MLP), the last layer reads the others' results and the others read
+    the block's input, as in every decoder in transformers. peft's lora_B reads lora_A's result.
     """
     blocks: dict[str, list[str]] = {}
     for name in layers:
@@ -116,7 +121,7 @@ def _trains(layer: Any) -> bool:
 
 
 def _slot(name: str) -> str:
-    """Name of the layer that the model's author put there, without what peft wraps around it."""
+    """Return the layer's name in the original model, without the wrappers that peft adds."""
     return re.sub(r"\.(base_layer|lora_[AB]\..*)$", "", name)
 
 
@@ -131,7 +136,7 @@ def _has_trainable(module: Any) -> bool:
 
 
 def _attention_flops(model: nn.Module) -> int:
-    """FLOPs for each unit of length²; backward only from the first layer that trains, upwards."""
+    """Return the FLOPs for each unit of length²; backward counts from the first trained layer."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return 0

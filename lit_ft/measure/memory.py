@@ -22,12 +22,18 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class MemoryReading(NamedTuple):
-    """`value` in bytes, and `source`: what was measured, since devices report different things.
+    """An amount of memory and its source, since devices report different things.
 
-    `cuda_allocated`: bytes in live tensors on one GPU, without the allocator's cache.
-    `mps_driver_allocated`: bytes that Metal's driver holds for this process, cache included; the
-    driver keeps no peak, so a peak from this source is the amount held at the time of asking.
-    `process_rss`: resident memory of the whole process, with the interpreter and its libraries.
+    The sources are
+
+    - `cuda_allocated`: live tensors on one GPU, without the allocator's cache;
+    - `mps_driver_allocated`: memory that Metal's driver holds for this process, cache included. The
+      driver keeps no peak, so a peak from this source is the amount held when it is read;
+    - `process_rss`: resident memory of the whole process, with the interpreter and its libraries.
+
+    Attributes:
+        value: The amount of memory in bytes.
+        source: The name of the measurement, one of those above.
     """
 
     value: int
@@ -35,7 +41,7 @@ class MemoryReading(NamedTuple):
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> MemoryReading:
-    """Most memory in use on `device` since the last `reset_peak`, or since the process started."""
+    """Return the peak of memory in use on `device` since `reset_peak` or the process's start."""
     device = torch.device(device)
     if device.type == "cuda":
         return MemoryReading(torch.cuda.max_memory_allocated(device), "cuda_allocated")
@@ -45,7 +51,7 @@ def peak_bytes(device: torch.device | str = "cpu") -> MemoryReading:
 
 
 def current_bytes(device: torch.device | str = "cpu") -> MemoryReading:
-    """Memory in use on `device` now."""
+    """Return the memory in use on `device` now."""
     device = torch.device(device)
     if device.type == "cuda":
         return MemoryReading(torch.cuda.memory_allocated(device), "cuda_allocated")
@@ -55,10 +61,10 @@ def current_bytes(device: torch.device | str = "cpu") -> MemoryReading:
 
 
 def reset_peak(device: torch.device | str = "cpu") -> bool:
-    """Let `peak_bytes(device)` count from here; False where the system cannot do that.
+    """Restart the peak that `peak_bytes(device)` returns; return False if the system cannot.
 
-    On the CPU this needs Linux and a writable /proc: elsewhere the peak stays that of the
-    process's whole life. See proc(5), clear_refs, value 5.
+    On the CPU this needs Linux and a writable /proc (see proc(5), clear_refs, value 5). Elsewhere
+    the peak stays that of the process's whole life.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -74,24 +80,24 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of every tensor in the optimizer's state on this rank; 0 before the first step.
+    """Return the bytes of all tensors in the optimizer's state on this rank.
 
-    Whatever is shared between parameters (bitsandbytes' quantile maps) counts once, a DTensor with
-    its local shard.
+    They are 0 before the first step. Tensors that parameters share (bitsandbytes' quantile maps)
+    count once. A DTensor counts with its local shard.
     """
     return storage_bytes(chain.from_iterable(map(state_tensors, optimizer.state.values())))
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and persistent buffers on this rank.
+    """Return the bytes of the model's parameters and persistent buffers on this rank.
 
-    Tied weights count once, quantised ones as they are packed, with their scales.
+    Tied weights count once. Quantised weights count as they are packed, with their scales.
     """
     return storage_bytes(_weight_tensors(model))
 
 
 def state_tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested dicts, lists, tuples and plain objects."""
+    """Yield every tensor inside nested dicts, lists, tuples and plain objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -105,7 +111,7 @@ def state_tensors(value: Any) -> Iterator[Tensor]:
 def _weight_tensors(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter
-        # bitsandbytes keeps a weight's scales beside it, as plain attributes.
+        # bitsandbytes keeps a weight's scales in plain attributes of the parameter.
         yield from _quantisation_tensors(getattr(parameter, "quant_state", None))
         yield from state_tensors(getattr(parameter, "SCB", None))
     for module in model.modules():
@@ -121,7 +127,7 @@ def _quantisation_tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _peak_resident_bytes() -> int:
-    # Before getrusage: ru_maxrss survives exec, so a child of a large process inherits its peak.
+    # Tried before getrusage, whose ru_maxrss survives exec: a child of a large process inherits it.
     status = _STATUS.read_text() if _STATUS.exists() else ""
     found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     if found:
@@ -131,7 +137,7 @@ def _peak_resident_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was what was missing."""
+    """Whether the error says that memory ran out."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     # The CPU allocator raises a plain RuntimeError.
     return known or "can't allocate memory" in str(error)

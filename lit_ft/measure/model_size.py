@@ -1,4 +1,4 @@
-"""How large a model is, and how much of it trains."""
+"""The size of a model, and how much of it trains."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from lit_ft.subspace import subspace_layers
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts of weights: tied ones once, packed ones as what they stand for.
+    """The numbers of weights of a model. Tied weights count once, and packed ones as unpacked.
 
     Attributes:
-        parameters: Weights of the model.
-        trainable_parameters: Those that training changes; a matrix that moves in a subspace is
-            changed as a whole.
-        subspace_parameters: Parameters that move such matrices, no weights of the model.
-        weight_bytes: Of the weights, on this rank.
+        parameters: The number of weights of the model.
+        trainable_parameters: The number of weights that training changes. A matrix that moves in a
+            subspace counts as a whole.
+        subspace_parameters: The number of parameters that move matrices in subspaces. They are not
+            weights of the model.
+        weight_bytes: The bytes of the weights on this rank.
     """
 
     parameters: int
@@ -32,7 +33,7 @@ class ModelSize:
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Return the size of `model` as it is now, in subspaces or not."""
+    """Return the size of `model`, whether or not its layers are in subspaces now."""
     layers = subspace_layers(model).values()
     deltas, moving = {layer.delta for layer in layers}, {layer.weight for layer in layers}
     weights = [p for p in model.parameters() if p not in deltas]
@@ -47,7 +48,7 @@ def model_size(model: nn.Module) -> ModelSize:
 
 def num_weights(parameter: Any) -> int:
     """Return the number of weights that a parameter stands for."""
-    # bitsandbytes packs two 4-bit weights into a byte and keeps the true shape beside them.
+    # bitsandbytes packs two 4-bit weights into a byte, and keeps the true shape in `quant_state`.
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     size: int = parameter.numel() if shape is None else math.prod(shape)
     return size

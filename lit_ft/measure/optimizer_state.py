@@ -1,4 +1,4 @@
-"""What an optimizer's state will weigh, before its first step."""
+"""The size that an optimizer's state will have, estimated before its first step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lit_ft.measure.storage_bytes import storage_bytes
 
 
 def estimate_state_bytes(optimizer: Optimizer) -> list[int | None]:
-    """Bytes of state on this rank for each parameter group after the first step, None if unknown.
+    """Return the bytes of state on this rank that each parameter group has after the first step.
 
     A copy of the optimizer steps parameters of the same shapes on the meta device, where tensors
-    have no memory; neither the optimizer nor its parameters change. None where an optimizer
-    cannot make its state there.
+    take no memory. Neither the optimizer nor its parameters change. The entry of a group is None if
+    the optimizer cannot make its state on that device.
     """
     probe = _without_state(optimizer)
     return [_group_state_bytes(probe, group) for group in optimizer.param_groups]
@@ -42,9 +42,9 @@ def _state_of(probe: Optimizer, group: dict[str, Any], parameter: Tensor) -> lis
     stand_in.grad = torch.empty_like(stand_in)
     probe.state = defaultdict(dict)
     probe.param_groups = [{**group, "params": [stand_in]}]
-    # Optimizers make a parameter's state first, then use it: one that reads a value in its update
-    # (Adafactor's RMS), runs a kernel that meta lacks or looks the parameter up fails after what
-    # is wanted here is done. How it fails is up to it.
+    # Optimizers make a parameter's state before they use it. An update that reads a value
+    # (Adafactor's RMS), runs a kernel that meta lacks or looks the parameter up fails only after
+    # the state is made, with any kind of exception.
     try:
         type(probe).step(probe)
     except Exception:
@@ -54,8 +54,8 @@ def _state_of(probe: Optimizer, group: dict[str, Any], parameter: Tensor) -> lis
 
 
 def _without_state(optimizer: Optimizer) -> Optimizer:
-    # Optimizer.__getstate__ leaves out hooks and the step that a scheduler has wrapped, and both
-    # must not run here; but also what subclasses keep (bitsandbytes), which the copy needs.
+    # Optimizer.__getstate__ leaves out hooks and a step wrapped by a scheduler, neither of which
+    # may run here. It also leaves out subclasses' attributes (bitsandbytes), which the copy needs.
     probe = copy.copy(optimizer)
     for name, value in vars(optimizer).items():
         if name != "step" and name not in vars(probe):

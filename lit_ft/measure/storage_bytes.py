@@ -1,4 +1,4 @@
-"""Bytes that a set of tensors occupies, memory that several of them share counted once."""
+"""The bytes that a set of tensors occupies, with shared memory counted once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of memory behind `tensors` on this rank.
+    """Return the bytes of memory that `tensors` occupy on this rank.
 
-    Tied tensors and views of the same memory count once. Of a DTensor, and of any other wrapper
-    subclass (torchao's quantised states), the tensors inside count: for a DTensor the local shard.
-    Tensors on the meta device count the bytes that they would have.
+    Tied tensors and views of the same memory count once. A wrapper subclass (torchao's quantised
+    states) counts with the tensors inside it, and a DTensor with its local shard. Tensors on the
+    meta device count the bytes that they would have.
     """
     pieces: dict[int, set[tuple[int, int]]] = {}
     sizes: dict[int, int] = {}
-    alive: list[torch.UntypedStorage] = []  # an address may only be reused after its owner is gone
+    alive: list[torch.UntypedStorage] = []  # so that no address is reused while they are counted
     for tensor in tensors:
         for plain in _plain_tensors(tensor):
             storage = plain.untyped_storage()

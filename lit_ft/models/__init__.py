@@ -1,4 +1,4 @@
-"""Where a model comes from, the adapter that goes onto it, and how it leaves again."""
+"""Models: where they are loaded from, the adapters on them, and their export."""
 
 from lit_ft.models.adapters import add_adapter
 from lit_ft.models.export.streamed import export_streamed

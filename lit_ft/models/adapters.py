@@ -1,4 +1,4 @@
-"""Adapters through peft, also on a model without values, or of which each rank holds a part."""
+"""Adapters from peft, also on models without values and on models that are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ from lit_ft.tensors.sharding import full_tensor, shard_like
 
 
 def add_adapter(model: Any, config: Any) -> PeftModel:
-    """Freeze `model` and put the adapter that `config` (any `peft.PeftConfig`) describes onto it.
+    """Freeze `model` and add the adapter that `config` describes.
 
-    An initialisation that rewrites the frozen weights (PiSSA, OLoRA, ...) makes an adapter that
-    fits only the rewritten ones; the initial adapter is kept as `model.initial_adapter`, so that
-    `export_model` can turn it into one for the original weights.
+    Some initialisations (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775) rewrite the frozen
+    weights, and their adapter fits only the rewritten ones. The initial adapter is then kept as
+    `model.initial_adapter`, from which `export_model` makes an adapter for the original weights.
 
-    A model without values, on the meta device, gets an adapter with values; once its own have come,
-    `start_magnitudes` finishes it.
+    On a model without values, on the meta device, the adapter has values at once. Call
+    `start_magnitudes` when the model's own values are loaded.
+
+    Args:
+        model: A transformers model, with values or on the meta device.
+        config: Any `peft.PeftConfig`.
 
     Raises:
-        ValueError: No layer of the model matches `config.target_modules` (peft's own message), or
-            one does whose weight is another layer's too.
+        ValueError: If no layer of the model matches `config.target_modules` (peft's own message),
+            or if the weight of a matching layer is tied to another layer.
     """
     if getattr(model, "is_quantized", False):
-        # Checkpointing is the module's own choice; here only norms and head become float32.
+        # CausalLMModule decides on checkpointing; this only makes norms and head float32.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
         for module in model.modules():
             # On CPUs with AVX512-BF16 the first evaluation would repack the weights for bfloat16
-            # arithmetic, and training and export would go on with those.
+            # arithmetic, and training and export would use the repacked ones.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     with _zeros_for_values_to_come(model):
@@ -45,13 +49,13 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
         if rewrites_base_weights(adapted)
         else None
     )
-    # Not as a submodule or buffer: it is no part of the model's state.
+    # Not a submodule or buffer: it is not part of the model's state.
     vars(adapted)["initial_adapter"] = initial
     return adapted
 
 
 def rewrites_base_weights(model: PeftModel) -> bool:
-    """Whether the adapter's initialisation changed the frozen weights (PiSSA and its kin)."""
+    """Whether the adapter's initialisation changed the frozen weights, as PiSSA's does."""
     init = getattr(model.active_peft_config, "init_lora_weights", True)
     return isinstance(init, str) and init.lower().split("_")[0] in {
         "pissa",
@@ -63,9 +67,10 @@ def rewrites_base_weights(model: PeftModel) -> bool:
 
 @torch.no_grad()
 def start_magnitudes(model: nn.Module) -> None:
-    """Let DoRA's magnitudes be the norms of the weights, which may have come after them.
+    """Set DoRA's magnitudes [m] to the norms of the weights [m, n] (arXiv:2402.09353).
 
-    Where ranks hold parts, all of them call; each weight is gathered by itself.
+    Call it when the weights are loaded after the adapter is added. If the model is sharded, call it
+    on every rank; one layer's weights are gathered at a time.
     """
     for layer in model.modules():
         for name, magnitude in getattr(layer, "lora_magnitude_vector", {}).items():
@@ -77,7 +82,7 @@ def start_magnitudes(model: nn.Module) -> None:
 
 @contextmanager
 def in_place_of_adapters(model: nn.Module, stand_in: Callable[[Any], nn.Module]) -> Iterator[None]:
-    """Let `stand_in(layer)` take the place of each layer of `model` that has an adapter."""
+    """Replace each layer of `model` that has an adapter by `stand_in(layer)` inside the context."""
     modules = model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
     try:
@@ -90,16 +95,17 @@ def in_place_of_adapters(model: nn.Module, stand_in: Callable[[Any], nn.Module])
 
 
 def base_layer_of(layer: Any) -> nn.Module:
-    """Return the layer that an adapter sits on."""
+    """Return the layer that an adapter is attached to."""
     base: nn.Module = layer.get_base_layer()
     return base
 
 
 @torch.no_grad()
 def merged_layer(layer: Any) -> nn.Module:
-    """Return a copy of the layer that an adapter sits on, with the adapter folded in.
+    """Return a copy of the layer that an adapter is attached to, with the adapter folded in.
 
-    Where ranks hold parts, all of them call and get theirs; the layer is whole in between.
+    If the model is sharded, call it on every rank. The whole layer is gathered for the merge, and
+    each rank gets its part of the result.
     """
     base, gathered = base_layer_of(layer), _gathered(layer)
     gathered.merge()
@@ -112,19 +118,19 @@ def merged_layer(layer: Any) -> nn.Module:
 
 
 def _no_tied_layers(model: PeftModel) -> None:
-    """Raise ValueError for an adapter whose merging would change another layer as well."""
+    """Raise ValueError if merging an adapter would change another layer too."""
     base: Any = model.get_base_model()
     tied = {*base.all_tied_weights_keys, *base.all_tied_weights_keys.values()}
     for name, layer in base.named_modules():
         if isinstance(layer, BaseTunerLayer) and f"{name}.weight" in tied:
             raise ValueError(
-                f"The weight of {name} is another layer's too, and an adapter on one alone cannot "
-                "be merged into it: leave it out of target_modules."
+                f"The weight of {name} is tied to another layer, so an adapter on one of them "
+                "cannot be merged: leave it out of target_modules."
             )
 
 
 def _gathered(layer: nn.Module) -> Any:
-    """Return a copy of `layer` with whole weights."""
+    """Return a copy of `layer` with its whole weights, gathered from all ranks."""
     return copy.deepcopy(
         layer, {id(p): nn.Parameter(full_tensor(p).clone(), False) for p in layer.parameters()}
     )
@@ -132,10 +138,10 @@ def _gathered(layer: nn.Module) -> Any:
 
 @contextmanager
 def _zeros_for_values_to_come(model: nn.Module) -> Iterator[None]:
-    """Let parameters on the meta device be zeros that take no memory meanwhile.
+    """Replace parameters on the meta device by zeros that take no memory, inside the context.
 
-    peft moves what it adds to where a layer's weights are, and values would be lost there. What has
-    been frozen meanwhile stays frozen.
+    peft moves the tensors that it adds to the device of a layer's weights. On the meta device they
+    would lose their values. Parameters that are frozen inside the context stay frozen.
     """
     meta = [
         (module, name, parameter)

@@ -1,6 +1,6 @@
 """GGUF weights, dequantised once and kept as safetensors.
 
-transformers reads GGUF itself; that takes ten seconds and more for a 135M model, at every start.
+transformers reads GGUF itself, but takes ten seconds or more for a 135M model at every start.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from lit_ft.storage.cache_dir import user_cache
 
 
 def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = None) -> Path:
-    """Return a folder with the dequantised float32 model and tokenizer, made where it is missing.
+    """Return a folder with the dequantised float32 model and tokenizer; make it if it is missing.
 
-    The folder is named by the GGUF file's content and transformers' version, and appears whole or
-    not at all, so that processes may race for it.
+    The folder is named after the GGUF file's content and transformers' version. It is complete or
+    absent, so several processes may make it at once.
+
+    Args:
+        name_or_path: A hub id or a local folder.
+        gguf_file: The name of the GGUF file there.
+        revision: The branch, tag or commit on the hub.
     """
     file = cached_file(name_or_path, gguf_file, revision=revision)
-    assert file is not None  # only with options that we do not use
+    assert file is not None  # it is None only with options that are not used here
     source = Path(file).resolve()
     folder = (
         user_cache()
@@ -58,7 +63,7 @@ def _dequantise(source: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     config = copy.deepcopy(quantised.config)
-    vars(config).pop("quantization_config", None)  # save_pretrained refuses what came from GGUF
+    vars(config).pop("quantization_config", None)  # save_pretrained refuses a model from GGUF
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.load_state_dict(quantised.state_dict(), assign=True)

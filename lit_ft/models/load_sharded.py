@@ -1,4 +1,4 @@
-"""Load a pretrained model that is spread over ranks, each reading what it will hold."""
+"""Load a pretrained model that is sharded over ranks; each rank reads only its part."""
 
 from __future__ import annotations
 
@@ -23,32 +23,34 @@ def from_pretrained_in_shards(
 ) -> PreTrainedModel:
     """Build the model on the meta device, shard it, then read each rank's part of the weights.
 
-    transformers does all of it, given a `DistributedConfig`; it shards where `shard` is called
-    here, so that the model can be changed before (and sharded as Lightning's strategy says).
+    transformers does all of this, given a `DistributedConfig`. Here, `shard` replaces its sharding,
+    so that the model can be changed first and is sharded as Lightning's strategy requires.
 
     Args:
-        name_or_path: A hub id or folder with safetensors.
-        shard: Is given the model on the meta device, and spreads it over all ranks with
-            `fully_shard`. Tensors that it adds with values of their own keep these; it may put an
-            adapter onto the model.
-        **options: Of `from_pretrained`.
+        name_or_path: A hub id, or a local folder with safetensors.
+        shard: Shards the model, which it is given on the meta device, over all ranks with
+            `fully_shard`. It may first add an adapter; tensors that it adds with values keep them.
+        **options: Options of `from_pretrained`.
+
+    Raises:
+        ValueError: If the model is not a causal language model.
     """
     loading = ("dtype", "attn_implementation", "quantization_config")
     config = AutoConfig.from_pretrained(
         name_or_path, **{k: v for k, v in options.items() if k not in loading}
     )
     kind: Any = _model_class(config, name_or_path, revision=options.get("revision"))
-    # Popped: torch keeps each class that it has sharded for ever, and what its methods refer to.
+    # Popped, because torch keeps each sharded class forever, with all that its methods refer to.
     shards = [shard]
 
     class InShards(kind):  # type: ignore[misc]
         @classmethod
         def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
-            model.tie_weights()  # transformers does so when they are loaded: too late for sharding
+            model.tie_weights()  # transformers ties them after loading, too late for sharding
             shards.pop()(model)
-            # Files know nothing of adapters: weights are read under the names without.
+            # Files do not know the adapter: weights are read under their names without it.
             without_adapter.enter_context(in_place_of_adapters(model, base_layer_of))
-            # What has values already is in no file, which is no news.
+            # Tensors that have values already are in no file, and need no warning.
             each = (model.named_parameters, model.named_buffers)
             tensors = chain(*(named(remove_duplicate=False) for named in each))
             made = {re.escape(name) for name, tensor in tensors if not tensor.is_meta}
@@ -69,18 +71,21 @@ def from_pretrained_in_shards(
         model: PreTrainedModel = InShards.from_pretrained(
             name_or_path, config=config, distributed_config=everywhere, **options
         )
-    model.config.distributed_config = None  # of this run, not of the model
+    model.config.distributed_config = None  # it belongs to this run, not to the model
     return model
 
 
 def _model_class(config: PreTrainedConfig, name_or_path: str, *, revision: str | None) -> Any:
-    """Return what `AutoModelForCausalLM` builds: transformers' class, or one the model brings."""
+    """Return the class that `AutoModelForCausalLM` builds: transformers' or the repository's."""
     known = AutoModelForCausalLM._model_mapping
     if type(config) in known:
         return known[type(config)]
     brought = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" not in brought:
-        raise ValueError(f"{name_or_path} is a {config.model_type}, which is no causal LM.")
-    # Its configuration, which has run already, was trusted (trust_remote_code).
+        raise ValueError(
+            f"{name_or_path} is a {config.model_type}, which is not a causal LM: "
+            "choose one that AutoModelForCausalLM loads."
+        )
+    # The code of its configuration has run already, so it is trusted (trust_remote_code).
     name = brought["AutoModelForCausalLM"]
     return get_class_from_dynamic_module(name, name_or_path, revision=revision)

@@ -1,4 +1,4 @@
-"""Model sources: each loads its weights and its tokenizer, and says early when it cannot."""
+"""Model sources: each loads a model and its tokenizer, and fails early if it cannot."""
 
 from __future__ import annotations
 
@@ -32,42 +32,46 @@ Shard = Callable[[PreTrainedModel], None]
 
 
 class ModelSource(Protocol):
-    """What `CausalLMModule` and the main job ask of a model."""
+    """The interface through which `CausalLMModule` and a run load a model."""
 
     @property
     def name(self) -> str:
-        """What to call the model in tables and reports."""
+        """The name of the model in tables and reports."""
 
     def check(self) -> None:
         """Raise before anything expensive starts if the model cannot be loaded."""
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Return the tokenizer, None if the model has none."""
+        """Return the tokenizer, or None if the model has none."""
 
     def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
-        """Return the model with weights of type `dtype`, on the default device.
+        """Return the model, on the default device.
 
-        With `shard`, which spreads a model over ranks in place, it comes sharded; where the source
-        can, it is sharded before it has values, so that no rank ever holds all of them.
+        Args:
+            dtype: The type of the weights.
+            shard: Shards a model over the ranks in place. If the source can, it shards the model
+                before it has values, so that no rank ever holds all of them.
         """
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model without values, on the meta device, in no time and memory."""
+        """Return the model without values, on the meta device, which takes no time or memory."""
 
 
 @dataclass
 class Pretrained:
-    """A model of the Hugging Face hub, or a local folder in that format, or a GGUF file in either.
+    """A model on the Hugging Face hub or in a local folder of its format, or a GGUF file there.
 
     Args:
-        name_or_path: Hub id ("HuggingFaceTB/SmolLM2-135M-Instruct") or folder.
-        gguf_file: Name of a GGUF file in it. Its weights are dequantised once and kept as
-            safetensors under the user's cache folder.
-        revision: Branch, tag or commit on the hub.
-        dtype: Of the weights ("bfloat16"); None follows the trainer's precision.
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None: transformers chooses.
-        quantization_config: For instance a `transformers.BitsAndBytesConfig` (QLoRA).
-        trust_remote_code: Run Python code that the model's repository brings along.
+        name_or_path: The hub id ("HuggingFaceTB/SmolLM2-135M-Instruct"), or a local folder.
+        gguf_file: The name of a GGUF file in the repository or folder. Its weights are dequantised
+            once and kept as safetensors in the user's cache folder.
+        revision: The branch, tag or commit on the hub.
+        dtype: The type of the weights ("bfloat16"); None follows the trainer's precision.
+        attn_implementation: The attention implementation ("sdpa", "eager", "flash_attention_2",
+            ...); None lets transformers choose.
+        quantization_config: The quantisation of the weights, such as a
+            `transformers.BitsAndBytesConfig` for QLoRA (arXiv:2305.14314); None for none.
+        trust_remote_code: Whether to run Python code from the model's repository.
     """
 
     name_or_path: str
@@ -85,7 +89,7 @@ class Pretrained:
         return path.resolve().name if path.is_dir() else self.name_or_path
 
     def check(self) -> None:
-        """Raise ValueError for a folder or file that is not there, or an unknown dtype."""
+        """Raise ValueError if a folder or file is missing, or dtype or quantisation cannot work."""
         path = Path(self.name_or_path)
         looks_local = path.is_absolute() or self.name_or_path.startswith((".", "~"))
         if looks_local and not path.is_dir():
@@ -96,7 +100,7 @@ class Pretrained:
             except HFValidationError as error:
                 raise ValueError(
                     f"name_or_path={self.name_or_path}: there is no such folder, and it is "
-                    "no name on the hub, which has one slash at most."
+                    "not a hub id, which has at most one slash."
                 ) from error
         if self.gguf_file and path.is_dir() and not (path / self.gguf_file).is_file():
             found = ", ".join(p.name for p in path.glob("*.gguf")) or "none"
@@ -124,7 +128,7 @@ class Pretrained:
         return tokenizer
 
     def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
-        """Return the pretrained model; `self.dtype` wins over `dtype`."""
+        """Return the pretrained model; `self.dtype` overrides `dtype`."""
         folder = self._folder()
         options = self._hub_options(folder)
         if self.attn_implementation is not None:
@@ -140,15 +144,15 @@ class Pretrained:
         return model
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model as its configuration describes it."""
+        """Return the model that its configuration describes, without values."""
         folder = self._folder()
         options = self._hub_options(folder)
         config = AutoConfig.from_pretrained(folder, **options)
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])
-        del options["trust_remote_code"]  # GenerationConfig keeps what it does not know
-        with suppress(OSError):  # a model need not have one
+        del options["trust_remote_code"]  # GenerationConfig keeps options that it does not know
+        with suppress(OSError):  # a model may have none
             model.generation_config = GenerationConfig.from_pretrained(folder, **options)
         return model
 
@@ -172,16 +176,18 @@ class Pretrained:
 
 @dataclass
 class Packaged:
-    """A GGUF model that an installed Python package carries: it works where no hub can be reached.
+    """A GGUF model inside an installed Python package, which needs no access to a hub.
 
     Args:
-        package: The import name of the package; it is located, never imported.
-        gguf_file: The file inside it.
-        install: The command that brings the package, for the error message.
-        name: What to call the model.
-        dtype: As in `Pretrained`.
-        attn_implementation: As in `Pretrained`.
-        quantization_config: As in `Pretrained`.
+        package: The import name of the package, which is located but never imported.
+        gguf_file: The name of the GGUF file inside the package.
+        install: The command that installs the package, for the error message.
+        name: The name of the model in tables and reports.
+        dtype: The type of the weights ("bfloat16"); None follows the trainer's precision.
+        attn_implementation: The attention implementation ("sdpa", "eager", ...); None lets
+            transformers choose.
+        quantization_config: The quantisation of the weights, such as a
+            `transformers.BitsAndBytesConfig` for QLoRA; None for none.
     """
 
     package: str
@@ -205,7 +211,7 @@ class Packaged:
         return self._pretrained().load_model(dtype, shard=shard)
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model as the GGUF file describes it."""
+        """Return the model that the GGUF file describes, without values."""
         return self._pretrained().build_empty()
 
     def _pretrained(self) -> Pretrained:
@@ -223,17 +229,19 @@ class Packaged:
 
 @dataclass
 class FromConfig:
-    """A model with random weights, for pretraining small ones and for tests.
+    """A model with random weights, for pretraining small models and for tests.
 
     Args:
-        model_type: transformers' name of the architecture ("llama").
-        config: Arguments of its configuration class (hidden_size, num_hidden_layers, ...).
-        tokenizer: A source whose tokenizer to use, or a folder or hub id; None for no tokenizer.
-        name: What to call the model; its type if None.
-        attn_implementation: As in `Pretrained`.
-        quantization_config: Refused: there is nothing to keep in random weights.
-        seed: Of the weights: they depend on it alone, so that what a checkpoint leaves out (the
-            frozen weights under an adapter) is the same again.
+        model_type: The name of the architecture in transformers ("llama").
+        config: The arguments of the architecture's configuration class (hidden_size,
+            num_hidden_layers, ...).
+        tokenizer: A model source, folder or hub id whose tokenizer is used; None for no tokenizer.
+        name: The name of the model in tables and reports.
+        attn_implementation: The attention implementation ("sdpa", "eager", ...); None lets
+            transformers choose.
+        quantization_config: Must be None: random weights hold nothing worth quantising.
+        seed: The seed of the weights. They depend only on it, so that weights that a checkpoint
+            leaves out (the frozen ones under an adapter) are the same after a restart.
     """
 
     model_type: str
@@ -245,7 +253,7 @@ class FromConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError for an unknown architecture or a tokenizer that cannot be loaded."""
+        """Raise ValueError if the architecture is unknown, or the tokenizer cannot be loaded."""
         AutoConfig.for_model(self.model_type)
         if self.quantization_config is not None:
             raise Refusal(
@@ -258,12 +266,12 @@ class FromConfig:
             source.check()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Return the tokenizer of `tokenizer`."""
+        """Return the tokenizer that `tokenizer` names, or None."""
         source = self._tokenizer_source()
         return None if source is None else source.load_tokenizer()
 
     def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
-        """Return a new model; with `shard`, each rank has all of it for a moment."""
+        """Return a new model; with `shard`, each rank briefly holds all of it."""
         config = AutoConfig.for_model(self.model_type, **self.config)
         options = {}
         if self.attn_implementation is not None:
@@ -277,7 +285,7 @@ class FromConfig:
         return model
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model without random weights."""
+        """Return the model without values."""
         with torch.device("meta"):
             return self.load_model(torch.get_default_dtype())
 
@@ -286,7 +294,7 @@ class FromConfig:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Return torch's floating-point type of that name; raise ValueError if there is none."""
+    """Return torch's floating-point type of that name. Raises ValueError if there is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(

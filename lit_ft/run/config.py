@@ -1,4 +1,4 @@
-"""What the configuration may say: whose classes it may name, and which names exist."""
+"""What the configuration may say: whose classes it may name, which names exist, what is chosen."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ TRUSTED_PACKAGES = (
     "galore_torch",
     "torchao.optim",
 )
+
+# Names of earlier versions, and what to type instead; a name without "=" keeps its value.
+_MOVED = {
+    "auto_batch_size": "'callbacks=[default,auto_batch_size]'",
+    "galore.projector.every": "galore.refresh.every",
+    "optim=galore_8bit": "optim=adamw_8bit galore=iteration",
+    "optim=galore_adafactor": "optim=adafactor_fixed galore=iteration",
+    "optim=galore_subspace_paper": "optim=adamw galore=paper optim.lr=4e-4",
+    "optim=galore_subspace_8bit_torchao": "optim=adamw_8bit_torchao galore=online",
+    "optim/projector=oja": "galore=online",
+    "optim/projector=online": "galore=paper",
+    "optim/projector=random": "galore=random",
+    "optim/projector=subspace_iteration": "galore=iteration",
+    "optim/projector=svd": "galore=svd",
+}
 
 
 def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> None:
@@ -37,7 +52,7 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
     """Raise ValueError if there are settings of what was not chosen, which nothing would read.
 
     `+callbacks.samples.x=1` makes such an entry where no choice brings `samples`, `+galore.rank=64`
-    beside optim=adamw, `+adapter.r=8` without an adapter.
+    with galore=none, `+adapter.r=8` without an adapter.
     """
     for group in ("callbacks", "logger"):
         entries = config.get(group) or {}
@@ -53,20 +68,21 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
     if config.get("adapter") is not None and not _names_class(config["adapter"]):
         raise ValueError("There are settings of an adapter and none was chosen: add adapter=lora.")
     if config.get("galore") is not None and "galore" not in (config.get("callbacks") or {}):
-        raise ValueError("There are settings of GaLore and no GaLore: add optim=galore_subspace.")
+        raise ValueError("There are settings of GaLore and no GaLore: add galore=online.")
 
 
 def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
-    """Return, for each override of a value that does not exist, the names that do, closest first.
+    """Return, for each override of what does not exist, what does: the names closest to it first.
 
     Args:
-        overrides: Command-line arguments (`trainer.max_step=3`).
-        config_dir: The folder of train.yaml.
+        overrides: the command-line arguments, such as `trainer.max_step=3`.
+        config_dir: the folder of train.yaml.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
+    lines = [line for override in overrides for line in _moved(override)]
     groups = {path.name: None for path in Path(config_dir).iterdir() if path.is_dir()}
     choices = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
     with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
@@ -76,10 +92,9 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
             composed = compose("train")
     values: Any = OmegaConf.to_container(composed, resolve=False)
     known = {**groups, **values}
-    lines = []
     for override in overrides:
         key, assigned, _ = override.partition("=")
-        if not assigned or key.startswith(("+", "~", "-", "hydra")) or "/" in key:
+        if not assigned or key.startswith(("+", "~", "-", "hydra")) or "/" in key or key in _MOVED:
             continue
         node, parents = known, list[str]()
         for name in key.split("."):
@@ -95,6 +110,70 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
     return "".join(lines)
 
 
+def also_chosen(
+    choices: Mapping[str, Any], overrides: Sequence[str], *, config_dir: str | Path
+) -> str:
+    """Return one line that says which choices other choices brought; empty if there are none.
+
+    A choice is listed if it is not train.yaml's own and no override names its group.
+
+    Args:
+        choices: the name that is chosen in each group, Hydra's `hydra.runtime.choices`.
+        overrides: the command-line arguments of this run, Hydra's `hydra.overrides.task`.
+        config_dir: the folder of train.yaml.
+    """
+    named = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    own = _entries(Path(config_dir) / "train.yaml")
+    # Hydra lets the last file of the list that overrides a group decide.
+    files = [(group, Path(config_dir) / group / f"{choices.get(group)}.yaml") for group in own]
+    by_file = [(f"{group}={file.stem}", _overridden_in(file)) for group, file in reversed(files)]
+    brought = []
+    for group, default in own.items():
+        if group in named or choices.get(group) in (default, None):
+            continue
+        by = next((source for source, overridden in by_file if group in overridden), None)
+        if by is not None:
+            brought.append(f"{group}={choices[group]} (by {by})")
+    return f"Also chosen: {', '.join(brought)}." if brought else ""
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    """Return a file's defaults list by group; files without a group stand for themselves."""
+    from omegaconf import OmegaConf
+
+    listed: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    entries: dict[str, Any] = {}
+    for entry in listed.get("defaults", []):
+        if isinstance(entry, Mapping):
+            entries.update({key.removeprefix("optional "): name for key, name in entry.items()})
+        elif entry != "_self_":
+            entries[entry] = entry
+    return entries
+
+
+def _overridden_in(file: Path) -> dict[str, str]:
+    """Return the choices that a file of the configuration moves, with those it inherits."""
+    if not file.is_file():  # null, several choices at once, or an optional file
+        return {}
+    entries = _entries(file)
+    inherited = [key.partition("@")[0] for key, name in entries.items() if key == name]
+    moved: dict[str, str] = {}
+    for name in inherited:
+        moved |= _overridden_in(file.parent / f"{name}.yaml")
+    marker = "override /"
+    return moved | {k.removeprefix(marker): n for k, n in entries.items() if k.startswith(marker)}
+
+
+def _moved(override: str) -> Iterator[str]:
+    """Say what to type instead of a name of an earlier version."""
+    key, _, values = override.lstrip("+").partition("=")
+    for value in values.split(","):
+        for once, value_now in ((key, f"={value}"), (f"{key}={value}", "")):
+            if once in _MOVED:
+                now = _MOVED[once] + (value_now if "=" not in _MOVED[once] else "")
+                yield f"\n{key}={value}: type {now} instead\n"
+
+
 def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
     names = [n for n in names if not n.startswith("_")]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -105,11 +184,10 @@ def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
 
 
 def _not_chosen(key: str, group: str, config_dir: Path) -> str:
-    """Name the choices that have settings of a group of which nothing is chosen."""
-    bringing = [p for p in config_dir.glob("*/*.yaml") if f"- /{group}:" in p.read_text()]
-    files = bringing or [p for p in (config_dir / group).glob("*.yaml") if p.stem != "none"]
-    choices = sorted(f"{path.parent.name}={path.stem}" for path in files)
-    return f"\n{key}: nothing that was chosen has it. Choose one of {', '.join(choices)}\n"
+    """Name the choices of a group that have settings, where the one chosen has none."""
+    names = sorted(path.stem for path in (config_dir / group).glob("*.yaml") if path.stem != "none")
+    choices = ", ".join(f"{group}={name}" for name in names)
+    return f"\n{key}: nothing that was chosen has it. Choose one of {choices}\n"
 
 
 def _names_class(entry: Any) -> bool:

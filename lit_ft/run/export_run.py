@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_ft.data.encoding import load_chat_template
 from lit_ft.run.config import refuse_untrusted
+from lit_ft.run.old_names import with_current_names
 from lit_ft.run.summary import read_summary
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
@@ -58,7 +59,7 @@ def export_run(
         raise ValueError(
             f"{run_dir} has no checkpoint '{checkpoint}': it has {', '.join(found) or 'none'}."
         )
-    config: dict[str, Any] = summary["config"]
+    config: dict[str, Any] = with_current_names(summary["config"])
     refuse_untrusted(config, also=config["trusted_packages"])
     module = instantiate(config["module"], _convert_="all")
     if module.tokenizer is not None and (template := config["data"].get("chat_template")):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 from lit_ft.callbacks import (
@@ -20,6 +21,7 @@ from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
 from lit_ft.compat.refusal import Remedy
 from lit_ft.datamodule import InstructionDataModule
 from lit_ft.distributed.plan import Misconfiguration, check_run
+from lit_ft.measure.environment import TESTED_TORCH, newer_torch
 from lit_ft.module import CausalLMModule
 from lit_ft.run.failures import (
     errors_of_starting_loaders,
@@ -40,7 +42,6 @@ def fine_tune(
     *,
     resume: str | Path | None = None,
     validate_only: bool = False,
-    auto_batch_size: bool = False,
 ) -> float:
     """Run the job and return the validation loss at its end.
 
@@ -48,12 +49,17 @@ def fine_tune(
         module: Not yet configured.
         datamodule: Its validation reads no more examples than training does, so that a short trial
             stays short.
-        trainer: With whatever callbacks; those of lit_ft fill their part of the summary.
+        trainer: With whatever callbacks; those of lit_ft fill their part of the summary, and are
+            put in the order that they need.
         summary: Entered; its fields are filled as they become known.
         resume: A checkpoint of the full state; None starts from the model's own weights.
         validate_only: Stop after the first validation (of `resume`'s weights, if given).
-        auto_batch_size: Find the largest micro-batch that fits, see `AutoBatchSize`.
     """
+    if (version := newer_torch()) is not None:
+        rank_zero_warn(
+            f"This is torch {version}, and lit_ft is tested on {TESTED_TORCH}: the run goes on. If "
+            "it fails in torch, try that one."
+        )
     if trainer.limit_val_batches == 0:
         raise Misconfiguration(
             "trainer.limit_val_batches=0: a run is judged by its validation",
@@ -61,9 +67,8 @@ def fine_tune(
         )
     datamodule.max_val_examples = _enough_validation(datamodule, trainer)
     recorder = Recorder(summary, optimizer_name(module), datamodule.source_names)
-    callbacks_of(trainer).extend([recorder, StopOnSignal()])
-    if auto_batch_size:
-        callbacks_of(trainer).insert(0, AutoBatchSize())
+    callbacks_of(trainer).append(recorder)
+    callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
         check_run(trainer, module)  # in `fit` a model would have been loaded and validated
     with (
@@ -116,17 +121,28 @@ def available_accelerator(accelerator: str) -> str:
     return "auto"
 
 
-def sensible_precision(accelerator: str, *, sharded: bool = False) -> str:
+def sensible_precision(accelerator: str, strategy: object = "auto") -> str:
     """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
 
     bfloat16 weights learn here, because they are rounded stochastically. Where each rank holds a
-    part of the weights they are float32, and gathered in bfloat16.
+    part of the weights they are float32, and computed with in bfloat16.
+
+    Args:
+        accelerator: Lightning's name of the device, such as "auto", "gpu" or "cpu".
+        strategy: the strategy that the trainer is given, or Lightning's name for it.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        sharded = _shards_weights(strategy)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             return "32-true" if sharded else "16-mixed"
         return "bf16-mixed" if sharded else "bf16-true"
     return "32-true"
+
+
+def _shards_weights(strategy: object) -> bool:
+    if isinstance(strategy, str) and strategy in StrategyRegistry:
+        strategy = StrategyRegistry.get(strategy)
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
 def refuse_to_start_processes(trainer: Trainer) -> None:
@@ -140,6 +156,13 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
             Remedy("use Trainer(devices=1)", {"trainer.devices": "1"}),
             Remedy("start the runs one by one"),
         )
+
+
+def _turn(callback: Callback) -> int:
+    """Order callbacks: the batch size is found first, and a stop leaves all others up to date."""
+    if isinstance(callback, AutoBatchSize):
+        return 0
+    return 2 if isinstance(callback, StopOnSignal) else 1
 
 
 def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> int | None:

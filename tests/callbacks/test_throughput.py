@@ -187,6 +187,7 @@ def test_other_projects_count_with_their_own_function(clock, tmp_path):
     assert monitor.tokens == 1200
 
 
+@pytest.mark.process
 def test_tokens_of_all_ranks_are_summed(clock, tmp_path):
     logger = CSVLogger(tmp_path)
     options = {"strategy": "ddp_fork", "devices": 2, "max_steps": 4, "limit_val_batches": 0}

@@ -114,3 +114,11 @@ def test_each_of_these_is_refused_with_its_reason_and_a_way_out(plan, why, said)
 )
 def test_what_goes_together_is_let_through(plan):
     assert goes(plan)
+
+
+@pytest.mark.parametrize("kind", ["GaLoreTorchAdamW", "GaLoreTorchAdafactor"])
+def test_gradients_are_not_projected_twice(kind):
+    alone = Plan(kind, traits_named(f"lit_ft.optim.galore_torch.{kind}"))
+    assert goes(alone)
+    with pytest.raises(Refusal, match="projects whole matrices itself"):
+        check(replace(alone, basis=BASES["online"]))

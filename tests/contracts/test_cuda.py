@@ -42,9 +42,12 @@ def test_every_optimizer_learns_in_bfloat16(optim, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("optim", ["adamw", "galore_subspace", "galore_8bit", "muon"])
+@pytest.mark.parametrize(
+    "optim", ["adamw", "galore_subspace", "adamw_8bit galore=iteration", "muon"]
+)
 def test_every_precision_learns(optim, precision, tmp_path):
-    summary = trained(tmp_path, f"optim={optim}", f"trainer.precision={precision}", *PLAINLY)
+    chosen = f"optim={optim}".split()
+    summary = trained(tmp_path, *chosen, f"trainer.precision={precision}", *PLAINLY)
     assert summary["val_loss"] < summary["initial_val_loss"]
 
 
@@ -68,7 +71,7 @@ def test_one_gpu_trains_with_every_strategy(strategy, optim, tmp_path):
         ["module.compile=true"],
         ["module.activation_checkpointing=true"],
         ["module.compile=true", "module.activation_checkpointing=true"],
-        ["auto_batch_size=true"],
+        ["callbacks=auto_batch_size"],
         ["update=whole", "trainer.gradient_clip_val=1.0", "trainer.accumulate_grad_batches=2"],
         ["data=packed"],
         ["callbacks=default", SAMPLES],

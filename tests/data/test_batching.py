@@ -184,7 +184,7 @@ def loader(lengths=LENGTHS, cut=(2, 2, 1), num_workers=0, epoch=0):
     )
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.process)])
 @pytest.mark.parametrize("saved_after_the_end", [False, True])
 def test_resumes_after_every_batch_of_every_epoch(num_workers, saved_after_the_end):
     running, batches, states = loader(num_workers=num_workers), [], []
@@ -334,6 +334,7 @@ def test_a_lightning_run_resumes_after_every_batch(tmp_path, limits, at_epoch_en
         assert fit(loader, ckpt_path=path, **limits) == batches[num_seen:]
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore")
 def test_a_lightning_run_with_workers_resumes_at_the_end_of_an_epoch(tmp_path):
     def make_loader(epoch):

@@ -123,17 +123,17 @@ def test_a_parquet_file_is_the_one_that_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("my.jsonl", b"", "there is no row"),
-        ("my.jsonl", b"\n \n", "there is no row"),
-        ("my.json", b"[]", "there is no row"),
+        ("my.jsonl", b"", "the file has no rows"),
+        ("my.jsonl", b"\n \n", "the file has no rows"),
+        ("my.json", b"[]", "the file has no rows"),
         ("my.json", b'[{"text": "a"}', "not valid JSON"),
         ("my.json", b'[{"text": "a"}, 3]', "my.json row 2: a row must be an object"),
-        ("my.csv", b"text\r\n", "there is no row"),
+        ("my.csv", b"text\r\n", "the file has no rows"),
         ("my.csv", b"text\r\n\xe9\r\n", "not UTF-8"),
-        ("my.csv", b"text,text\r\na,b\r\n", "two columns have one name"),
+        ("my.csv", b"text,text\r\na,b\r\n", "two columns have the same name"),
         ("my.csv", b'text\r\n"a"b\r\n', "my.csv:2: not valid CSV"),
         ("my.parquet", b"PAR1", "not a readable parquet file"),
-        ("my.txt", b"text", "unknown kind of file '.txt'; known are .jsonl, .json, .csv, .parquet"),
+        ("my.txt", b"text", "unknown file type '.txt'; known are .jsonl, .json, .csv, .parquet"),
     ],
 )
 def test_unreadable_files_are_refused_by_name(
@@ -175,7 +175,7 @@ def test_a_folder_is_not_read_in_part(tmp_path: Path, name: str) -> None:
 def test_a_folder_of_splits_is_not_trained_on_whole(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "test.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"splits of a data set.*val_path"):
+    with pytest.raises(ValueError, match=r"splits of a dataset.*val_path"):
         open_source(str(tmp_path))
 
 

@@ -44,6 +44,20 @@ def test_no_seed_and_no_new_row_moves_a_row_to_the_other_side(
     assert held_out(200, max_val_examples=3, seed=5) == few
 
 
+def test_a_part_of_the_training_rows_is_the_same_with_every_seed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def trained_on(**options: Any) -> set[str]:
+        data = ready(tokenizer, write(tmp_path / "my.jsonl", 100), **options)
+        return set(answers(tokenizer, data.train_dataloader()))
+
+    few = trained_on(max_train_examples=5)
+    assert len(few) == 5 and few < trained_on()
+    assert trained_on(max_train_examples=5, seed=3) == few
+    streamed = trained_on(max_train_examples=5, streaming=True, max_val_examples=7)
+    assert streamed == {f"q{i}" for i in range(7, 12)}
+
+
 @pytest.mark.parametrize("rows", [2, 3, 5])
 @pytest.mark.parametrize("val_fraction", [0.001, 0.999])
 def test_neither_side_is_empty_however_few_rows_there_are(

@@ -136,6 +136,7 @@ def test_the_source_is_told_the_epoch():
     assert batches.examples.told == [0, 1, 2]
 
 
+@pytest.mark.process
 def test_workers_which_would_each_read_everything_are_refused():
     batches = StatefulDataLoader(stream(examples_list()), batch_size=None, num_workers=1)
     with pytest.raises(ValueError, match="num_workers=0"):

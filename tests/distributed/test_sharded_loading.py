@@ -105,4 +105,4 @@ def test_a_model_that_brings_its_own_code(tmp_path, on_both):
 
 def test_a_model_that_is_no_causal_one_is_refused(tmp_path, on_both):
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
-    assert all("t5, which is no causal LM" in said for said in on_both(loaded, tmp_path))
+    assert all("t5, which is not a causal LM" in said for said in on_both(loaded, tmp_path))

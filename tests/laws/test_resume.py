@@ -13,9 +13,9 @@ GALORE = ["galore.rank=4", "schedule=cosine", "trainer.gradient_clip_val=1.0"]
 
 SUBSPACE = ["optim=galore_subspace", *GALORE, "trainer.accumulate_grad_batches=4"]
 
-SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.projector.every=3"]
+SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.refresh.every=3"]
 
-SVD = ["optim=galore_svd", *GALORE, "galore.projector.every=3"]
+SVD = ["optim=galore_svd", *GALORE, "galore.refresh.every=3"]
 
 
 @pytest.mark.parametrize(

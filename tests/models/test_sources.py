@@ -17,7 +17,7 @@ def test_the_dtype_of_the_source_wins_over_the_trainers(folder):
     ("source", "named"),
     [
         (Pretrained("./nowhere"), "./nowhere"),
-        (Pretrained("no/such/folder"), "no name on the hub"),
+        (Pretrained("no/such/folder"), "not a hub id, which has at most one slash"),
         (Pretrained(".", gguf_file="no.gguf"), "no.gguf"),
         (Pretrained(".", dtype="int3"), "int3"),
         (Packaged("no_such_package", "x.gguf", "pip install it", "X"), "pip install it"),

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
-from lit_ft.run.config import names_near, refuse_untrusted, refuse_without_class
+from lit_ft.run.config import (
+    also_chosen,
+    names_near,
+    refuse_untrusted,
+    refuse_without_class,
+)
 from tests.support.running import CONF
 
 
@@ -59,7 +66,7 @@ def test_a_mistyped_name_brings_the_name_that_is_there(override, suggested):
 @pytest.mark.parametrize(
     ("overrides", "choice"),
     [
-        (["optim=adamw", "galore.rank=64"], "optim=galore_subspace,"),
+        (["optim=adamw", "galore.rank=64"], "galore=online,"),
         (["adapter.r=8"], "adapter=lora,"),
     ],
 )
@@ -72,8 +79,8 @@ def test_settings_of_what_is_not_chosen_name_the_choices_that_have_them(override
 @pytest.mark.parametrize(
     ("config", "remedy"),
     [
-        ({"galore": {"rank": 64}, "callbacks": {}}, "optim=galore_subspace"),
-        ({"galore": {"rank": 64}, "callbacks": None}, "optim=galore_subspace"),
+        ({"galore": {"rank": 64}, "callbacks": {}}, "galore=online"),
+        ({"galore": {"rank": 64}, "callbacks": None}, "galore=online"),
         ({"adapter": {"r": 8}}, "adapter=lora"),
     ],
 )
@@ -101,3 +108,53 @@ def test_names_that_are_there_bring_nothing():
 def test_a_choice_that_is_not_there_leaves_the_other_names_to_be_checked():
     said = names_near(["model=tinyy", "trainer.max_step=3"], config_dir=CONF)
     assert "max_steps" in said
+
+
+@pytest.mark.parametrize(
+    ("once", "now"),
+    [
+        ("auto_batch_size=true", "'callbacks=[default,auto_batch_size]'"),
+        ("optim=galore_8bit", "optim=adamw_8bit galore=iteration"),
+        ("optim=adamw,galore_adafactor", "optim=adafactor_fixed galore=iteration"),
+        ("optim/projector=oja", "galore=online"),
+        ("galore.projector.every=50", "galore.refresh.every=50"),
+        ("+galore.projector.every=50", "galore.refresh.every=50"),
+    ],
+)
+def test_a_name_of_an_earlier_version_is_answered_with_what_to_type(once, now):
+    [said] = names_near([once], config_dir=CONF).strip().splitlines()
+    assert said.endswith(f": type {now} instead")
+
+
+def told(*overrides: str) -> str:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = compose("train", list(overrides), return_hydra_config=True).hydra
+    return also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "update=layerwise (by strategy=single_gpu), galore=online (by optim=galore_subspace)"),
+        (["optim=adamw", "update=layerwise"], None),  # named by the user
+        (["optim=galore", "strategy=cpu"], "galore=iteration (by optim=galore)"),
+        (["optim=galore", "galore=random", "strategy=cpu"], None),
+        (["optim=adamw", "strategy=cpu", "callbacks=[default,early_stopping]"], None),
+        # What is inherited is brought by whoever inherits it, and one choice may bring another.
+        (["adapter=dora", "strategy=cpu"], "optim=adamw_lora (by adapter=dora)"),
+        (["adapter=dora", "optim=adamw", "strategy=cpu"], None),
+        (
+            ["experiment=lora_laptop", "strategy=cpu"],
+            "optim=adamw_lora (by adapter=lora), adapter=lora (by experiment=lora_laptop)",
+        ),
+        (["optim=muon", "strategy=cpu"], "optim/groups=muon_matrices (by optim=muon)"),
+    ],
+)
+def test_what_a_choice_brings_is_told(overrides, line):
+    assert told(*overrides) == ("" if line is None else f"Also chosen: {line}.")
+
+
+def test_the_last_of_two_that_bring_a_choice_has_brought_it():
+    # strategy=single_gpu would bring layerwise updates, galore=svd brings whole ones.
+    assert told("optim=galore_svd") == "Also chosen: galore=svd (by optim=galore_svd)."

@@ -9,8 +9,12 @@ import warnings
 import pytest
 import torch
 from hydra.errors import CompactHydraException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 
+from lit_ft.callbacks import AutoBatchSize, MemoryMonitor, StopOnSignal
+from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy
 from lit_ft.models import Pretrained
+from lit_ft.run.job import _turn, sensible_precision
 from lit_ft.run.summary import read_summary
 from tests.support.checkpoints import state
 from tests.support.running import LORA, QLORA
@@ -131,7 +135,7 @@ def test_resuming_a_finished_run_says_what_it_has_done(job):
     "settings, remedy",
     [
         (["strategy=ddp", "trainer.devices=2", "update=layerwise"], "strategy=fsdp"),
-        (["trainer.devices=2", "auto_batch_size=true"], "trainer.devices=1"),
+        (["trainer.devices=2", "callbacks=[default,auto_batch_size]"], "trainer.devices=1"),
         (["+trainer.limit_val_batches=0"], "data.max_val_examples"),
     ],
 )
@@ -150,3 +154,43 @@ def test_a_resumed_run_keeps_what_its_csv_logger_wrote(job, tmp_path):
         with (tmp_path / "run" / "csv" / version / "metrics.csv").open() as file:
             steps += [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
     assert steps == [0, 1, 2, 3]
+
+
+def test_the_batch_size_is_found_first_and_a_stop_comes_last():
+    callbacks = [StopOnSignal(), MemoryMonitor(), AutoBatchSize()]
+    ordered = [type(callback) for callback in sorted(callbacks, key=_turn)]
+    assert ordered == [AutoBatchSize, MemoryMonitor, StopOnSignal]
+
+
+class Mine(FSDP2Strategy):
+    """A subclass without the letters that once decided."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharded"),
+    [
+        (FSDP2Strategy(), True),
+        (Mine(), True),
+        (TensorParallelStrategy(), True),
+        (ModelParallelStrategy(), True),
+        ("registered", True),
+        ("fsdp", True),
+        ("ddp", False),
+        ("auto", False),
+        (DDPStrategy(), False),
+    ],
+)
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_where_weights_are_sharded_they_are_float32(strategy, sharded, bfloat16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+    monkeypatch.setitem(StrategyRegistry, "registered", {"strategy": Mine, "init_params": {}})
+    wanted = {True: ("bf16-mixed", "32-true"), False: ("bf16-true", "16-mixed")}[sharded]
+    assert sensible_precision("auto", strategy) == wanted[0 if bfloat16 else 1]
+    assert sensible_precision("cpu", strategy) == "32-true"
+
+
+def test_the_precision_that_was_chosen_is_in_the_summary(job):
+    summary = job("run", "trainer.max_steps=1")
+    assert summary["config"]["trainer"]["precision"] == "32-true"
+    assert summary["config"]["trainer"].get("strategy", "auto") == "auto"

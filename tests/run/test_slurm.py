@@ -52,6 +52,7 @@ def submit(tmp_path, *overrides):
         launcher.launch([["seed=1"]], 0)
 
 
+@pytest.mark.process  # sbatch
 def test_the_job_asks_for_the_trainers_nodes_and_devices(tmp_path, sbatch):
     many = ["strategy=hsdp", "trainer.num_nodes=4", "trainer.devices=8"]
     submit(tmp_path, *many, "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90")

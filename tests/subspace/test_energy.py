@@ -146,7 +146,7 @@ def test_a_basis_of_full_rank_captures_everything():
 
 
 def test_checkpointing_autocast_and_compilation_leave_the_energies_alone():
-    model = tiny_model("llama", tie_word_embeddings=True)
+    model = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=1)  # seconds to compile
     layers = inject(model, rank=4)
     ids, labels = batches(1)[0]
 

@@ -24,9 +24,10 @@ MODELS = {
 }
 
 
-def model_and_twin(name, **options):
+def model_and_twin(name, *, blocks=2, **options):
     """A float64 model and the same one with its layers in subspaces."""
-    plain = tiny_model(name.split()[0], **MODELS[name]).double().eval()
+    model = tiny_model(name.split()[0], num_hidden_layers=blocks, **MODELS[name])
+    plain = model.double().eval()
     twin = copy.deepcopy(plain)
     layers = inject(twin, rank=options.pop("rank", 4), **options)
     return plain, twin, layers
@@ -177,8 +178,9 @@ def test_the_fold_moves_the_weight_by_alpha_s_p_and_decays_it(name, side):
         assert not layer.delta.any()
 
 
+@pytest.mark.process  # a C++ compiler runs
 def test_checkpointing_autocast_and_compilation_leave_the_gradients_alone():
-    _, twin, layers = model_and_twin("llama tied")
+    _, twin, layers = model_and_twin("llama tied", blocks=1)  # seconds to compile
     twin.float()
     track(layers)
 

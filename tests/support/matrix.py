@@ -29,7 +29,7 @@ from lit_ft.compat.remedies import PRESETS
 from lit_ft.compat.rules import refusals
 from tests.support.running import CONF
 
-PAGE = CONF.parent / "README.md"
+PAGE = CONF.parent / "docs" / "what-goes-together.md"
 BEGIN, END = "<!-- support matrix: begin -->\n", "<!-- support matrix: end -->\n"
 # Of those that differ in the device alone the first: auto, cpu and single_gpu are one strategy.
 STRATEGIES = (
@@ -179,7 +179,9 @@ def composed(*overrides: str) -> Any:
     """Return the main job's configuration without callbacks of the user's and loggers."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", [*overrides, "callbacks=none", "logger=none", "run_dir=."])
+        config = compose(
+            "train", [*overrides, "~local", "callbacks=none", "logger=none", "run_dir=."]
+        )
     return OmegaConf.to_container(config, resolve=True)
 
 

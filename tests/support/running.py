@@ -32,7 +32,9 @@ def run_job(run_dir: Path, *overrides: str) -> dict:
     """Run `python train.py` with these overrides and return its summary."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", [f"run_dir={run_dir}", *overrides], return_hydra_config=True)
+        config = compose(
+            "train", [f"run_dir={run_dir}", "~local", *overrides], return_hydra_config=True
+        )
     with open_dict(config):
         config.hydra.runtime.output_dir = str(run_dir)
         HydraConfig.instance().set_config(config)

@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def tiny_model(model_type: str, **config):
+    """Build a model of two layers; `config` adds settings of the architecture, or changes sizes."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 300,
@@ -14,5 +15,5 @@ def tiny_model(model_type: str, **config):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    config = AutoConfig.for_model(model_type, **sizes, **config, pad_token_id=0, eos_token_id=2)
+    config = AutoConfig.for_model(model_type, **{**sizes, **config}, pad_token_id=0, eos_token_id=2)
     return AutoModelForCausalLM.from_config(config)

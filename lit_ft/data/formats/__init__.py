@@ -1,7 +1,7 @@
-"""What one row of a data set may look like: one file a format, found by listing this package.
+"""The formats that a dataset's rows may have: one file for each, found by listing this package.
 
-A format is a dataclass whose fields name the columns it reads. To add one, add a file here with
-such a class; nothing else is edited. `detect` picks one from the keys of a source's first row.
+A format is a dataclass whose fields name the columns that it reads. To add one, add a file with its
+class to this package, and edit nothing else. `detect` picks one from the keys of the first row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Message = dict[str, str]
 """One turn of a chat: `{role, content}`; the role is system, user, assistant or tool."""
 
 Conversation = list[Message] | str
-"""What a format makes of a row: the messages of a chat, or plain text to be continued."""
+"""The content of a row as a format reads it: the messages of a chat, or plain text to continue."""
 
 
 class Format(Protocol):
@@ -31,7 +31,7 @@ class Format(Protocol):
 
     @property
     def wants(self) -> str:
-        """The row that this format reads, for error messages: `{prompt, completion}`."""
+        """The keys that this format reads, for error messages: `{prompt, completion}`."""
         ...
 
     def matches(self, row: Row) -> bool:
@@ -41,14 +41,15 @@ class Format(Protocol):
     def parse(self, row: Row) -> Conversation:
         """Return the row's conversation, every character as it was written.
 
-        Raises ValueError naming the missing field, the wrong type or the bad role.
+        Raises:
+            ValueError: If a field is missing, a type is wrong or a role is unknown. Names it.
         """
         ...
 
 
 @cache
 def available() -> tuple[type[Format], ...]:
-    """Every format class of this package, in the alphabetical order of their files."""
+    """Return every format class of this package, in the alphabetical order of their files."""
     found: list[type[Format]] = []
     for info in pkgutil.iter_modules(__path__, f"{__name__}."):
         module = importlib.import_module(info.name)
@@ -61,7 +62,7 @@ def available() -> tuple[type[Format], ...]:
 
 
 def named(name: str) -> Format:
-    """Return the format of that name, with the usual columns; raise ValueError if there is none."""
+    """Return the format of that name, with its default columns. Raises ValueError if unknown."""
     kinds = {kind.__module__.rpartition(".")[2]: kind for kind in available()}
     if name not in kinds:
         raise ValueError(f"format={name}: there is no such format. There are: {', '.join(kinds)}.")
@@ -69,9 +70,10 @@ def named(name: str) -> Format:
 
 
 def detect(row: Row) -> Format:
-    """Return the first of the `available` formats, with its default columns, that matches the row.
+    """Return the first of the `available` formats that matches the row with its default columns.
 
-    Raises ValueError listing the keys found and the keys that each format wants.
+    Raises:
+        ValueError: If none matches. Lists the keys found and the keys that each format wants.
     """
     formats = [kind() for kind in available()]
     for candidate in formats:
@@ -86,7 +88,7 @@ def detect(row: Row) -> Format:
 
 
 def text_field(row: Row, name: str) -> str:
-    """Return the string in a row's column. Raises ValueError if it is missing or no string."""
+    """Return the string in a row's column. Raises ValueError if it is missing or not a string."""
     if name not in row:
         raise ValueError(f"the field {name!r} is missing; the row has {sorted(map(str, row))}")
     value = row[name]

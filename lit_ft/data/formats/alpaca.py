@@ -1,4 +1,4 @@
-"""Alpaca: an instruction, optional input to it, and the output wanted."""
+"""Alpaca: an instruction, an optional input, and the desired output."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from lit_ft.data.formats import Conversation, Message, Row, text_field
 class Alpaca:
     """Rows `{instruction, input?, output}`; the arguments name the columns.
 
-    The user's turn is the instruction and, after an empty line, the input if there is one. Source:
-    https://github.com/tatsu-lab/stanford_alpaca (its preamble is left to the chat template).
+    The user's turn is the instruction and, after an empty line, the input if there is one. The
+    format's preamble is left to the chat template. Source:
+    https://github.com/tatsu-lab/stanford_alpaca.
     """
 
     instruction: str = "instruction"

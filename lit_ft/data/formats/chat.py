@@ -23,8 +23,12 @@ ROLES = {
 class Chat:
     """Rows `{messages: [{role, content}]}` or `{conversations: [{from, value}]}`.
 
-    The argument names the column; None takes whichever of the two the row has. Sources: OpenAI's
-    fine-tuning files, and FastChat's ShareGPT files (https://github.com/lm-sys/FastChat).
+    Sources: OpenAI's fine-tuning files, and FastChat's ShareGPT files
+    (https://github.com/lm-sys/FastChat).
+
+    Args:
+        messages: The column with the list of messages; None takes `messages` or `conversations`,
+            whichever the row has.
     """
 
     messages: str | None = None
@@ -37,11 +41,11 @@ class Chat:
         return "{messages: [{role, content}]} or {conversations: [{from, value}]}"
 
     def matches(self, row: Row) -> bool:
-        """Whether the row has a list of messages by one of the names."""
+        """Whether the row has a list of messages under one of the names."""
         return any(name in row for name in self._columns)
 
     def parse(self, row: Row) -> list[Message]:
-        """Return the messages with their roles in OpenAI's words."""
+        """Return the messages with OpenAI's names for their roles."""
         column = next((name for name in self._columns if name in row), None)
         if column is None:
             missing = " or ".join(map(repr, self._columns))
@@ -72,7 +76,7 @@ def _message(turn: Any, place: str) -> Message:
             f"{place} has the unknown role {turn[role_key]!r}; known roles are {', '.join(ROLES)}: "
             "rename it in the file"
         )
-    # Reading on would train on what the author left out, or leave out what the author meant.
+    # Ignoring these would lose what the author meant, or train on a turn that the author excluded.
     if turn.get("tool_calls"):
         raise ValueError(f"{place} calls a tool, which this format does not read: write the text")
     if turn.get("weight") not in (None, 1):

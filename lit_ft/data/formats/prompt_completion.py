@@ -12,9 +12,9 @@ from lit_ft.data.formats.chat import Chat
 class PromptCompletion:
     """Rows `{prompt, completion}`; the arguments name the columns.
 
-    Each is a string (one user turn; one assistant turn) or a list of chat messages. In a list every
-    assistant turn is learnt, those of the prompt included. Source: the TRL library's data formats,
-    https://huggingface.co/docs/trl/dataset_formats.
+    Each column holds a string (one user turn, or one assistant turn) or a list of chat messages. In
+    a list, every assistant turn is learnt, including those of the prompt. Source: the TRL library's
+    data formats, https://huggingface.co/docs/trl/dataset_formats.
     """
 
     prompt: str = "prompt"

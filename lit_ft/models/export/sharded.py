@@ -1,4 +1,4 @@
-"""Export a model that is spread over ranks: each writes its part, none holds all of it."""
+"""Export a model that is sharded over ranks: each writes its part, and none holds all of it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
-    """Write `model` as `from_pretrained` loads it; call it on every rank.
+    """Write `model` in the format that `from_pretrained` loads; call it on every rank.
 
     Args:
-        model: A transformers model of which each rank holds a part.
-        folder: On a file system that all ranks see.
-        dtype: Of the written weights; None keeps the model's.
+        model: A transformers model that is sharded over the ranks.
+        folder: The folder to write to, on a file system that all ranks see.
+        dtype: The type of the written weights; None keeps the model's.
     """
     if dist.get_rank() == 0:
         remove_weights(folder)
@@ -54,25 +54,25 @@ def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> No
 
 
 def remove_weights(folder: Path) -> None:
-    """Remove an earlier export, which from_pretrained may prefer to another kind of files."""
+    """Remove an earlier export, which `from_pretrained` might prefer to other kinds of files."""
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     remove_adapter(folder)
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove an adapter, which from_pretrained would put onto the model beside it."""
+    """Remove an adapter, which `from_pretrained` would add to the model in the same folder."""
     for old in (folder / "adapter_config.json", *folder.glob("adapter_model*")):
         old.unlink(missing_ok=True)
 
 
 def names_left_out(model: Any) -> set[str]:
-    """Return the names of the weights that are no file's business, tied ones among them."""
+    """Return the names of the weights that are not written to files, such as tied ones."""
     return {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
 
 
 def save_config(model: Any, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write what `from_pretrained` asks before it reads weights, which are of type `dtype`."""
+    """Write the configuration that `from_pretrained` reads first, for weights of type `dtype`."""
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's prefix

@@ -1,4 +1,4 @@
-"""Export weights that are elsewhere than in a model, no more of them in memory than one file's."""
+"""Export weights that are not in a model, with at most one file's weights in memory."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ def export_streamed(
     dtype: torch.dtype | None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write weights as `from_pretrained` loads them.
+    """Write weights in the format that `from_pretrained` loads.
 
     Args:
-        model: A transformers model, on the meta device.
-        weights: Size and type of each weight, under the model's names, on the meta device.
-        read: Fills the tensors that it is given under such names, converting their type.
-        folder: Where to; it is there.
-        dtype: Of the written weights; None keeps theirs.
-        max_shard_size: Of a file, and so of what is in memory; a larger weight has its own file.
+        model: A transformers model on the meta device, which gives the configuration.
+        weights: Tensors on the meta device, with the shape and type of each weight, by the model's
+            names.
+        read: Fills the tensors that it is given under these names, and converts their type.
+        folder: An existing folder to write to.
+        dtype: The type of the written weights; None keeps each weight's own.
+        max_shard_size: The largest size of a file ("5GB"), and so of the weights in memory. A
+            single weight that is larger has a file of its own.
 
     Raises:
-        ValueError: The weights are not those of `model`.
+        ValueError: If `weights` are not those of `model`.
     """
     left_out = names_left_out(model)
     expected = model.state_dict().keys() - left_out
@@ -45,7 +47,9 @@ def export_streamed(
         if name not in left_out
     }
     if differing := expected ^ weights.keys():
-        raise ValueError(f"These weights are not those of the model: {sorted(differing)[:3]} ...")
+        raise ValueError(
+            f"These weights are not those of the model; {sorted(differing)[:3]} ... differ."
+        )
     remove_weights(folder)
     files = split_state_dict_into_shards_factory(
         weights,

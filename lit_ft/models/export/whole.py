@@ -32,29 +32,29 @@ def export_model(
     merge: bool = True,
     dtype: str | None = None,
 ) -> Path:
-    """Write `model` and its tokenizer to `folder` and return it.
+    """Write `model` and its tokenizer to `folder`, and return the folder.
 
-    A model with an adapter is written merged, with the adapter apart in `folder/adapter`; with
-    `merge=False` the adapter alone is written, to `folder` itself. A model that is spread over
-    ranks is written by all of them: call it on every rank. `model` is not changed.
+    A model with an adapter is written merged, and the adapter also by itself to `folder/adapter`.
+    With `merge=False`, only the adapter is written, to `folder` itself. A sharded model is written
+    by all ranks: call this on every rank. `model` is not changed.
 
     Args:
         model: The trained model, on any device.
-        tokenizer: Written beside it; None writes none.
-        folder: Made where it is missing.
-        merge: Fold the adapter into the weights it sits on.
-        dtype: Of the written weights ("bfloat16"); None keeps the model's.
+        tokenizer: The tokenizer to write to the same folder; None writes none.
+        folder: The folder to write to, made if it is missing.
+        merge: Whether to fold the adapter into the weights that it is attached to.
+        dtype: The type of the written weights ("bfloat16"); None keeps the model's.
 
     Raises:
-        ValueError: `dtype` is none of torch's; or the folder of an adapter alone holds a model,
-            with which transformers would put them together.
+        ValueError: If `dtype` is not one of torch's floating-point types, or if an adapter alone
+            would be written to a folder that holds a model, to which transformers would add it.
     """
     target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)
     if isinstance(model, PeftModel) and not merge and (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds a model, onto which transformers would put an adapter that lies "
-            "beside it: give the adapter a folder of its own."
+            f"{folder} holds a model, and transformers would add an adapter in the same folder to "
+            "it: give the adapter a folder of its own."
         )
     folder.mkdir(parents=True, exist_ok=True)
     if is_model_sharded(model):
@@ -98,14 +98,14 @@ def _export_here(
 
 @torch.no_grad()
 def merged(model: PeftModel) -> Any:
-    """Return a copy of `model` with the adapter folded into its weights, 4-bit ones dequantised."""
+    """Return a copy of `model` with the adapter folded in, and 4-bit weights dequantised."""
     clone: Any = copy.deepcopy(model)
     if not getattr(clone.get_base_model(), "is_quantized", False):
         return clone.merge_and_unload()
-    # Merging into 4-bit weights would round the adapter away: put it onto the dequantised ones.
+    # Merging into 4-bit weights would round the adapter away: add it to the dequantised ones.
     config, state = copy.deepcopy(clone.active_peft_config), get_peft_model_state_dict(clone)
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = False  # some starts rewrite the weights, and have done so
+        config.init_lora_weights = False  # some initialisations rewrite the weights, and did so
     whole_model: Any = get_peft_model(clone.unload().dequantize(), config)
     set_peft_model_state_dict(whole_model, state)
     return whole_model.merge_and_unload()
@@ -117,7 +117,7 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder))
         return
     with tempfile.TemporaryDirectory() as before:
-        # peft reads the initial adapter from a folder and subtracts it: the rest fits the original.
+        # peft reads the initial adapter from a folder and subtracts it. The rest fits the original.
         tensors = {
             name.replace(".default", ""): p.contiguous().cpu() for name, p in initial.items()
         }

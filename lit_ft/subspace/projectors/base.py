@@ -26,7 +26,8 @@ class Projector(ABC):
         renews: Whether a move finds the basis again from scratch. After a small step a basis always
             seems to be at rest.
         starts_from_svd: Whether the first basis comes from an SVD of the first gradient.
-        every: The optimizer steps between two moves of the same layer's basis.
+        every: The optimizer steps between two moves of the same layer's basis,
+            unless `Refresh` gives an interval.
         rotates_moments: Whether the optimizer's moments follow the basis.
     """
 

@@ -16,7 +16,8 @@ class Random(Projector):
     """P ← orth(Gaussian), as Flora (arXiv:2402.03293) resamples its projection.
 
     Attributes:
-        every: The optimizer steps between two draws.
+        every: The optimizer steps between two draws,
+            unless `Refresh` gives an interval.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.NOTHING

@@ -19,7 +19,8 @@ class SVD(Projector):
     the step. The paper leaves the moments in the coordinates of the old basis.
 
     Attributes:
-        every: The optimizer steps between two moves (200 in the paper).
+        every: The optimizer steps between two moves (200 in the paper),
+            unless `Refresh` gives an interval.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.GRADIENT

@@ -1,0 +1,27 @@
+"""Names that classes had in earlier versions, for the folders of runs from that time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_RENAMED = {
+    "lit_ft.losses.": "lit_ft.loss.",
+    "lit_ft.parallel.": "lit_ft.distributed.",
+}
+
+
+def with_current_names(config: Any) -> Any:
+    """Return a copy of a configuration in which each `_target_` has the name of today."""
+    if isinstance(config, dict):
+        return {
+            key: _current(value) if key == "_target_" else with_current_names(value)
+            for key, value in config.items()
+        }
+    return [with_current_names(value) for value in config] if isinstance(config, list) else config
+
+
+def _current(target: str) -> str:
+    for old, new in _RENAMED.items():
+        if target.startswith(old):
+            return new + target.removeprefix(old)
+    return target
