@@ -1,1 +1,1 @@
-"""What goes with what: facts about objects, rules over facts, one error that renders them."""
+"""What goes together: facts about choices, rules over facts, and one error that renders them."""

@@ -1,4 +1,4 @@
-"""What goes together, as a table for people: the rules asked about every combination."""
+"""What goes together, as a table for people: the rules applied to every combination."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.compat.rules import refusals
 
 Facts = Mapping[str, Any]
-"""Fields of a `Plan`, as one choice sets them."""
+"""The fields of a `Plan` that one choice sets."""
 
 
 def support_table(
@@ -22,14 +22,14 @@ def support_table(
 ) -> str:
     """Return a Markdown table of what goes together, and its notes.
 
-    A row is an optimizer with one or several choices of GaLore that fare alike; a column is a
-    strategy. "yes" stands for a plain run that works. Its notes say which of its variations do not.
+    A row is an optimizer with the choices of GaLore that fare alike; a column is a strategy. "yes"
+    means that a plain run works. Its notes say which variations of the run do not.
 
     Args:
-        optimizers: the facts of each choice of `optim=`.
-        galore: the facts of each choice of `galore=`.
-        strategies: the facts of each choice of `strategy=`.
-        variations: the facts of each combination of the other settings.
+        optimizers: The facts of each choice of `optim=`, by its name.
+        galore: The facts of each choice of `galore=`, by its name.
+        strategies: The facts of each choice of `strategy=`, by its name.
+        variations: The facts of each combination of the other settings.
     """
     variations = list(variations)
     notes: dict[str, int] = {}
@@ -55,11 +55,11 @@ def support_table(
 
 
 def first_reason(plan: Plan, galore: str | None = None) -> str | None:
-    """Return the first thing said against a plan, for the command line; None if it works.
+    """Return the first reason against a plan, for the command line; None if it works.
 
     Args:
-        plan: the plan.
-        galore: the choice of `galore=` that is named already, and not named again.
+        plan: The plan to judge.
+        galore: The choice of `galore=` that the caller names already; remedies do not repeat it.
     """
     for refusal in refusals(plan):
         ways = [_without_galore(remedy, galore) for remedy in refusal.remedies]

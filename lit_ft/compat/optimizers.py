@@ -1,4 +1,4 @@
-"""The table of optimizers: what a step of each class depends on, and so what it goes with."""
+"""The table of optimizers: the facts about each class's steps that decide what it goes with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Square:
-    """A state entry that is a running mean of squared gradients; of columns alone, if 1-D."""
+    """A state entry that is a running mean of squared gradients, per column if it is 1-D."""
 
     key: str
 
@@ -50,30 +50,31 @@ class MeanAndSquare:
 
 
 Moment = Mean | Square | MeanAndSquare
-# What torch's optimizers and most that follow them call their state.
+# The state of torch's optimizers, and of most that follow them.
 _USUAL = (MeanAndSquare("exp_avg", "exp_avg_sq"), Mean("momentum_buffer"), Mean("exp_avg"))
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a step of an optimizer depends on.
+    """The facts about an optimizer's steps that decide what it goes with.
 
     Attributes:
         unit: The smallest part that the optimizer can step alone with the same result: an element;
-            a row, or a block of elements within rows; a parameter; or only all of them together.
-        works_from_zero: The step of a parameter depends on its gradient and state, not on its
-            value: an optimizer can step GaLore's parameters, which are zero before each step.
-        decoupled_decay: Weight decay shrinks the weights and is not added to the gradient.
-        sharded_rows: A rank can step the rows that it holds of a parameter.
-        own_rate: The optimizer chooses its learning rate, and no schedule applies.
-        step_size: What sets the size of a step: "unit" makes steps of one size (an RMS near 1,
-            times the rate), "gradient" steps by the gradient itself, "spectral" makes matrices of
-            a spectral norm that depends on their shape.
-        moments: How the state follows a change of basis; empty if no rule is known.
-        movable_state: The state can be rewritten between two steps.
-        copies_on_cpu: On the CPU a step holds several float32 copies of the parameter.
-        why: The reason for what is missing, a clause.
-        instead: The nearest choices of `optim=` that have what is missing.
+            a row, or a block of elements within rows; a parameter; or only all parameters together.
+        works_from_zero: Whether the step of a parameter depends on its gradient and state, and not
+            on its value. The optimizer can then step GaLore's parameters, which are zero before
+            each step.
+        decoupled_decay: Whether weight decay shrinks the weights and is not added to the gradient.
+        sharded_rows: Whether a rank can step the rows that it holds of a parameter.
+        own_rate: Whether the optimizer chooses its learning rate, so that no schedule applies.
+        step_size: The kind of step: "unit" has one size (an RMS near 1, times the rate), "gradient"
+            has the size of the gradient, and "spectral" is a matrix with a spectral norm that
+            depends on its shape.
+        moments: The rules by which the state follows a change of basis; empty if none is known.
+        movable_state: Whether the state can be rewritten between two steps.
+        copies_on_cpu: Whether a step on the CPU holds several float32 copies of the parameter.
+        why: The reason for a missing ability, as a clause.
+        instead: The nearest choices of `optim=` that have the missing ability.
     """
 
     unit: Unit = "parameter"
@@ -110,7 +111,7 @@ _BNB = Traits(
     unit="row",
     sharded_rows=False,
     copies_on_cpu=True,
-    why="bitsandbytes' optimizers do not know sharded parameters",
+    why="bitsandbytes' optimizers do not support sharded parameters",
     instead=("adamw_8bit_torchao",),
 )
 _BNB_NORMED = replace(
@@ -121,8 +122,8 @@ _BNB_NORMED = replace(
 )
 _COUPLED = Traits(unit="element", decoupled_decay=False)
 
-# Patterns are searched in "module.Class"; the first that fits decides. A class of which none fits
-# is looked up by its bases, and one without any entry has `Traits()`.
+# Patterns are searched in "module.Class"; the first that fits decides. If none fits a class, its
+# bases are looked up. A class without any entry has `Traits()`.
 TABLE: tuple[tuple[str, Traits], ...] = (
     # torch
     (r"^torch\.optim\.adamw\.AdamW$", Traits(unit="element")),
@@ -166,7 +167,7 @@ TABLE: tuple[tuple[str, Traits], ...] = (
             works_from_zero=False,
             own_rate=True,
             moments=_FACTORED,
-            why="Adafactor with a rate of its own scales its step by the parameter's size",
+            why="Adafactor with its own learning rate scales its step by the parameter's size",
             instead=("adafactor_fixed", "adamw"),
         ),
     ),
@@ -226,7 +227,7 @@ TABLE: tuple[tuple[str, Traits], ...] = (
     # torchao, whose moments are tensor subclasses
     (r"^torchao\.optim\.adam\.Adam(\d+bit|Fp8)$", Traits(decoupled_decay=False, moments=())),
     (r"^torchao\.optim\.", Traits(moments=())),
-    # Others, by the names that they have wherever they come from
+    # Others, by their class names, wherever they come from
     (
         r"\.Lamb$",
         replace(_COPIES, why="Lamb scales by the norms of parameters and of all gradients"),
@@ -243,14 +244,14 @@ TABLE: tuple[tuple[str, Traits], ...] = (
         r"ScheduleFree",
         replace(
             _COPIES,
-            why="schedule-free optimizers keep copies of the parameters and count in the groups",
+            why="schedule-free optimizers keep copies of the parameters and count steps in groups",
         ),
     ),
     (
         r"\.(Prodigy|DAdapt)",
         replace(
             _COPIES,
-            why="it sums over all parameters and measures the distance from the first ones",
+            why="it sums over all parameters and measures the distance from their first values",
         ),
     ),
     (
@@ -270,10 +271,10 @@ TABLE: tuple[tuple[str, Traits], ...] = (
 
 
 def traits_of(kind: type) -> Traits:
-    """Return what a step of that class of optimizers depends on.
+    """Return the traits of a class of optimizers.
 
-    A class that wraps another (`wrapped_class`) has the wrapped one's traits. One that steps in
-    its own way is trusted with no part of a parameter, whatever its bases can do.
+    A class that wraps another (`wrapped_class`) has the traits of the wrapped class. A class with a
+    step of its own is not trusted with parts of a parameter, whatever its bases can do.
     """
     kind = unwrapped(kind)
     for base in kind.__mro__:
@@ -286,7 +287,7 @@ def traits_of(kind: type) -> Traits:
 
 @cache
 def traits_named(name: str) -> Traits | None:
-    """Return the table's entry for a class by its full name; None if it has none."""
+    """Return the table's entry for the full name of a class; None if there is none."""
     return next((traits for pattern, traits in TABLE if re.search(pattern, name)), None)
 
 
@@ -304,6 +305,6 @@ def class_of(build: Callable[..., Any]) -> type | None:
 
 
 def _plain_step(kind: type) -> Any:
-    # torch replaces a class's step by one that runs hooks as soon as there is an instance.
+    # As soon as a class has an instance, torch replaces its step by one that runs hooks.
     step = getattr(kind, "step", None)
     return inspect.unwrap(step) if callable(step) else None

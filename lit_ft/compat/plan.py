@@ -1,4 +1,4 @@
-"""What a run combines, as plain values: what the rules look at."""
+"""The choices that a run combines, as the plain values that rules look at."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _STRATEGIES: tuple[tuple[str, Parallel], ...] = (
 
 @dataclass(frozen=True)
 class Basis:
-    """What GaLore's projector asks for.
+    """The facts about GaLore's projector.
 
     Attributes:
-        projector: The class's name.
-        forms_gradients: A basis is taken from the whole gradient of a matrix.
+        projector: The name of the projector's class.
+        forms_gradients: Whether a basis is computed from the whole gradient of a matrix.
     """
 
     projector: str
@@ -33,7 +33,7 @@ class Basis:
 
     @property
     def choice(self) -> str | None:
-        """The choice of `galore=` with this projector; None for one of another project."""
+        """The choice of `galore=` with this projector; None for a projector of another project."""
         return _PROJECTORS.get(self.projector)
 
 
@@ -48,16 +48,16 @@ BASES = {
     choice: Basis(projector, forms_gradients=choice in ("svd", "paper"))
     for projector, choice in _PROJECTORS.items()
 }
-"""What the choices of `galore=` ask for; that of the paper starts from an SVD."""
+"""The facts about each choice of `galore=`; "paper" starts from an SVD."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does to the model that it sits on.
+    """The facts about an adapter.
 
     Attributes:
-        kind: The name of the configuration's class.
-        init: How its values start, as `init_lora_weights` has it.
+        kind: The name of the class of the adapter's configuration.
+        init: The way in which the adapter's values start, as in `init_lora_weights`.
         options: The names of the other options that are not at their defaults.
     """
 
@@ -72,27 +72,28 @@ class Plan:
 
     Attributes:
         optimizer: The name of the optimizer's class; empty if it is not known yet.
-        traits: What its steps depend on.
-        parallel: How the model is spread over the devices; "undefined" for Lightning's
-            `ModelParallelStrategy`, which leaves that open.
+        traits: The traits of the optimizer's class.
+        parallel: The way in which the model is spread over the devices; "undefined" stands for
+            Lightning's `ModelParallelStrategy`, which leaves it open.
         strategy: The name of the strategy's class.
-        devices: Processes of the run, on all nodes.
-        layerwise: Large parameters are stepped inside the backward pass.
-        clip: What gradients are clipped by.
-        accumulate: Micro-batches of an optimizer step.
-        precision: Lightning's name of it.
-        scales_loss: A gradient scaler scales the loss and may skip steps.
-        adapter: What the adapter does; None trains every weight.
-        quantised: The weights under the adapter are quantised.
-        basis: What GaLore's projector asks for; None trains without GaLore.
-        compiled: torch.compile runs the model.
-        finds_batch_size: The largest micro-batch that fits is measured first.
+        devices: The number of processes of the run, on all nodes.
+        layerwise: Whether large parameters are stepped inside the backward pass.
+        clip: The measure by which gradients are clipped.
+        accumulate: The number of micro-batches in an optimizer step.
+        precision: The precision, by Lightning's name.
+        scales_loss: Whether a gradient scaler scales the loss and may skip steps.
+        adapter: The facts about the adapter; None trains every weight.
+        quantised: Whether the weights under the adapter are quantised.
+        basis: The facts about GaLore's projector; None trains without GaLore.
+        compiled: Whether torch.compile runs the model.
+        finds_batch_size: Whether the largest micro-batch that fits is measured first.
         module: The name of the module's class.
-        optimizes_by_hand: The module steps its optimizer itself.
-        clips_its_own_way: The module overrides how gradients are clipped.
-        back_propagates_its_own_way: The module overrides the backward pass.
-        copied_before_galore: The name of a callback ahead of GaLore that copies the module.
-        finds_rate: Lightning's learning rate finder runs.
+        optimizes_by_hand: Whether the module steps its optimizer itself.
+        clips_its_own_way: Whether the module overrides how gradients are clipped.
+        back_propagates_its_own_way: Whether the module overrides the backward pass.
+        copied_before_galore: The name of a callback before GaLore that copies the module; None if
+            there is none.
+        finds_rate: Whether Lightning's learning rate finder runs.
     """
 
     optimizer: str = ""
@@ -124,7 +125,7 @@ class Plan:
 
 
 def parallel_of(kind: type) -> Parallel:
-    """Return how a class of Lightning strategies spreads a model."""
+    """Return how a class of Lightning strategies spreads a model over the devices."""
     for base in kind.__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         for pattern, parallel in _STRATEGIES:
@@ -134,7 +135,7 @@ def parallel_of(kind: type) -> Parallel:
 
 
 def adapter_of(config: Any) -> Adapter | None:
-    """Return what the rules ask of an adapter's configuration, a `peft.PeftConfig` or None."""
+    """Return the facts about an adapter's configuration, a `peft.PeftConfig` or None."""
     if config is None:
         return None
     kind = type(config)

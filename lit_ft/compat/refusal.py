@@ -1,4 +1,4 @@
-"""The error for a combination that cannot work: why, and what would, as data."""
+"""The error for a combination that cannot work: the reason, and the remedies as data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Remedy:
     """A change after which a run is no longer refused.
 
     Attributes:
-        python: what to do in Python, an imperative phrase ("use FSDP2Strategy()").
-        settings: the same on the command line, values by the names of settings
-            (`{"strategy": "fsdp"}`); empty if the command line has nothing else to say.
-        advice: an imperative phrase for the command line, where the remedy is not one value
-            ("lower optim.lr"); None makes it from `settings`.
+        python: The change in Python, as an imperative phrase ("use FSDP2Strategy()").
+        settings: The change on the command line, as values by the names of settings
+            (`{"strategy": "fsdp"}`); empty if the phrase for Python serves there too.
+        advice: The change on the command line, as an imperative phrase, where it is not one value
+            ("lower optim.lr"); None makes the phrase from `settings`.
     """
 
     python: str
@@ -24,7 +24,7 @@ class Remedy:
 
     @property
     def command_line(self) -> str:
-        """What to do on the command line, an imperative phrase."""
+        """The change on the command line, as an imperative phrase."""
         if self.advice is not None:
             return self.advice
         if not self.settings:
@@ -33,15 +33,15 @@ class Remedy:
 
 
 class Refusal(ValueError):
-    """What was asked for cannot work.
+    """The error for a request that cannot work.
 
-    As text it speaks to Python users; `on_command_line` speaks to those of `train.py`. Where a
-    trainer is at hand it is raised as `lit_ft.distributed.plan.Misconfiguration`, which Lightning's
-    users know.
+    The text of the error speaks to users of Python; `on_command_line` speaks to users of
+    `train.py`. Code that has a trainer raises it as `lit_ft.distributed.plan.Misconfiguration`,
+    which Lightning's users know.
 
     Args:
         why: The reason, a sentence without its full stop.
-        *remedies: What would work, the nearest first.
+        *remedies: The changes that would work, the nearest first.
     """
 
     def __init__(self, why: str, *remedies: Remedy) -> None:
@@ -60,11 +60,11 @@ class Refusal(ValueError):
 
 
 def located(error: Exception, place: str) -> ValueError:
-    """Return `error` with the place that it is about in front; a refusal keeps its remedies.
+    """Return `error` with a place in front of its message; a refusal keeps its remedies.
 
     Args:
-        error: The error as it was raised, which knows no place.
-        place: Where it was found, such as `my.jsonl:57`.
+        error: The error as it was raised, without a place.
+        place: The place where the error was found, such as `my.jsonl:57`.
     """
     if isinstance(error, Refusal):
         return Refusal(f"{place}: {error.why}", *error.remedies)
@@ -72,13 +72,13 @@ def located(error: Exception, place: str) -> ValueError:
 
 
 def message_on_command_line(error: BaseException) -> str:
-    """Return what an error says to those who typed a command."""
+    """Return the message of an error for users of the command line."""
     return error.on_command_line if isinstance(error, Refusal) else str(error)
 
 
 def _sentence(why: str, phrases: Sequence[str]) -> str:
     """Add the alternatives to the reason, as in "It is wrong. Use a, b, or leave c out."."""
-    # The same verb is said once.
+    # A verb that repeats is said once.
     said = [
         phrase.removeprefix("use ") if before.startswith("use ") else phrase
         for before, phrase in zip(["", *phrases], phrases, strict=False)

@@ -1,10 +1,10 @@
-"""The remedies that refusals share, each in both languages: Python's and the command line's."""
+"""The remedies that refusals share, each in the words of Python and of the command line."""
 
 from __future__ import annotations
 
 from lit_ft.compat.refusal import Remedy
 
-# What a choice of `optim=` builds, and how Python says it.
+# The class that a choice of `optim=` builds, and the remedy in Python.
 OPTIMIZERS = {
     "adafactor": (
         "lit_ft.optim.adafactor.RelativeStepAdafactor",
@@ -23,7 +23,7 @@ OPTIMIZERS = {
     ),
     "sgd": ("torch.optim.sgd.SGD", "use SGD"),
 }
-# The presets of `optim=` that bring GaLore: their optimizer, and their choice of `galore=`.
+# The presets of `optim=` with GaLore: their optimizer, and their choice of `galore=`.
 PRESETS = {
     "galore": ("adamw", "iteration"),
     "galore_subspace": ("adamw", "online"),
@@ -33,11 +33,11 @@ PRESETS = {
 
 
 def optimizer(choice: str, *, galore: str | None = None) -> Remedy:
-    """Return the remedy of another optimizer.
+    """Return the remedy of using another optimizer.
 
     Args:
-        choice: a choice of `optim=`.
-        galore: the choice of `galore=` to keep, if the run has one; presets bring their own.
+        choice: The choice of `optim=` to use.
+        galore: The choice of `galore=` to keep, if the run has one; presets have their own.
     """
     if choice in PRESETS:
         base, projector = PRESETS[choice]
@@ -79,8 +79,8 @@ WIDER_PRECISION = Remedy("train in a wider precision", advice="set a wider train
 
 MAX_STEPS = Remedy("set Trainer(max_steps=...)", advice="set trainer.max_steps")
 SHORTER_WARMUP = Remedy(
-    "set warmup to less, or to a fraction such as 0.05",
-    advice="set schedule.warmup to less, or to a fraction such as 0.05",
+    "lower warmup, or set it to a fraction such as 0.05",
+    advice="lower schedule.warmup, or set it to a fraction such as 0.05",
 )
 SHORTER_ROWS = Remedy("lower max_length", advice="lower data.max_length")
 LONGER_ROWS = Remedy("raise max_length", advice="raise data.max_length")
@@ -91,12 +91,12 @@ OTHER_ATTENTION = Remedy(
     "use another attn_implementation", advice="choose another model.attn_implementation"
 )
 ROW_BY_ROW = Remedy(
-    "use flash attention with batch_size=1 and val_batch_size=1, which keeps them apart",
+    "use flash attention with batch_size=1 and val_batch_size=1, which keeps examples apart",
     advice="use flash attention with data.batch_size=1 data.val_batch_size=1",
 )
 VALIDATE_ON_FIRST = Remedy(
-    "set max_val_examples, to validate on the first ones",
-    advice="set data.max_val_examples, to validate on the first ones",
+    "set max_val_examples, to validate on the first examples",
+    advice="set data.max_val_examples, to validate on the first examples",
 )
 VALIDATE_ON_LESS = Remedy("lower max_val_examples", advice="lower data.max_val_examples")
 VALIDATE_ELSEWHERE = Remedy("give val_path", advice="give data.val_path")

@@ -30,9 +30,9 @@ def refusals(plan: Plan, *, parts: Collection[Part] = PARTS) -> Iterator[Refusal
     """Yield every reason why the plan cannot work.
 
     Args:
-        plan: What a run combines.
-        parts: Whose rules are asked: the module's, and those of the callbacks for GaLore, layerwise
-            updates and the batch size. A callback in another project asks its own alone.
+        plan: The plan to judge.
+        parts: The parts whose rules apply: the module, and the callbacks for GaLore, layerwise
+            updates and the batch size. A callback in another project checks its own part alone.
     """
     for rule in _RULES:
         if rule.part in parts and (refusal := rule.ask(plan)) is not None:
@@ -40,13 +40,21 @@ def refusals(plan: Plan, *, parts: Collection[Part] = PARTS) -> Iterator[Refusal
 
 
 def check(plan: Plan, *, parts: Collection[Part] = PARTS) -> None:
-    """Raise the first `Refusal` of the plan, if there is one; arguments as in `refusals`."""
+    """Raise the first `Refusal` of the plan, if there is one.
+
+    Args:
+        plan: The plan to judge.
+        parts: The parts whose rules apply; see `refusals`.
+
+    Raises:
+        Refusal: A rule refuses the plan; the error holds the remedies.
+    """
     for refusal in refusals(plan, parts=parts):
         raise refusal
 
 
 def goes(plan: Plan) -> bool:
-    """Return whether nothing is said against the plan."""
+    """Return whether no rule refuses the plan."""
     return all(rule.ask(plan) is None for rule in _RULES)
 
 
@@ -61,7 +69,7 @@ def _cures(rule: _Rule, plan: Plan, usual: Sequence[Remedy]) -> Sequence[Remedy]
 
 
 def after(plan: Plan, remedy: Remedy) -> Plan:
-    """Return the plan with a remedy's settings; what is no setting of a plan changes nothing."""
+    """Return the plan with the settings of a remedy; those that no plan has change nothing."""
     changes: dict[str, Any] = {}
     for name, value in remedy.settings.items():
         if name == "optim":
@@ -75,7 +83,7 @@ def after(plan: Plan, remedy: Remedy) -> Plan:
             changes["layerwise"] = value == "layerwise"
         elif name == "adapter":
             changes |= {"adapter": None, "quantised": value == "qlora"}
-            if value != "none":  # an adapter brings its own optimizer
+            if value != "none":  # the choice of an adapter includes its optimizer
                 changes |= {"adapter": Adapter(), "basis": None} | _optimizer("adamw")
         elif name in _TRAINER:
             field, becomes = _TRAINER[name]
@@ -107,7 +115,7 @@ def _about(
 
 
 def _others(plan: Plan) -> list[Remedy]:
-    """The optimizers that have what this one lacks, with the run's GaLore."""
+    """Return the optimizers that have what this one lacks, with the run's GaLore."""
     galore = plan.basis.choice if plan.basis else None
     return [remedies.optimizer(choice, galore=galore) for choice in plan.traits.instead]
 
@@ -142,7 +150,8 @@ def _galore_needs_whole_layers(plan: Plan) -> Refusal | None:
     if plan.basis is None or plan.parallel != "tensor":
         return None
     return Refusal(
-        "GaLore works with sharded data parallelism, and tensor parallelism cuts its layers",
+        "GaLore works with sharded data parallelism, not with tensor parallelism, which cuts its "
+        "layers",
         remedies.FSDP,
         remedies.NO_GALORE,
     )
@@ -153,7 +162,8 @@ def _galore_steps_from_zero(plan: Plan) -> Refusal | None:
     if plan.basis is None or plan.traits.works_from_zero:
         return None
     return Refusal(
-        f"GaLore's parameters are zero before each step: {plan.traits.why}",
+        "This optimizer cannot step GaLore's parameters, which are zero before each step: "
+        f"{plan.traits.why}",
         *_others(plan),
     )
 
@@ -163,7 +173,7 @@ def _galore_rewrites_state(plan: Plan) -> Refusal | None:
     if plan.basis is None or plan.traits.movable_state:
         return None
     return Refusal(
-        f"The optimizer's state has to follow a basis that moves: {plan.traits.why}",
+        f"The optimizer's state must follow a basis that moves: {plan.traits.why}",
         *_others(plan),
     )
 
@@ -173,8 +183,8 @@ def _galore_is_float32(plan: Plan) -> Refusal | None:
     if plan.basis is None or not plan.sharded or plan.precision != "bf16-true":
         return None
     return Refusal(
-        "FSDP2 wants one type of numbers in a block, and GaLore's small parameters are float32 "
-        "where the weights are bfloat16",
+        "FSDP2 needs one dtype within a block, and GaLore's small parameters are float32 even if "
+        "the weights are bfloat16",
         remedies.BF16_MIXED,
     )
 
@@ -192,14 +202,14 @@ def _bases_from_gradients(plan: Plan) -> Refusal | None:
     )
     if plan.sharded:
         return Refusal(
-            f"{projector} takes bases from whole gradients, and where weights are sharded no rank "
-            "has one",
+            f"{projector} computes bases from whole gradients, and no rank has one where weights "
+            "are sharded",
             *others,
             remedies.DDP,
         )
     if plan.scales_loss:
         return Refusal(
-            f"{projector} takes bases from whole gradients, which the gradient scaler of "
+            f"{projector} computes bases from whole gradients, which the gradient scaler of "
             f"precision {plan.precision} does not unscale",
             *others,
             remedies.BF16_MIXED,
@@ -212,9 +222,9 @@ def _rate_finder_knows_no_galore(plan: Plan) -> Refusal | None:
     if plan.basis is None or not plan.finds_rate:
         return None
     return Refusal(
-        "Lightning's learning rate finder trains without callbacks, and without GaLore its "
-        "parameters move no weight",
-        Remedy("find the rate without GaLore, to which it means the same"),
+        "Lightning's learning rate finder trains without callbacks, and without the GaLore "
+        "callback the parameters of GaLore move no weight",
+        Remedy("find the rate without GaLore, since the same rate suits GaLore"),
     )
 
 
@@ -224,7 +234,7 @@ def _copies_come_after_galore(plan: Plan) -> Refusal | None:
         return None
     name = plan.copied_before_galore
     return Refusal(
-        f"{name} copies the module as it is before GaLore",
+        f"{name} copies the module before GaLore changes it",
         Remedy(f"list GaLore before {name}"),
     )
 
@@ -237,7 +247,7 @@ def _layerwise_is_automatic(plan: Plan) -> Refusal | None:
     if not plan.layerwise or not plan.optimizes_by_hand:
         return None
     return Refusal(
-        f"LayerwiseUpdate follows automatic optimization, and {plan.module} optimizes by hand",
+        f"LayerwiseUpdate needs automatic optimization, and {plan.module} optimizes by hand",
         Remedy("use lit_ft.optim.layerwise.LayerwiseStep there"),
     )
 
@@ -269,8 +279,8 @@ def _layerwise_clips_twice(plan: Plan) -> Refusal | None:
     if not plan.layerwise or not plan.sharded or plan.clip != "norm":
         return None
     return Refusal(
-        "Layerwise updates clip by norm in a second backward pass, and where weights are sharded "
-        "there is only one",
+        "Layerwise updates clip by norm in a second backward pass, and sharded weights allow only "
+        "one pass",
         remedies.NO_CLIPPING,
         remedies.WHOLE_UPDATE,
     )
@@ -291,7 +301,7 @@ def _layerwise_back_propagates_twice(plan: Plan) -> Refusal | None:
     if not plan.layerwise or plan.clip != "norm" or not plan.back_propagates_its_own_way:
         return None
     return Refusal(
-        f"{plan.module} back-propagates in its own way, and clipping by norm has to do so twice",
+        f"{plan.module} back-propagates in its own way, and clipping by norm must do so twice",
         remedies.WHOLE_UPDATE,
         remedies.NO_CLIPPING,
     )
@@ -345,7 +355,7 @@ def _tensor_parallel_steps_elements(plan: Plan) -> Refusal | None:
     if plan.parallel != "tensor" or not plan.optimizer or plan.traits.elementwise:
         return None
     return Refusal(
-        "Tensor parallelism cuts matrices by rows and columns, and the optimizer has to step each "
+        "Tensor parallelism cuts matrices by rows and columns, so the optimizer must step each "
         "element by itself",
         remedies.optimizer("adamw"),
         remedies.optimizer("sgd"),
@@ -387,17 +397,17 @@ def _sharded_adapters(plan: Plan) -> Refusal | None:
         )
     others = (remedies.LORA, remedies.DDP)
     if plan.quantised:
-        return Refusal("Quantised weights are not sharded", *others)
+        return Refusal("Quantised weights cannot be sharded", *others)
     if adapter.kind != "LoraConfig":
-        return Refusal(f"LoRA works on sharded weights, {adapter.kind} does not", *others)
+        return Refusal(f"LoRA works on sharded weights, and {adapter.kind} does not", *others)
     if adapter.init not in _START_SHARDED:
         return Refusal(
-            f"init_lora_weights={adapter.init} starts from whole weights, and where they are "
-            "sharded no rank has one",
+            f"init_lora_weights={adapter.init} starts from whole weights, and no rank has one "
+            "where they are sharded",
             *others,
         )
     if unknown := sorted(adapter.options - _WORK_SHARDED):
-        return Refusal(f"The adapter's {unknown[0]} does not go with sharded weights", *others)
+        return Refusal(f"The adapter's {unknown[0]} does not work on sharded weights", *others)
     return None
 
 
@@ -406,5 +416,5 @@ def _sharded_not_compiled(plan: Plan) -> Refusal | None:
     if not plan.compiled or not plan.sharded:
         return None
     return Refusal(
-        "torch.compile does not go with sharded weights", remedies.NOT_COMPILED, remedies.DDP
+        "torch.compile does not work with sharded weights", remedies.NOT_COMPILED, remedies.DDP
     )

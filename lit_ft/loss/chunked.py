@@ -42,19 +42,20 @@ def chunked_cross_entropy(
     `linear_cross_entropy` holds the logits of one chunk only.
 
     Args:
-        hidden: [B, T, d], the last hidden states.
-        weight: [V, d], the output head.
-        labels: [B, T], unshifted: `hidden[:, t]` predicts `labels[:, t + 1]`; -100 is ignored.
-        bias: [V] or None.
-        chunk_tokens: Target tokens a chunk. None leaves it to torch on a GPU and takes 256 on the
-            CPU, where torch's own choice is one token (1/6 of the speed at V = 49,152).
-        repeatable: Let backward run more than once over the graph, which torch's op refuses; for
-            one more copy of the head's gradient.
+        hidden: The last hidden states [B, T, d].
+        weight: The weight [V, d] of the output head.
+        labels: The labels [B, T], unshifted: `hidden[:, t]` predicts `labels[:, t + 1]`; -100 is
+            ignored.
+        bias: The bias [V] of the output head, or None.
+        chunk_tokens: The most target tokens in a chunk. None leaves it to torch on a GPU and takes
+            256 on the CPU, where torch's own choice is one token (1/6 of the speed at V = 49,152).
+        repeatable: Whether backward may run more than once over the graph, which torch's op
+            refuses. It costs one more copy of the head's gradient.
 
     Returns:
         The sum in nats, a float32 scalar (float64 for float64 inputs); zero, with a graph, where
-        there is no target. From bfloat16 inputs it is rounded to 3 digits while gradients are
-        recorded, and otherwise the sum of the terms in float32.
+        there is no target. For bfloat16 inputs it is rounded to 3 digits while gradients are
+        recorded, and otherwise summed in float32.
     """
     if not torch.is_grad_enabled():
         head = partial(linear, weight=weight, bias=bias)
@@ -91,10 +92,19 @@ def cross_entropy_through(
     *,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Sum the same cross-entropy from what `head` makes of a chunk of tokens, once a pass.
+    """Sum the same cross-entropy from the logits that `head` computes, once per chunk and pass.
 
-    For a head of which ranks hold parts (tensor parallelism): its own forward pass brings the
-    chunk's logits together, which takes no knowledge of how it is cut.
+    This is for a head that is sharded over ranks (tensor parallelism). Its own forward pass gathers
+    the logits of a chunk, so the loss need not know how it is cut.
+
+    Args:
+        head: The function from hidden states [tokens, d] to logits [tokens, V].
+        hidden: The last hidden states [B, T, d].
+        labels: The labels [B, T], unshifted; -100 is ignored.
+        chunk_tokens: The most target tokens in a chunk; None takes 256.
+
+    Returns:
+        The sum in nats, a scalar in float32 or wider.
     """
 
     def summed(states: Tensor, targets: Tensor) -> Tensor:
@@ -105,7 +115,7 @@ def cross_entropy_through(
     size = chunk_tokens or _CHUNK_TOKENS
     states, targets = _at_targets(hidden, labels)
     chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
-    # Backward makes the logits again rather than keep those of all chunks.
+    # Backward computes the logits again, so that those of all chunks are never kept.
     losses: list[Tensor] = [checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum()
 
@@ -113,14 +123,14 @@ def cross_entropy_through(
 def _at_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:].reshape(-1)
     keep = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    # With no target at all one ignored position keeps the graph whole: under DDP every parameter
-    # must receive a gradient on every rank.
+    # Without any target, one ignored position keeps the graph whole: under DDP every parameter must
+    # receive a gradient on every rank.
     keep = keep if keep.numel() else keep.new_zeros(1)
     return hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep], targets[keep]
 
 
 class _Repeatable(torch.autograd.Function):
-    """Takes the gradients in the forward pass, as the chunked op does, and keeps them."""
+    """Computes the gradients in the forward pass, as the chunked op does, and keeps them."""
 
     @staticmethod
     def forward(
@@ -157,26 +167,27 @@ class _Repeatable(torch.autograd.Function):
 class ChunkedCrossEntropy:
     """Cross-entropy from the hidden states and the output head, chunk by chunk.
 
-    Right for models whose loss is the cross-entropy of `head(hidden)` and nothing else:
-    `is_exact_for` finds out whether that is so.
+    It suits models whose loss is the cross-entropy of `head(hidden)` and nothing else:
+    `is_exact_for` finds out whether a model is one.
 
     Args:
-        chunk_tokens: As in `chunked_cross_entropy`.
-        repeatable: As in `chunked_cross_entropy`.
+        chunk_tokens: The most target tokens in a chunk; None chooses by the device and the head.
+        repeatable: Whether backward may run more than once over the graph, at the cost of one more
+            copy of the head's gradient.
     """
 
     chunk_tokens: int | None = None
     repeatable: bool = False
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Return the summed loss of the batch, a scalar."""
+        """Return the summed loss of the batch in nats, a scalar, for unshifted `labels` [B, T]."""
         causal_lm = unwrap_peft(model)
-        # Without a cache, or transformers would not look for packed examples.
+        # With a cache, transformers would not look for packed examples.
         hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal_lm.get_output_embeddings()
         if torch.is_grad_enabled() and hasattr(head, "summed_cross_entropy"):
-            # A head in a subspace takes its own gradients: no [V, d] is formed. A chunk's logits
-            # are the largest tensor of a step; a GPU reads the whole head for each chunk.
+            # A head in a subspace computes its own gradients and forms no [V, d]. A chunk's logits
+            # are the largest tensor of a step, but a GPU reads the whole head for each chunk.
             chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 512)
             return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)  # type: ignore[no-any-return]
         if is_sharded(head.weight):

@@ -16,7 +16,7 @@ class ModelLoss:
     """The loss that the model computes itself: it may transform its logits and add losses."""
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Return the summed loss of the batch, a scalar."""
+        """Return the summed loss of the batch, a scalar, for unshifted `labels` [B, T]."""
         num_targets = (labels[:, 1:] != IGNORE_INDEX).sum()
         loss = model(**inputs, labels=labels, use_cache=False).loss
         # A mean over no targets is 0/0.

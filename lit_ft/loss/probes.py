@@ -12,21 +12,22 @@ from lit_ft.loss.chunked import unwrap_peft
 def keeps_packed_examples_apart(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor, *, rows: int = 1
 ) -> bool:
-    """Whether the second example of a packed row is blind to the first.
+    """Return whether the second example of a packed row is blind to the first.
 
-    transformers' attention masks and variable-length kernels read the borders from position ids
-    that restart at zero; a model that ignores them would train on its neighbours' text.
+    transformers' attention masks and variable-length kernels read the borders of examples from
+    position ids that restart at zero. A model that ignores them would train each example on the
+    text of those before it.
 
     Args:
-        model: A causal LM, with or without an adapter.
-        input_ids: [T], one packed row.
-        position_ids: [T], restarting at each example.
-        rows: Of the batches to come, which the row stands for all of: flash attention's kernels
-            read the borders of a batch of one row alone.
+        model: The causal LM, with or without an adapter.
+        input_ids: The token ids of one packed row, [T].
+        position_ids: The position ids of the row, [T], which restart at each example.
+        rows: The number of rows in the batches to come, for which the row is repeated: flash
+            attention's kernels read borders only in a batch of one row.
 
     Returns:
         True if the hidden states of the second example do not change with the tokens of the first,
-        and where the row holds one example only.
+        or if the row holds only one example.
     """
     starts = (position_ids == 0).nonzero().flatten().tolist()
     if len(starts) < 2:
@@ -38,7 +39,7 @@ def keeps_packed_examples_apart(
     was_training = model.training
     model.eval()
     try:
-        # One of the two at a time: in one batch they could meet different kernels.
+        # One version at a time: in one batch the two could meet different kernels.
         before, after = (
             causal_lm.base_model(
                 input_ids=row.expand(rows, -1),

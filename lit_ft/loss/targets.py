@@ -1,3 +1,3 @@
-"""The label that says: this token is no target."""
+"""The label of tokens that are not targets."""
 
 IGNORE_INDEX = -100  # transformers' and torch's own default

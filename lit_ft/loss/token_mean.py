@@ -14,12 +14,14 @@ class TokenMean:
     """Makes the gradient the mean over the target tokens of the whole global batch.
 
     A mean of micro-batch means would weigh a token by the length of its neighbours. So every
-    micro-batch back-propagates its sum, in units of one reference count, and the accumulated
-    gradient is scaled once: by `reference / num_targets`. The reference is the target count of the
+    micro-batch back-propagates its sum, divided by one reference count, and the accumulated
+    gradient is scaled once, by `reference / num_targets`. The reference is the target count of the
     first micro-batch over all ranks: without accumulation the scale is 1 and nothing is touched.
 
     Attributes:
-        all_reduce: Sums a tensor over the ranks, of each share of the data once.
+        all_reduce: The function that sums a tensor over the ranks and returns the sum, counting
+            each share of the data once.
+        reference: The reference count of the current global batch, in target tokens.
     """
 
     all_reduce: Callable[[Tensor], Tensor]
@@ -27,13 +29,13 @@ class TokenMean:
     _sums: Tensor | None = field(default=None, init=False)
 
     def add(self, loss_sum: Tensor, num_targets: int, *, alone: bool = False) -> Tensor:
-        """Count a micro-batch in and return what to back-propagate: `loss_sum / reference`.
+        """Count a micro-batch in, and return the scalar to back-propagate: `loss_sum / reference`.
 
         Args:
-            loss_sum: Over this rank's target tokens.
-            num_targets: Their number.
-            alone: There is no other share of the data: the host, which knows the number, need not
-                wait for the device to say it.
+            loss_sum: The sum of the loss over this rank's target tokens, a scalar.
+            num_targets: The number of this rank's target tokens.
+            alone: Whether this rank has all of the data. The host then knows the total and need not
+                wait for the device.
         """
         # float64 where there is one: token counts beyond 2^24 are not exact in float32.
         dtype = torch.float32 if loss_sum.device.type == "mps" else torch.float64
@@ -52,7 +54,8 @@ class TokenMean:
         """Scale the gradients of `parameters`, and begin the next global batch.
 
         Returns:
-            The mean loss of the global batch, a scalar equal on all ranks, and its target tokens.
+            The mean loss of the global batch, a scalar equal on all ranks, and the number of its
+            target tokens.
         """
         assert self._sums is not None, "a step without a micro-batch"
         loss_sum, count = self.all_reduce(self._sums)

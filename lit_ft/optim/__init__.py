@@ -1,4 +1,4 @@
-"""Optimizers: groups by rule, schedules, narrowed and piecewise steps, rounding, Muon, factors."""
+"""Optimizers, parameter groups by rule, schedules, and narrowed, row-wise and rounded steps."""
 
 from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
 from lit_ft.optim.groups import DECAY_MATRICES, GroupRule, build_optimizer, parameter_groups

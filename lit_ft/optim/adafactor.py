@@ -1,4 +1,4 @@
-"""Adafactor for sharded parameters, and with its own learning rate, which it tells."""
+"""Adafactor for sharded parameters, and a variant that reports the learning rate it chooses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from lit_ft.tensors.sharding import added_over_ranks, full_tensor, holds_whole_r
 class Adafactor(transformers.optimization.Adafactor):
     """transformers' Adafactor (Shazeer and Stern, arXiv:1804.04235), on sharded parameters too.
 
-    A matrix's row means are of rows that one rank holds. Its column means, the size of the update,
-    by which it is clipped, and the size of the parameter go over all rows: they come from sums that
-    the ranks exchange once a step, 2 columns + 2 numbers a matrix, all parameters in one message.
+    Each rank takes the row means of the rows that it holds. The column means, the size of the
+    update, by which it is clipped, and the size of the parameter depend on all rows. They come from
+    sums that the ranks exchange once a step, 2 columns + 2 numbers a matrix, in one message for all
+    parameters.
 
-    For the second of these sums the update need not be known. It is gᵢⱼ / √(rᵢ cⱼ / r̄), with row
-    means r and column means c, so that its squares sum up to r̄ Σⱼ (Σᵢ gᵢⱼ² / rᵢ) / cⱼ.
+    The size of the update is known before the update itself, which is gᵢⱼ / √(rᵢ cⱼ / r̄) with row
+    means r and column means c: its squares sum up to r̄ Σⱼ (Σᵢ gᵢⱼ² / rᵢ) / cⱼ.
 
     Args:
-        params: Parameters, named parameters or groups.
-        **options: Those of transformers' Adafactor.
+        params: The parameters, named parameters or groups.
+        **options: The options of transformers' Adafactor.
 
     Raises:
         ValueError: While stepping: ranks share a parameter by its columns.
@@ -55,18 +56,18 @@ class Adafactor(transformers.optimization.Adafactor):
 
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
-        # torch.distributed.checkpoint sets it for a step that must make state, and move nothing.
+        # torch.distributed.checkpoint sets 0 for a step that creates the state and moves nothing.
         if param_group["lr"] == 0:
             return 0.0
         rate = cast("Callable[..., Any]", transformers.optimization.Adafactor._get_lr)
         return rate(param_group, param_state)
 
     def _sums(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Take the gradient into the state, and return what is to be added over the ranks.
+        """Update the state with the gradient, and return the sums to be added over the ranks, 1-D.
 
-        Σ parameter² (0 if nothing asks for it), and
-        of a matrix Σ rᵢ, Σᵢ gᵢⱼ² [columns] and Σᵢ gᵢⱼ² / rᵢ [columns];
-        of anything else, of which a rank holds all that its update depends on, Σ update².
+        They are Σ parameter² (0 without `scale_parameter`), and
+        for a matrix Σ rᵢ, Σᵢ gᵢⱼ² [columns] and Σᵢ gᵢⱼ² / rᵢ [columns];
+        for other parameters, whose update depends on the rank's own part alone, Σ update².
         """
         state = self.state[parameter]
         gradient = _gradient(parameter)
@@ -96,7 +97,7 @@ class Adafactor(transformers.optimization.Adafactor):
         return torch.cat([size, update.sum().view(1)])
 
     def _move(self, parameter: Tensor, group: dict[str, Any], total: Tensor) -> None:
-        """Step a parameter, with its `_sums` over all ranks."""
+        """Step a parameter; `total` is its `_sums` over all ranks."""
         state, gradient = self.state[parameter], _gradient(parameter)
         elements = parameter.numel()
         update_size = total[1]
@@ -121,7 +122,7 @@ class Adafactor(transformers.optimization.Adafactor):
             mean = local(state["exp_avg"])
             update = mean.mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
         weight = local(parameter)
-        wide = weight.to(gradient.dtype)  # itself, unless it is of 16 bits
+        wide = weight.to(gradient.dtype)  # the weight itself, unless it has 16 bits
         if group["weight_decay"]:
             wide.mul_(1 - group["weight_decay"] * rate)
         wide.sub_(update)
@@ -132,7 +133,10 @@ class Adafactor(transformers.optimization.Adafactor):
         self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> dict[str, Any]:
         if not holds_whole_rows(parameter):
-            raise ValueError("Adafactor needs whole rows, and ranks share a parameter by columns.")
+            raise ValueError(
+                "Adafactor needs whole rows, and ranks share a parameter by columns: shard it by "
+                "rows."
+            )
         weight, zeros = parameter.detach(), partial(torch.zeros_like, dtype=gradient.dtype)
         state: dict[str, Any] = {"step": 0, "RMS": 0}
         if group["beta1"] is not None:
@@ -141,7 +145,7 @@ class Adafactor(transformers.optimization.Adafactor):
             state["exp_avg_sq"] = zeros(weight)
             return state
         state["exp_avg_sq_row"] = zeros(weight.select(-1, 0))
-        # A matrix's columns are the same on every rank.
+        # The column means of a matrix are the same on every rank.
         matrix = weight.ndim == 2
         state["exp_avg_sq_col"] = (
             gradient.new_zeros(weight.shape[-1]) if matrix else zeros(weight.select(-2, 0))
@@ -153,26 +157,32 @@ class RelativeStepAdafactor(Adafactor):
     """Adafactor with relative steps: no learning rate to choose.
 
     Step t changes a parameter by ρ · RMS(parameter) · min(limit, 1/√t), where the limit is 1e-2, or
-    1e-6 · t with `warmup_init` (Shazeer and Stern, arXiv:1804.04235, section 8). With ρ = 1 that is
-    made for training from scratch.
+    1e-6 · t with `warmup_init` (Shazeer and Stern, arXiv:1804.04235, section 8). The paper's ρ = 1
+    is meant for training from scratch.
 
     `group["lr"]` is None upstream, which breaks learning-rate monitors. Here it holds the rate of
-    the last step (of the first step before it): RMS(parameter) included, averaged over the group's
-    parameters. It is a report; writing it changes nothing, unless it is 0, which stops the step;
-    `sets_own_learning_rate` tells whoever builds schedulers to leave this optimizer alone.
+    the last step, or of the first one before any is taken, with RMS(parameter) included and
+    averaged over the group's parameters. It only reports: writing it changes nothing, except that 0
+    stops the step. `sets_own_learning_rate` tells builders of schedulers to leave this optimizer
+    alone.
 
     Args:
-        params: Parameters, named parameters or groups.
-        relative_size: ρ.
-        **options: Those of transformers' Adafactor, except `lr`, `relative_step` and
+        params: The parameters, named parameters or groups.
+        relative_size: The factor ρ of all steps, positive; 0.1 suits fine-tuning.
+        **options: The options of transformers' Adafactor, except `lr`, `relative_step` and
             `scale_parameter`.
+
+    Raises:
+        ValueError: `relative_size` is not positive.
     """
 
     sets_own_learning_rate = True
 
     def __init__(self, params: ParamsT, *, relative_size: float = 1.0, **options: Any) -> None:
         if relative_size <= 0:
-            raise ValueError(f"relative_size={relative_size} must be positive: 0.1 fine-tunes.")
+            raise ValueError(
+                f"relative_size={relative_size}: give a positive number, such as 0.1 to fine-tune."
+            )
         # transformers' class is not annotated.
         super().__init__(params, scale_parameter=True, relative_step=True, **options)  # type: ignore[no-untyped-call]
         self.defaults["relative_size"] = relative_size
@@ -203,9 +213,11 @@ def _report_rate(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """Return this rank's part of the gradient, of 32 bits or more."""
+    """Return this rank's part of the gradient, in float32 or wider."""
     assert parameter.grad is not None
     if parameter.grad.is_sparse:
-        raise RuntimeError("Adafactor does not support sparse gradients.")
+        raise RuntimeError(
+            "Adafactor does not support sparse gradients: build embeddings with sparse=False."
+        )
     gradient = local(parameter.grad)
     return gradient.float() if gradient.itemsize < 4 else gradient

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments, for whole parameters and for those of which ranks hold rows."""
+"""AdamW with 8-bit moments, for parameters that are whole or sharded by rows."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class RowwiseAdamW8bit(Optimizer):
     """torchao's AdamW8bit, the same bit for bit on any number of ranks.
 
     A moment is one byte an element and a float32 scale for each block (Dettmers et al.,
-    arXiv:2110.02861). torchao's class cuts blocks of what a rank holds, 256 elements wherever rows
-    end: other ranks would see other blocks, and where a rank's part is not made of whole ones it
-    keeps float32 in place of what the others keep. Here blocks end with their rows, and the state
-    is plain tensors, which any checkpoint holds. The update itself is torchao's, in float32.
+    arXiv:2110.02861). torchao's class cuts what a rank holds into blocks of 256 elements, wherever
+    rows end. Another number of ranks has other blocks, and a rank whose part is not made of whole
+    blocks keeps float32 where other ranks keep 8 bits. Here blocks end with their rows, and the
+    state is plain tensors, which any checkpoint holds. The update itself is torchao's, in float32.
 
     Args:
-        params: Parameters, named parameters or groups.
-        lr: Learning rate.
-        betas: Of the two moments.
-        eps: Added to the root of the second.
-        weight_decay: Decoupled.
-        compiled: torch.compile the update, seconds for each shape: a few kernels in place of about
-            fifty. It needs Triton, or a C++ compiler for what is on the CPU. None: where there is
-            a GPU.
+        params: The parameters, named parameters or groups.
+        lr: The learning rate.
+        betas: The decay rates of the first and the second moment.
+        eps: The number added to the root of the second moment.
+        weight_decay: The decoupled weight decay, which is multiplied by the learning rate.
+        compiled: Whether torch.compile compiles the update, which takes seconds for each shape and
+            replaces about fifty kernels by a few. It needs Triton, or a C++ compiler for parameters
+            on the CPU. None compiles where there is a GPU.
 
     Raises:
         ValueError: An option is out of range; or, while stepping, ranks share a parameter by its
@@ -60,7 +60,7 @@ class RowwiseAdamW8bit(Optimizer):
             ("weight_decay", weight_decay, float("inf")),
         ):
             if not 0 <= value < limit:
-                raise ValueError(f"{name}={value} is not in [0, {limit}).")
+                raise ValueError(f"{name}={value}: give a number in [0, {limit}).")
         compiled = torch.cuda.is_available() if compiled is None else compiled
         self._update = _update(compiled)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -108,7 +108,7 @@ class RowwiseAdamW8bit(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        # torch's would cast the state, codes and all, to the type of the parameter.
+        # torch's method would cast the state, codes included, to the dtype of the parameter.
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         held = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -129,7 +129,7 @@ def _update(compiled: bool) -> Callable[..., None]:
         ) from error
     update: Callable[..., None] = single_param_adam
     if compiled:
-        # Of each shape one graph: with sizes left open it is ten times slower.
+        # One graph for each shape: with dynamic sizes it is ten times slower.
         options: dict[str, Any] = {"dynamic": False, "recompile_limit": 2**16}
         update = torch.compile(update, fullgraph=True, **options)
     return update

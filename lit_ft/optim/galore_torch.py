@@ -1,4 +1,4 @@
-"""The original GaLore package's optimizers, as the yardstick: with groups by rule, and resume."""
+"""The original GaLore package's optimizers, to compare with; with groups by rule, and resuming."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ _SIDES = ("std", "reverse_std", "right", "left", "full")
 
 
 class _OriginalGaLore(Optimizer):
-    """Projects the groups that ask for it, and saves their bases.
+    """Projects the groups that have `galore: True`, and saves their bases.
 
-    Upstream a basis hides in an object in the state, which `weights_only` checkpoints refuse.
+    Upstream keeps a basis in an object in the state, which `weights_only` checkpoints refuse.
 
     Args:
-        params: Parameters or groups; groups with `galore: True` hold matrices to project.
-        rank: Of the subspaces; at most a matrix's smaller side.
-        update_proj_gap: Steps between two SVDs of a matrix's gradient.
-        scale: α, on the projected update.
-        proj_type: The side that is projected, as upstream: "std", "reverse_std", "right", "left"
-            or "full".
-        **options: Those of the upstream optimizer.
+        params: The parameters or groups; groups with `galore: True` hold the matrices to project.
+        rank: The rank of the subspaces, at most a matrix's smaller side.
+        update_proj_gap: The optimizer steps between two SVDs of a matrix's gradient.
+        scale: The scale α of the projected update.
+        proj_type: The side that is projected, named as upstream: "std", "reverse_std", "right",
+            "left" or "full".
+        **options: The options of the upstream optimizer.
+
+    Raises:
+        ValueError: `rank` or `update_proj_gap` is not positive, or `proj_type` is unknown.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class _OriginalGaLore(Optimizer):
         **options: Any,
     ) -> None:
         if rank < 1 or update_proj_gap < 1:
-            raise ValueError(f"rank={rank} and update_proj_gap={update_proj_gap} must be positive.")
+            raise ValueError(
+                f"rank={rank} and update_proj_gap={update_proj_gap}: give positive whole numbers."
+            )
         if proj_type not in _SIDES:
             raise ValueError(f"proj_type={proj_type}: give one of {', '.join(_SIDES)}.")
         given = (rank, update_proj_gap, scale, proj_type)
@@ -48,12 +53,12 @@ class _OriginalGaLore(Optimizer):
         self.defaults["galore"] = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, to project if it has `galore: True`."""
+        """Add a group, which is projected if it has `galore: True`."""
         settings = self._settings if param_group.get("galore") else {}
         super().add_param_group({**settings, **param_group})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's, with each basis in its projector's place."""
+        """Return torch's state dict, with each basis in place of its projector."""
         saved = super().state_dict()
         saved["state"] = {
             index: {**state, "projector": state["projector"].ortho_matrix}
@@ -83,7 +88,7 @@ class GaLoreTorchAdamW(_OriginalGaLore, galore_torch.GaLoreAdamW):  # type: igno
 
 
 class GaLoreTorchAdafactor(_OriginalGaLore, galore_torch.GaLoreAdafactor):  # type: ignore[misc]
-    """galore_torch.GaLoreAdafactor (arXiv:2403.03507), at a rate of one's own."""
+    """galore_torch.GaLoreAdafactor (arXiv:2403.03507), with a learning rate that is given."""
 
     def __init__(self, params: ParamsT, **options: Any) -> None:
         super().__init__(params, scale_parameter=False, relative_step=False, **options)

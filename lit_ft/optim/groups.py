@@ -17,17 +17,17 @@ class GroupRule:
     """Which parameters form a group, and the optimizer options of that group.
 
     Attributes:
-        name: The group's name, in learning-rate monitors and checkpoints.
-        match: Regular expression, searched in the parameter's name.
-        min_ndim: Fewest dimensions of a parameter in the group.
-        max_ndim: Most dimensions; None for no limit.
+        name: The group's name in learning-rate monitors and checkpoints.
+        match: The regular expression that is searched in a parameter's name.
+        min_ndim: The fewest dimensions of a parameter in the group.
+        max_ndim: The most dimensions of a parameter in the group; None for no limit.
         required: Whether it is an error that the rule takes no parameter.
-        options: Optimizer options of the group, such as `{"weight_decay": 0.0}`; the optimizer's
-            own hold for the others.
+        options: The optimizer options of the group, such as `{"weight_decay": 0.0}`; the optimizer
+            sets the others.
 
     Raises:
-        ValueError: `match` is no regular expression, no parameter can have the dimensions asked
-            for, or an option has a name that torch uses for the group itself.
+        ValueError: `match` is not a regular expression, no parameter can have the dimensions, or an
+            option has a name that torch uses for the group itself.
     """
 
     name: str
@@ -77,12 +77,14 @@ def parameter_groups(
     """Sort the trainable parameters into groups for a torch optimizer.
 
     Args:
-        named_parameters: As from `module.named_parameters()`. Frozen parameters are left out; one
-            that comes under several names (tied weights) counts once, under the first.
-        rules: Tried in turn; the first that takes a parameter has it.
+        named_parameters: The parameters with their names, as from `module.named_parameters()`.
+            Frozen ones are left out; one with several names (tied weights) counts once, under the
+            first.
+        rules: The rules in the order in which they are tried; the first that matches a parameter
+            takes it.
 
     Returns:
-        One group a rule, in the rules' order and without the empty ones: the rule's options,
+        One group per rule, in the order of the rules and without empty groups: the rule's options,
         `name`, and `params` as (name, parameter) pairs, which torch optimizers split into `params`
         and `param_names`.
 
@@ -95,7 +97,10 @@ def parameter_groups(
         if parameter.requires_grad:
             trainable.setdefault(parameter, name)
     if not trainable:
-        raise ValueError("There is nothing to optimize: no parameter requires a gradient.")
+        raise ValueError(
+            "There is nothing to optimize, since no parameter requires a gradient: unfreeze what "
+            "is to be trained."
+        )
     members: dict[str, list[tuple[str, Tensor]]] = {rule.name: [] for rule in rules}
     if len(members) < len(rules):
         raise ValueError(f"Group rules must differ in name: {[rule.name for rule in rules]}.")
@@ -131,13 +136,13 @@ def build_optimizer(
 
     Args:
         optimizer: An optimizer class, or a partial of one that holds its options.
-        named_parameters: As for `parameter_groups`.
-        rules: As for `parameter_groups`.
+        named_parameters: The parameters with their names; see `parameter_groups`.
+        rules: The rules in the order in which they are tried; see `parameter_groups`.
 
     Raises:
-        ValueError: From `parameter_groups`, or a rule sets an option that the optimizer does not
-            have: torch would keep it in the group and never read it. `weight_decay: 0` passes,
-            since an optimizer without decay does just that.
+        ValueError: `parameter_groups` refuses the rules, or a rule sets an option that the
+            optimizer does not have: torch would keep it in the group and never read it.
+            `weight_decay: 0` passes, since an optimizer without decay does just that.
     """
     built = optimizer(parameter_groups(named_parameters, rules))
     for rule in rules:

@@ -20,24 +20,25 @@ from lit_ft.optim.row_chunked import without_hooks
 class LayerwiseStep:
     """Makes `optimizer.step(closure)` step `parameters` inside the closure's backward pass.
 
-    There is one optimizer, the real one: as soon as a parameter's gradient is complete, the
-    optimizer, narrowed to that parameter, steps it, and the gradient is freed. What is left waits
-    for the rest of `optimizer.step`, as do its hooks, and so everything that counts steps. The
-    result equals the ordinary step bit for bit. LOMO (arXiv:2306.09782) does this for SGD.
+    There is only one optimizer. As soon as a parameter's gradient is complete, the optimizer,
+    narrowed to that parameter, steps it, and the gradient is freed. The other parameters wait for
+    the rest of `optimizer.step`, and so do its hooks and everything that counts steps. The result
+    equals the ordinary step bit for bit. LOMO (arXiv:2306.09782) does this for SGD.
 
-    A window of several backward passes keeps its gradients until the last of them, and takes the
-    ordinary step; so does a step without a closure.
+    A window of several backward passes keeps its gradients until the last pass and takes the
+    ordinary step. So does a step without a closure.
 
-    With `max_norm`, call `backward(loss)` in place of `loss.backward()`: the norm over all
+    With `max_norm`, call `backward(loss)` in place of `loss.backward()`. The norm over all
     parameters must be known before the first one moves, so backward runs twice over the same graph,
-    first for the norm alone.
+    the first time for the norm alone.
 
     Args:
-        optimizer: Any that steps a parameter on its gradient and state alone.
-        parameters: Those to step in backward: the large ones. Others of the optimizer wait.
-        max_norm: Clip the gradient of all the optimizer's parameters to this norm; None: do not.
-        max_value: Clip each element of the gradients that are used in backward to ±max_value;
-            None: do not.
+        optimizer: The optimizer, which must step each parameter from its gradient and state alone.
+        parameters: The parameters to step in backward, the large ones; the optimizer's others wait.
+        max_norm: The norm to clip the gradient of all the optimizer's parameters to; None does not
+            clip.
+        max_value: The largest absolute value of an element of the gradients that are used in
+            backward; None does not clip.
 
     Raises:
         Refusal: The optimizer needs more than one parameter at a time.
@@ -73,14 +74,14 @@ class LayerwiseStep:
 
     @property
     def clips_now(self) -> bool:
-        """Whether the closure that runs steps in backward and clips by norm itself."""
+        """Whether the running closure steps parameters in backward and clips by norm itself."""
         return self._steps_now and self.max_norm is not None
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Back-propagate `loss`; with `max_norm` twice, see above.
+        """Back-propagate the scalar `loss`, twice with `max_norm`.
 
-        The first pass leaves `grad_norm`, the norm before clipping; after the second the gradients
-        that wait are clipped with the others.
+        The first pass sets `grad_norm`, the norm before clipping. After the second pass the
+        gradients of the parameters that wait are clipped too.
         """
         held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
         if any(p.grad is not None for p in held):  # an earlier pass of the window
@@ -117,14 +118,14 @@ class LayerwiseStep:
     def _arm(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let the step's closure, in which a window's last backward pass runs, step parameters."""
+        """Let the closure, which runs the last backward pass of a window, step parameters."""
 
         def armed(closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
             if closure is None:
                 return None
 
             def run() -> Any:
-                # What is there before comes from earlier passes: all of it is in memory anyway.
+                # A gradient that exists already is from an earlier pass: all are in memory then.
                 self._steps_now = all(p.grad is None for p in self._large)
                 self._stepped.clear()
                 self.grad_norm = None
@@ -138,7 +139,7 @@ class LayerwiseStep:
         return (args[0], *map(armed, args[1:])), {k: armed(v) for k, v in kwargs.items()}
 
     def _free(self, optimizer: Optimizer, *_: Any) -> None:
-        # The others are left to whoever follows the step: GaLore still looks at them.
+        # The other gradients stay: GaLore still reads them after the step.
         for parameter in self._large:
             parameter.grad = None
 
@@ -184,7 +185,7 @@ class LayerwiseStep:
 
 
 def large_parameters(optimizer: Optimizer, min_grad_bytes: int) -> list[Tensor]:
-    """Return the optimizer's trainable parameters whose gradient takes that many bytes or more."""
+    """Return the trainable parameters whose gradient takes at least `min_grad_bytes` bytes."""
     held = (p for group in optimizer.param_groups for p in group["params"])
     return [p for p in held if p.requires_grad and p.numel() * p.itemsize >= min_grad_bytes]
 

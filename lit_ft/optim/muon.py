@@ -14,22 +14,22 @@ class MuonAdamW(Optimizer):
     """torch's Muon on the groups with `use_muon: True`, torch's AdamW on the others.
 
     Both work on this optimizer's own group dicts and state, so schedulers, checkpoints and narrowed
-    steps see one optimizer, and its weights equal those of the two run apart, bit for bit.
-    Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon); its
-    update is scaled to AdamW's usual root mean square, so that AdamW's learning rate and decay
-    carry over (arXiv:2502.16982). Embeddings, output heads and whatever is not a matrix belong to
+    steps see one optimizer. The weights equal those of the two optimizers run separately, bit for
+    bit. Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon).
+    Its update is scaled to AdamW's usual root mean square, so that AdamW's learning rate and decay
+    carry over (arXiv:2502.16982). Embeddings, output heads and all that is not a matrix belong to
     AdamW.
 
     Args:
-        params: Groups, each with `use_muon` (False if absent); any option may vary by group.
-        lr: Learning rate of both.
-        weight_decay: Decoupled decay of both.
-        momentum: Muon's.
-        nesterov: Muon's.
-        ns_steps: Muon's Newton-Schulz iterations.
-        betas: AdamW's.
-        eps: AdamW's; Muon's is fixed.
-        fused: AdamW's one-kernel implementation.
+        params: The groups, each with `use_muon` (False if absent); any option may vary by group.
+        lr: The learning rate of both optimizers.
+        weight_decay: The decoupled weight decay of both optimizers, multiplied by their rate.
+        momentum: The momentum of Muon.
+        nesterov: Whether Muon's momentum is Nesterov's.
+        ns_steps: The number of Newton-Schulz iterations of Muon.
+        betas: The decay rates of AdamW's first and second moment.
+        eps: The number that AdamW adds to the root of the second moment; Muon's is fixed.
+        fused: Whether AdamW runs as one kernel; None leaves it to torch.
 
     Raises:
         ValueError: No group uses Muon, or one that does holds a parameter that is not a matrix.
@@ -61,12 +61,12 @@ class MuonAdamW(Optimizer):
         super().__init__(params, {**shared, **muon, **adamw, "use_muon": False})
         if not any(group["use_muon"] for group in self.param_groups):
             raise ValueError(
-                "No group uses Muon: give the group of the hidden matrices `use_muon: true`, "
-                "or take AdamW."
+                "No group uses Muon: set `use_muon: true` in the group of the hidden matrices, "
+                "or use AdamW."
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group for Muon or AdamW, as its `use_muon` says.
+        """Add a group, for Muon if it has `use_muon: True` and for AdamW otherwise.
 
         Raises:
             ValueError: Muon is to take a parameter that is not a matrix.
@@ -94,7 +94,7 @@ class MuonAdamW(Optimizer):
             groups = [group for group in self.param_groups if group["use_muon"] is uses_muon]
             if groups:
                 # torch's constructors take the dicts themselves and fill in missing options. They
-                # are cheap, and built anew they cannot miss a reload or a group that was added.
+                # are cheap, and built at each step they cannot miss a reload or an added group.
                 optimizer: Optimizer = optimizer_class(groups)
                 optimizer.state = self.state
                 optimizer.step()

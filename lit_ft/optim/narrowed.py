@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 def narrowed(optimizer: Optimizer, *parameters: Tensor) -> Iterator[None]:
     """Let `optimizer.step()` inside the block touch `parameters` only.
 
-    Every group stays, with its options, and keeps only its share of `parameters`; no state moves.
-    One narrowed step a parameter equals one whole step bit for bit, provided that the optimizer
-    keeps what it counts per parameter. One that counts steps in its groups (schedule-free
-    optimizers do) would count every parameter as a step.
+    Every group stays, with its options, and holds only its share of `parameters`; no state moves.
+    One narrowed step per parameter equals one whole step bit for bit, if the optimizer counts per
+    parameter. An optimizer that counts steps in its groups, as schedule-free ones do, would count
+    every parameter as a step.
 
     Args:
-        optimizer: Any torch optimizer.
-        *parameters: Parameters of `optimizer`; none at all makes the step a no-op.
+        optimizer: The torch optimizer to narrow.
+        *parameters: The parameters of `optimizer` to step; without any, the step does nothing.
 
     Raises:
         ValueError: A parameter is not in the optimizer, or the optimizer is one of bitsandbytes'
@@ -54,10 +54,10 @@ def _initialise(optimizer: Optimizer) -> None:
     optimizer.check_overrides()
     if optimizer.mng.index2config:  # type: ignore[attr-defined]
         raise ValueError(
-            "bitsandbytes' overrides by module (StableEmbedding, GlobalOptimManager) go by a "
-            f"parameter's place in {type(optimizer).__name__}, and it is stepped one parameter at "
-            "a time (layerwise, or for bfloat16 weights): step float32 weights after backward, or "
-            "use no override."
+            "bitsandbytes' overrides by module (StableEmbedding, GlobalOptimManager) depend on a "
+            f"parameter's position in {type(optimizer).__name__}, which steps one parameter at a "
+            "time here (layerwise, or for bfloat16 weights): step float32 weights after backward, "
+            "or use no override."
         )
     optimizer.to_gpu()  # type: ignore[attr-defined]
     optimizer.initialized = True  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Keep bfloat16 weights learning: step them in float32, round the result stochastically.
 
-Between 1 and 2 neighbouring bfloat16 numbers are 2^-7 apart, so that a norm weight at 1 ignores
+Between 1 and 2, neighbouring bfloat16 numbers are 2^-7 apart. A norm weight at 1 therefore ignores
 every update below 2^-8: rounding to nearest takes it back to 1 each time. Rounding up with the
 probability of the remainder keeps the expectation (Gupta et al., arXiv:1502.02551; for language
 models Zamirai et al., arXiv:2010.06192), and needs no float32 copy of the weights.
@@ -32,19 +32,19 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
     """Give `optimizer`'s bfloat16 parameters float32 steps and stochastic rounding.
 
     The optimizer stays the same object, with its groups, state and hooks; its class becomes a
-    subclass of what it was. Each bfloat16 parameter is stepped by itself on a float32 copy, so its
-    state is float32 (8 bytes a weight for AdamW). The copies are those of a few rows at a time, or
-    of one whole parameter where an optimizer needs to see it (Muon, Adafactor). Other parameters
-    take the ordinary step.
+    subclass of its own. Each bfloat16 parameter is stepped by itself on a float32 copy, so its
+    state is float32 (8 bytes a weight for AdamW). The copy is of a few rows at a time, or of the
+    whole parameter where the optimizer needs all of it (Muon, Adafactor). Other parameters take the
+    ordinary step.
 
     The random bits depend on the seed, the parameter's position in the optimizer and the number of
-    times that it was rounded. The latter is saved with its state, so a resumed run repeats the
-    uninterrupted one bit for bit, and layerwise updates equal whole steps.
+    times that it has been rounded. This number is saved with the state, so a resumed run repeats
+    the uninterrupted one bit for bit, and layerwise updates equal whole steps.
 
     Args:
-        optimizer: Any optimizer that can be `narrowed` and whose step needs no closure. Wrap it
-            before a learning-rate scheduler sees it: schedulers hold on to the step they find.
-        seed: The same on every rank, so that replicas stay equal.
+        optimizer: The optimizer, which must allow itself to be `narrowed` and need no closure. Wrap
+            it before a learning-rate scheduler sees it: schedulers hold on to the step they find.
+        seed: The seed of the random bits, the same on every rank so that replicas stay equal.
 
     Returns:
         `optimizer` itself; unchanged if it has no bfloat16 parameter.
@@ -62,7 +62,7 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
 
 
 class _StochasticallyRounded(RowChunked):
-    """Steps bfloat16 parameters apart, each on a float32 copy of a few of its rows at a time."""
+    """Steps bfloat16 parameters one by one, on a float32 copy of a few rows at a time."""
 
     _rounding_seed: int
     _rounding_index: dict[Tensor, int]
@@ -79,7 +79,7 @@ class _StochasticallyRounded(RowChunked):
         return stand_in
 
     def _take_back(self, parameter: Tensor, rows: slice | None, stand_in: Tensor) -> None:
-        # Of a sharded parameter, which comes in one piece, each rank rounds the part that it holds.
+        # A sharded parameter comes in one piece, and each rank rounds the part that it holds.
         first_row, *columns = (rows.start,) if rows else first_element(parameter)
         first = (first_row, *columns) if any(columns) else (first_row,)
         times = self.state[parameter].get("times_rounded", 0)

@@ -1,4 +1,4 @@
-"""Step parameters apart from each other, large ones a few rows at a time."""
+"""Step parameters one by one, large ones a few rows at a time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 def row_chunked(optimizer: AnyOptimizer) -> AnyOptimizer:
     """Let bitsandbytes' 8-bit optimizers step a few rows at a time where they run on the CPU.
 
-    Their CPU step holds about five float32 copies of a parameter at once, which for the largest
-    is more than its gradient and state. Others are returned as they are: fused steps need no
-    copies, and on a GPU bitsandbytes' do not either. The result is the same bit for bit.
+    Their CPU step holds about five float32 copies of a parameter at once. For the largest parameter
+    this is more than its gradient and state. Other optimizers are returned unchanged: fused steps
+    need no copies, and neither do bitsandbytes' on a GPU. The result is the same bit for bit.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     in_copies = traits_of(type(optimizer)).copies_on_cpu and _steps_rows(optimizer)
@@ -34,10 +34,10 @@ def row_chunked(optimizer: AnyOptimizer) -> AnyOptimizer:
 
 
 class RowChunked(Optimizer):
-    """What `take_class` puts in front of an optimizer's own class: it steps some parameters apart.
+    """The class that `take_class` puts before an optimizer's own, to step some parameters alone.
 
-    A parameter apart is stepped by itself, on a stand-in for each of its pieces: a float32 view of
-    its rows here, a copy in subclasses. State stays that of the whole parameter.
+    Each of these is stepped on a stand-in for each block of its rows: a float32 view here, a copy
+    in subclasses. The state stays that of the whole parameter.
     """
 
     _own_step: Callable[[], Any]
@@ -45,7 +45,7 @@ class RowChunked(Optimizer):
     @Optimizer.profile_hook_step
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the parameters apart after all others."""
+        """Step most parameters together, then these one by one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -63,7 +63,7 @@ class RowChunked(Optimizer):
             self._step_apart(parameter)
         return loss
 
-    step.hooked = True  # type: ignore[attr-defined]  # torch's mark: it must not hook the step twice
+    step.hooked = True  # type: ignore[attr-defined]  # tells torch not to hook the step again
 
     def _is_apart(self, parameter: Tensor) -> bool:
         return parameter.device.type == "cpu" and len(row_blocks(parameter)) > 1
@@ -75,11 +75,11 @@ class RowChunked(Optimizer):
         return stand_in
 
     def _take_back(self, parameter: Tensor, rows: slice | None, stand_in: Tensor) -> None:
-        """Bring a stepped stand-in's values into the parameter's rows."""
+        """Copy the values of a stepped stand-in into the parameter's rows."""
 
     def _step_apart(self, parameter: Tensor) -> None:
         by_row = _steps_rows(self) and not is_sharded(parameter)
-        by_row &= not parameter.is_meta  # where an estimate steps it, and memory is free
+        by_row &= not parameter.is_meta  # an estimate steps it whole, since memory is free there
         pieces = row_blocks(parameter) if by_row else [slice(None)]
         if len(pieces) == 1:
             stand_in = self._stand_in(parameter, None)
@@ -90,7 +90,7 @@ class RowChunked(Optimizer):
         before = dict(self.state[parameter])
         for rows in pieces:
             stand_in = self._stand_in(parameter, rows)
-            # Counters that are tensors are counted up in place: each piece gets its own.
+            # Counters that are tensors are incremented in place, so each piece gets its own.
             part = {
                 key: value.clone() if isinstance(value, Tensor) and value.ndim == 0 else value
                 for key, value in rows_of(before, shape, rows).items()
@@ -111,12 +111,12 @@ class RowChunked(Optimizer):
 
 
 def at(tensor: Tensor, rows: slice | None) -> Tensor:
-    """Return a view of some rows; None is all of them, of a scalar too."""
+    """Return a view of some rows of `tensor`; None stands for all of it, scalars included."""
     return tensor if rows is None else tensor[rows]
 
 
 def take_class(optimizer: Optimizer, mixin: type[RowChunked], **attributes: Any) -> None:
-    """Let `optimizer` become a subclass of `mixin` and of what it is, the same object.
+    """Change the class of `optimizer` in place, to a subclass of `mixin` and its own class.
 
     Raises:
         ValueError: A scheduler already holds the optimizer's step.
@@ -136,7 +136,7 @@ def take_class(optimizer: Optimizer, mixin: type[RowChunked], **attributes: Any)
 
 
 def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the optimizer step under torch's hook wrapper: hooks run once a step, around ours."""
+    """Return `step` without torch's hook wrapper, so that hooks run once, around our own step."""
     plain: Callable[..., Any] = inspect.unwrap(
         step, stop=lambda function: not hasattr(function, "hooked")
     )

@@ -17,20 +17,21 @@ from lit_ft.compat.refusal import Refusal
 
 @dataclass(frozen=True)
 class WarmupSchedule:
-    """Build a scheduler for a run of a known length.
+    """Builds a scheduler for a run of a known length.
 
     With w warm-up steps, step k (from 0) runs at (k + 1) / (w + 1) of the learning rate, step w at
-    the full rate, and everything after as transformers has it. Its own functions run step 0 at a
-    rate of zero, which wastes a batch.
+    the full rate, and later steps follow transformers' function. Used directly, these functions run
+    step 0 at a rate of zero, which wastes a batch.
 
     Attributes:
         schedule: A transformers schedule function with its options bound, such as
-            `partial(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=0.1)`: takes the
+            `partial(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=0.1)`. It takes the
             optimizer, num_warmup_steps and perhaps num_training_steps, and returns a LambdaLR.
-        warmup: Length of the warm-up: below 1 a fraction of the run, from 1 on optimizer steps.
+        warmup: The length of the warm-up: below 1 a fraction of the run, from 1 on a number of
+            optimizer steps.
 
     Raises:
-        ValueError: `warmup` is negative or a broken number of steps.
+        ValueError: `warmup` is negative, or above 1 and not a whole number.
     """
 
     schedule: Callable[..., LambdaLR]
@@ -44,7 +45,7 @@ class WarmupSchedule:
             )
 
     def num_warmup_steps(self, num_training_steps: int) -> int:
-        """Return the optimizer steps below the full rate in a run of `num_training_steps`."""
+        """Return how many of `num_training_steps` optimizer steps are below the full rate."""
         if self.warmup < 1:
             return min(math.ceil(self.warmup * num_training_steps), num_training_steps - 1)
         return int(self.warmup)
@@ -53,16 +54,16 @@ class WarmupSchedule:
         """Attach the schedule to `optimizer`; call `step()` after each optimizer step.
 
         Args:
-            optimizer: Its groups' learning rates are the peaks.
-            num_training_steps: Optimizer steps of the whole run, those before a resume included;
-                Lightning's `trainer.estimated_stepping_batches`.
+            optimizer: The optimizer, whose groups' learning rates are the peaks.
+            num_training_steps: The optimizer steps of the whole run, including those before a
+                resume; Lightning's `trainer.estimated_stepping_batches`.
 
         Raises:
             ValueError: The length is unknown, or the warm-up does not end within it.
         """
         if not (math.isfinite(num_training_steps) and num_training_steps >= 1):
             raise Refusal(
-                f"A schedule needs the run's length, and got {num_training_steps} steps",
+                f"A schedule needs the run's length, which is {num_training_steps} steps here",
                 remedies.MAX_STEPS,
             )
         length = int(num_training_steps)
@@ -72,7 +73,7 @@ class WarmupSchedule:
                 f"A warm-up of {warmup} steps does not end within {length} steps",
                 remedies.SHORTER_WARMUP,
             )
-        # The functions' step 0 has rate zero: ask for one step more and start behind it.
+        # Step 0 of the functions has rate zero: request one step more and start after it.
         lengths = {"num_warmup_steps": warmup + 1, "num_training_steps": length + 1}
         accepted = inspect.signature(self.schedule).parameters
         curve = self.schedule(
@@ -84,8 +85,8 @@ class WarmupSchedule:
 class _OfThisLength(LambdaLR):
     """A LambdaLR that resumes on its own curve: the saved rate belongs to the saved run's length.
 
-    The restored optimizer brings the saved rate back, which would rule the first resumed step (and
-    be zero behind a linear schedule's end).
+    The restored optimizer holds the saved rate, which would rule the first resumed step (and be
+    zero after the end of a linear schedule).
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Moments of 8 bits, as plain tensors: a code an element, a scale a block of a row."""
+"""8-bit moments as plain tensors: one code per element, and one scale per block of a row."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from lit_ft.tensors.sharding import holds_whole_rows, local
 if TYPE_CHECKING:
     from torchao.optim.subclass_8bit import OptimState8bit
 
-# As bitsandbytes has them: the largest block, and the smallest tensor that is worth the codes.
+# bitsandbytes' numbers: the largest block, and the smallest tensor that is worth quantising.
 _BLOCK, _MIN_ELEMENTS = 256, 4096
-# Below it a block's scale weighs too much.
+# In smaller blocks the scale takes too large a share of the bytes.
 _MIN_BLOCK = 16
 
 
 def zeros_8bit(name: str, like: Tensor) -> dict[str, Tensor]:
-    """Return the entries of a moment `name` that is zero: `name`, and `<name>_scale` beside codes.
+    """Return the state entries of a moment that is zero, in the shape of `like`.
 
-    A block ends where its row ends, so that it does not matter how ranks share the rows: both
-    tensors are spread as `like` is, and each rank's part is what it would be of the whole. Small
-    tensors, and those whose rows do not divide into blocks of 16 to 256, are kept in float32.
+    They are `name`, codes in uint8, and `<name>_scale`, float32 [..., columns / block]. Blocks end
+    with their rows, so it does not matter how ranks share the rows: both tensors are sharded as
+    `like` is, and each rank holds its part of the same values. Small tensors, and those whose rows
+    do not divide into blocks of 16 to 256, are kept in float32, without a scale.
 
     Args:
-        name: As optimizers call their state; that of squares ends in "_sq".
+        name: The name of the moment in the optimizer's state; that of squares ends in "_sq".
         like: The parameter [..., columns], sharded by rows or not at all.
 
     Raises:
         ValueError: Ranks share `like` by its columns.
     """
     if not holds_whole_rows(like):
-        raise ValueError("8-bit state needs whole rows, and ranks share a parameter by columns.")
+        raise ValueError(
+            "8-bit state needs whole rows, and ranks share a parameter by columns: shard it by "
+            "rows."
+        )
     like = like.detach()
     columns = like.shape[-1] if like.ndim else 1
     block = next(size for size in range(min(_BLOCK, columns), 0, -1) if columns % size == 0)
@@ -47,11 +51,11 @@ def zeros_8bit(name: str, like: Tensor) -> dict[str, Tensor]:
 
 
 def as_float(name: str, state: Mapping[str, Any]) -> Tensor | OptimState8bit:
-    """Return this rank's part of a moment: what it reads and writes are float32.
+    """Return this rank's part of a moment, [rows, ...], which reads and writes as float32.
 
     Args:
-        name: Of the moment in `state`.
-        state: One parameter's, or that of some of its rows.
+        name: The name of the moment in `state`.
+        state: The optimizer's state of one parameter, or of some of its rows.
     """
     moment = local(state[name])
     if f"{name}_scale" not in state:
@@ -62,7 +66,7 @@ def as_float(name: str, state: Mapping[str, Any]) -> Tensor | OptimState8bit:
 
     signed = not name.endswith("_sq")
     scale = local(state[f"{name}_scale"]).view(-1)
-    # Views: to write to it writes to `state`.
+    # These are views: writing to the result writes to `state`.
     return OptimState8bit(moment, scale, _code_book(signed, moment.device), signed, torch.float32)
 
 

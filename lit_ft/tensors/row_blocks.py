@@ -1,4 +1,4 @@
-"""A matrix and its optimizer state a few rows at a time, for work that takes room of its own."""
+"""A matrix and its optimizer state a few rows at a time, for work that needs extra memory."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of a piece: on the CPU it then stays in the cache; elsewhere each one costs a launch.
+# Elements of a piece: on the CPU it then fits in the cache; elsewhere each piece costs a launch.
 _ON_CPU, _ELSEWHERE = 2**20, 2**24
 # bitsandbytes quantises moments in blocks of this many elements, each with its own maximum.
 _BLOCK = 256
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:
-    """Split the rows of [m, ...] into pieces of 2^20 elements or so (2^24 on a GPU), or into one.
+    """Split the rows of `matrix` [m, ...] into pieces of about 2^20 elements (2^24 on a GPU).
 
-    Every piece but the last holds whole blocks of 256 elements.
+    A small matrix is one piece. Every piece but the last holds whole blocks of 256 elements.
     """
     if matrix.ndim == 0 or matrix.numel() <= _elements(matrix.device):
         return [slice(None)]
     rows, columns = len(matrix), matrix.numel() // len(matrix)
     size = rows_per_block(columns, matrix.device)
-    # A short rest goes with the last piece: bitsandbytes keeps other state for tiny tensors.
+    # A short rest joins the last piece: bitsandbytes keeps other state for tiny tensors.
     starts = range(0, max(rows - size // 2, 1), size)
     return [slice(start, start + size) for start in starts[:-1]] + [slice(starts[-1], rows)]
 
 
 def rows_per_block(columns: int, device: torch.device) -> int:
-    """Return how many rows of so many columns make a piece on that device."""
+    """Return how many rows of `columns` elements make a piece on `device`."""
     step = _BLOCK // gcd(_BLOCK, columns)
     return max(_elements(device) // columns // step, 1) * step
 
@@ -38,13 +38,13 @@ def rows_per_block(columns: int, device: torch.device) -> int:
 def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> dict[str, Any]:
     """Return the part of an optimizer's state that belongs to some rows of a parameter.
 
-    Tensors of the parameter's shape and the scales of quantised blocks come as views; the rest,
-    such as counters and code books, as it is.
+    Tensors of the parameter's shape and the scales of quantised blocks come as views. Other
+    entries, such as counters and code books, come as they are.
 
     Args:
-        state: One parameter's.
-        shape: The parameter's.
-        rows: One of its `row_blocks`.
+        state: The optimizer's state of the whole parameter.
+        shape: The shape of the parameter.
+        rows: The rows, one of the parameter's `row_blocks`.
     """
     parts = {key: _part(key, value, shape, rows) for key, value in state.items()}
     return {key: state[key] if part is None else state[key][part] for key, part in parts.items()}
@@ -53,10 +53,16 @@ def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> di
 def put_rows(
     state: dict[str, Any], part: Mapping[str, Any], shape: tuple[int, ...], rows: slice
 ) -> None:
-    """Bring the state of some rows back into the whole: the inverse of `rows_of`.
+    """Write the state of some rows into that of the whole parameter: the inverse of `rows_of`.
 
-    What the whole does not have yet comes into being, for all rows. What is not kept by row is
-    taken as it is.
+    Entries that the whole does not have yet are created for all rows. Entries that are not kept by
+    row are replaced.
+
+    Args:
+        state: The optimizer's state of the whole parameter, changed in place.
+        part: The state of the rows.
+        shape: The shape of the parameter.
+        rows: The rows, one of the parameter's `row_blocks`.
     """
     size = len(range(*rows.indices(shape[0]))), *shape[1:]
     for key, value in part.items():
@@ -76,7 +82,7 @@ def _elements(device: torch.device) -> int:
 
 
 def _part(key: str, value: Any, shape: tuple[int, ...], rows: slice) -> slice | None:
-    """Return which part of a state's entry belongs to `rows`; None if it is not kept by row."""
+    """Return the part of a state's entry that belongs to `rows`; None if it is not kept by row."""
     if not isinstance(value, Tensor):
         return None
     if value.shape == shape or key.endswith("_scale"):  # see lit_ft.tensors.quantized_state

@@ -1,4 +1,4 @@
-"""What one rank holds of a tensor that is spread over the ranks."""
+"""The part that one rank holds of a tensor that is sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_model_sharded(model: object) -> bool:
-    """Whether ranks hold parts of `model`: what it does, all of them have to do together."""
+    """Whether ranks hold parts of `model`, so that all of them must run it together."""
     return isinstance(model, nn.Module) and (
         isinstance(model, FSDPModule) or any(is_sharded(p) for p in model.parameters())
     )
 
 
 def fsdp_root(model: nn.Module) -> FSDPModule | None:
-    """Return the outermost module that FSDP2 brings together: `model`, or what is wrapped in it."""
+    """Return the outermost FSDP2 module: `model` or a module inside it; None if there is none."""
     return next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's rows, all of them where nothing is sharded; writes go through."""
+    """Return this rank's part of `tensor`, all of it if it is not sharded; writes change it."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return all rows, gathered from the ranks where they are sharded."""
+    """Return all of `tensor`, gathered from the ranks if it is sharded."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return `tensor`, whole and the same on all ranks, spread as `like` is; nothing is sent."""
+    """Return `tensor`, which is whole on every rank, sharded as `like` is; nothing is sent."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
@@ -56,12 +56,12 @@ def holds_whole_rows(tensor: Tensor) -> bool:
 
 
 def first_row(tensor: Tensor) -> int:
-    """Return which row of the whole is the first of `local(tensor)`."""
+    """Return the index of the first row of `local(tensor)` in the whole tensor."""
     return first_element(tensor)[0]
 
 
 def first_element(tensor: Tensor) -> tuple[int, ...]:
-    """Return where in the whole the first element of `local(tensor)` is: row, column, ..."""
+    """Return the index (row, column, ...) of the first element of `local(tensor)` in the whole."""
     if not isinstance(tensor, DTensor):
         return (0,) * max(tensor.ndim, 1)
     _, offsets = compute_local_shape_and_global_offset(
@@ -73,11 +73,12 @@ def first_element(tensor: Tensor) -> tuple[int, ...]:
 def added_over_ranks(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return each of `sums` added up over the ranks that share the tensor it belongs to.
 
-    They travel in one message, if the same ranks share all tensors.
+    The sums travel in one message if the same ranks share all tensors.
 
     Args:
-        sums: 1-D, of the same length on every rank: what a rank has found in its rows.
-        tensors: Sharded by rows, or not at all: then the sum is complete already.
+        sums: The sums over the rows that this rank holds, 1-D and of the same length on every rank.
+        tensors: The tensor that each sum belongs to, sharded by rows or not at all. A sum of a
+            tensor that is not sharded is complete already.
     """
     totals = list(sums)
     messages: dict[Any, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, with random bits that a resumed or cut run repeats."""
+"""Stochastic rounding to bfloat16, with random bits that a resumed or sharded run repeats."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ log = logging.getLogger(__name__)
 def round_stochastically(x: Tensor, *, generator: torch.Generator) -> Tensor:
     """Round float32 `x` to one of its two bfloat16 neighbours, with expectation `x`.
 
-    A bfloat16 is the upper half of a float32: adding a uniform 16-bit integer to the lower half
-    carries into the upper with the probability of the remainder, the rest is cut off. Values that
-    bfloat16 holds, infinities and NaN stay what they are; finite values beyond the largest
-    bfloat16 become that one, never infinite.
+    A bfloat16 is the upper half of a float32. Adding a uniform 16-bit integer to the lower half
+    carries into the upper half with the probability of the remainder; the lower half is then cut
+    off. Values that bfloat16 holds, infinities and NaN do not change. Finite values beyond the
+    largest bfloat16 become that one, never infinite. Gupta et al., arXiv:1502.02551.
 
     Args:
-        x: float32 tensor of any shape.
-        generator: Source of the random bits, on `x`'s device.
+        x: The float32 tensor to round, of any shape.
+        generator: The source of the random bits, on the device of `x`.
 
     Returns:
-        bfloat16 tensor of `x`'s shape.
+        A bfloat16 tensor of the shape of `x`.
     """
     assert x.dtype is torch.float32
     return round_with(x, random_bits(x.shape, x.device, generator=generator))
@@ -35,13 +35,13 @@ def round_stochastically(x: Tensor, *, generator: torch.Generator) -> Tensor:
 def random_bits(
     shape: Sequence[int], device: torch.device, *, generator: torch.Generator
 ) -> Tensor:
-    """Return uniform 16-bit integers, as int32; `generator` is of `device`."""
+    """Return uniform 16-bit integers of `shape`, as int32; `generator` must be on `device`."""
     bits = torch.empty(shape, dtype=torch.int32, device=device)
     return bits.random_(0, 1 << 16, generator=generator)
 
 
 def round_with(x: Tensor, bits: Tensor) -> Tensor:
-    """As `round_stochastically`, with `random_bits` of `x`'s shape at hand."""
+    """Round float32 `x` as `round_stochastically` does, with `random_bits` of its shape."""
     return _in_one_kernel(_rounded, x.detach(), bits)
 
 
@@ -49,12 +49,12 @@ def round_moved(weight: Tensor, step: Tensor, bits: Tensor, *, keep: float) -> T
     """Return `keep` · `weight` + `step`, summed in float32 and rounded as `round_with` does.
 
     Args:
-        weight: bfloat16.
-        step: float32, of `weight`'s shape.
-        bits: `random_bits` of that shape.
-        keep: A factor, such as 1 − decay.
+        weight: The bfloat16 weight, of any shape.
+        step: The float32 step, of the shape of `weight`.
+        bits: The `random_bits`, of the shape of `weight`.
+        keep: The factor of the weight, such as 1 − decay.
     """
-    # A tensor on the host: a number would be compiled in, and change with the learning rate.
+    # A tensor on the host: a number would be compiled in, and it changes with the learning rate.
     factor = torch.tensor(keep, device="cpu")
     return _in_one_kernel(_moved_and_rounded, weight, step, bits, factor)
 
@@ -71,9 +71,9 @@ def _moved_and_rounded(weight: Tensor, step: Tensor, bits: Tensor, keep: Tensor)
 
 
 def _in_one_kernel(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Apply an elementwise operation; on a GPU without reading and writing for each part of it."""
+    """Apply an elementwise operation to tensors of one shape, in one kernel where that compiles."""
     shape = tensors[0].shape
-    # In one row: else each number of dimensions, and square matrices, would be other graphs.
+    # Flattened: otherwise each number of dimensions, and square matrices, would need a graph.
     rows = [tensor.reshape(-1) if tensor.ndim else tensor for tensor in tensors]
     if tensors[0].is_cuda and _compiles(tensors[0].device):
         operation = _compiled(operation)
@@ -87,8 +87,8 @@ def _compiled(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @cache
 def _compiles(device: torch.device) -> bool:
-    # A kernel's blocks are made for the size that it is first compiled on: those for 8 elements
-    # took 25 times as long as the memory did (benchmarks/results/optimizer_step_cuda.json).
+    # A kernel's blocks suit the size that it is first compiled for: those for 8 elements took 25
+    # times as long as the memory traffic (benchmarks/results/optimizer_step_cuda.json).
     x = torch.zeros(2**20, device=device)
     bits = x.int()
     try:
@@ -105,11 +105,11 @@ def _compiles(device: torch.device) -> bool:
 
 
 def own_gpu() -> list[int]:
-    """Return this process's GPU, for `torch.random.fork_rng`, which else takes all and warns."""
+    """Return this process's GPU, for `torch.random.fork_rng`, which by default takes all GPUs."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
-    """Return a generator that depends on `key` alone, such as (seed, step, layer)."""
+    """Return a generator on `device` that depends on `key` alone, such as (seed, step, layer)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))

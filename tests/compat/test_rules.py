@@ -63,7 +63,7 @@ def test_a_callback_of_another_project_hears_of_its_own_part_alone(plan):
         (Plan(parallel="undefined"), "does not say how", "strategy=fsdp"),
         (
             Plan(basis=BASES["online"], parallel="fsdp", precision="bf16-true"),
-            "one type of numbers",
+            "one dtype within a block",
             "trainer.precision=bf16-mixed",
         ),
         (
@@ -81,7 +81,7 @@ def test_a_callback_of_another_project_hears_of_its_own_part_alone(plan):
         (Plan(layerwise=True, clips_its_own_way=True), "nothing to clip|no gradients", "update"),
         (
             Plan(layerwise=True, clip="norm", back_propagates_its_own_way=True),
-            "has to do so twice",
+            "must do so twice",
             "trainer.gradient_clip_val=null",
         ),
         (Plan(finds_batch_size=True, devices=2), "one device", "trainer.devices=1"),

@@ -246,7 +246,7 @@ def test_a_group_added_later_is_rounded_too() -> None:
 
 def test_float16_and_late_wrapping_are_refused() -> None:
     half = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
-    with pytest.raises(ValueError, match="float16 .* Use precision=bf16-true"):
+    with pytest.raises(ValueError, match='float16 .* Use precision="bf16-true"'):
         stochastically_rounded(SGD([half], lr=1.0), seed=0)
     _, optimizer = build("adamw")
     stochastically_rounded(optimizer, seed=0)

@@ -101,8 +101,8 @@ def test_a_warmup_that_means_nothing_is_refused(warmup: float) -> None:
     ("warmup", "steps", "message"),
     [
         (10, 10, "does not end within 10 steps"),
-        (0.5, -1, "trainer.max_steps"),
-        (0.5, float("inf"), "trainer.max_steps"),
+        (0.5, -1, r"Set Trainer\(max_steps="),
+        (0.5, float("inf"), r"Set Trainer\(max_steps="),
     ],
 )
 def test_a_run_that_the_schedule_does_not_fit_is_refused(
