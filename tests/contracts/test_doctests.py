@@ -23,6 +23,7 @@ PUBLIC = [
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)  # rich would colour the tables
     assert doctest.testmod(import_module(name)).failed == 0  # it prints what differs
     assert not list(tmp_path.iterdir()), "an example leaves no file"
 
