@@ -49,7 +49,8 @@ class AutoBatchSize(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse several devices, because their trials could disagree."""
         if stage == "fit":
-            check_run(trainer, pl_module, parts=["batch size"])
+            own = self.plan_facts(trainer, pl_module)
+            check_run(trainer, pl_module, parts=["batch size"], **own)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return the fact that this callback sets the batch size."""
@@ -61,7 +62,7 @@ class AutoBatchSize(Callback):
         rows = data.batch_size * trainer.accumulate_grad_batches
         found, peak = self._largest(trainer, pl_module, rows, data.max_length)
         rank_zero_info(
-            f"AutoBatchSize: {found} rows a micro-batch, accumulated over {rows // found} "
+            f"AutoBatchSize: batch_size={found} accumulate_grad_batches={rows // found} "
             f"({peak / 2**30:.2f} GiB for rows of {data.max_length} tokens)."
         )
         if isinstance(trainer.val_check_interval, int):  # counts micro-batches

@@ -116,7 +116,8 @@ class GaLore(Callback):
             Misconfiguration: If the module, the strategy or another callback does not work with
                 GaLore.
         """
-        check_run(trainer, pl_module, parts=["galore"])
+        own = self.plan_facts(trainer, pl_module)
+        check_run(trainer, pl_module, parts=["galore"], **own)
         if self._module is pl_module:
             assert self.updater is not None
             self.updater.freeze_weights()

@@ -66,7 +66,8 @@ class LayerwiseUpdate(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse unsupported combinations before the model is loaded."""
         if stage == "fit":
-            check_run(trainer, pl_module, parts=["layerwise"])
+            own = self.plan_facts(trainer, pl_module)
+            check_run(trainer, pl_module, parts=["layerwise"], **own)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return how the module steps, clips and back-propagates."""
