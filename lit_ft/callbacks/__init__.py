@@ -1,4 +1,4 @@
-"""Lightning callbacks for any project."""
+"""Lightning callbacks that work in any project."""
 
 from lit_ft.callbacks.batch_size import AutoBatchSize
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint

@@ -20,36 +20,49 @@ from lit_ft.measure.memory import current_bytes
 class AutoBatchSize(Callback):
     """Set `datamodule.batch_size` to the largest micro-batch that fits, before training starts.
 
-    `batch_size * accumulate_grad_batches` stays what it was: larger micro-batches, fewer of them.
-    Every divisor of it is tried, smallest first, by two forward and backward passes over rows of
-    `datamodule.max_length` random tokens (the longest batch that can come), as long as the memory
-    that the next one needs, by the growth so far, is there beside the optimizer's state to come.
+    The product `batch_size * accumulate_grad_batches` does not change: micro-batches become larger
+    and fewer. The divisors of this product are tried, smallest first. Each trial runs two forward
+    and backward passes over rows of `datamodule.max_length` random tokens, the longest rows that
+    can occur. The search stops before a size that, by the growth so far, would need more memory
+    than is free without the part that the optimizer's state will take.
 
-    The module must offer `loss_sum(batch)`, the data module `batch_size` and `max_length`.
+    The module must have a method `loss_sum(batch)`, and the data module the attributes `batch_size`
+    and `max_length`.
 
     Args:
-        headroom: Share of the free memory that is left alone, for fragmentation and neighbours.
+        headroom: The fraction of the free memory that stays unused, for fragmentation and for other
+            processes on the device.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(
+        ...     callbacks=[AutoBatchSize(headroom=0.2)],
+        ...     accumulate_grad_batches=8,
+        ...     logger=False,
+        ...     accelerator="cpu",
+        ... )
     """
 
     def __init__(self, headroom: float = 0.1) -> None:
         self.headroom = headroom
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several devices, whose probes could disagree."""
+        """Refuse several devices, because their trials could disagree."""
         if stage == "fit":
-            check_run(trainer, pl_module, parts=["batch size"])
+            own = self.plan_facts(trainer, pl_module)
+            check_run(trainer, pl_module, parts=["batch size"], **own)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return that the batch size is measured."""
+        """Return the fact that this callback sets the batch size."""
         return {"finds_batch_size": True}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search, and set what was found."""
+        """Search for the largest micro-batch, and set it."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         rows = data.batch_size * trainer.accumulate_grad_batches
         found, peak = self._largest(trainer, pl_module, rows, data.max_length)
         rank_zero_info(
-            f"AutoBatchSize: {found} rows a micro-batch, accumulated over {rows // found} "
+            f"AutoBatchSize: batch_size={found} accumulate_grad_batches={rows // found} "
             f"({peak / 2**30:.2f} GiB for rows of {data.max_length} tokens)."
         )
         if isinstance(trainer.val_check_interval, int):  # counts micro-batches
@@ -57,7 +70,7 @@ class AutoBatchSize(Callback):
             trainer.val_check_interval = max(1, round(steps * rows / found))
         data.batch_size = found
         trainer.accumulate_grad_batches = rows // found
-        # Counting the steps of an epoch has made a loader already, of the other batches.
+        # Counting the steps of an epoch has already made a loader, with batches of the old size.
         trainer.fit_loop._combined_loader = None
 
     def _largest(
@@ -67,13 +80,13 @@ class AutoBatchSize(Callback):
         states = [n for o in trainer.optimizers for n in estimate_state_bytes(o)]
         if None in states:
             rank_zero_warn(
-                "The optimizer does not tell how large its state will be, and nothing is set aside "
-                "for it: if the first step runs out of memory, take a smaller batch size."
+                "The optimizer does not report the size of its state, so no memory is reserved for "
+                "it. If the first step runs out of memory, use a smaller batch size."
             )
         reserved = sum(n or 0 for n in states)
         free = int(_free_bytes(device) * (1 - self.headroom)) - reserved
-        # One baseline for all: a CPU's allocator keeps what a smaller batch has freed, so that the
-        # next one's growth alone would look small.
+        # One baseline for all: a CPU's allocator keeps the memory that a smaller batch freed, which
+        # would make the growth of the next one alone look small.
         baseline = current_bytes(device).value
         needed: dict[int, int] = {}
         for size in (n for n in range(1, rows + 1) if rows % n == 0):
@@ -81,7 +94,7 @@ class AutoBatchSize(Callback):
                 break
             try:
                 peak = _peak_of(trainer, module, size, length, device)
-                # Resident memory is noisy where a batch weighs little: it never falls here.
+                # Resident memory is noisy for small batches, so the estimate never falls.
                 needed[size] = max(peak - baseline, 1, *needed.values())
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -111,7 +124,7 @@ def _peak_of(
     vocabulary = module.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, operator]
     reset_peak(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for _ in range(2):  # the second meets the gradients of the first, as under accumulation
+        for _ in range(2):  # gradients of the first are in memory, as under accumulation
             tokens: Tensor = torch.randint(vocabulary, (size, length), device=device)
             with trainer.precision_plugin.forward_context():
                 loss, num_targets = module.loss_sum({"input_ids": tokens, "labels": tokens})  # type: ignore[operator]
@@ -120,7 +133,7 @@ def _peak_of(
 
 
 def _extrapolated(needed: dict[int, int], size: int) -> float:
-    """Continue the line through the last two measurements (through one and zero at first)."""
+    """Extend the line through the last two measurements (at first through one and the origin)."""
     sizes = sorted(needed)[-2:]
     if len(sizes) == 1:
         return needed[sizes[0]] * size / sizes[0]

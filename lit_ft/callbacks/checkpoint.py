@@ -1,4 +1,4 @@
-"""The two checkpoints that a run keeps: the last state to go on from, the best weights to use."""
+"""The two checkpoints that a run keeps: the last full state, and the best weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,33 @@ from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keep the full state in `last.ckpt`, for resuming: every few steps, and at the end.
+    """Save the full state to `last.ckpt` for resuming, every few steps and at the end.
 
-    Saved when an optimizer step is complete, never between accumulated batches. The last planned
-    step is saved like any other, before Lightning closes the epoch, so that resuming with a larger
-    `max_steps` goes on inside the epoch.
+    The state is saved when an optimizer step is complete, never between accumulated batches. The
+    last planned step is saved like any other, before Lightning closes the epoch. Resuming with a
+    larger `max_steps` therefore continues inside the epoch.
 
     Args:
-        dirpath: folder of the file.
-        every_n_steps: optimizer steps between two saves.
+        dirpath: The folder that `last.ckpt` is written to.
+        every_n_steps: The number of optimizer steps between two saves.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     trainer = L.Trainer(
+        ...         callbacks=[LastCheckpoint(folder, every_n_steps=2)],
+        ...         max_steps=3,
+        ...         logger=False,
+        ...         accelerator="cpu",
+        ...         enable_progress_bar=False,
+        ...         enable_model_summary=False,
+        ...     )
+        ...     trainer.fit(BoringModel())
+        ...     torch.load(f"{folder}/last.ckpt")["global_step"]
+        3
     """
 
     def __init__(self, dirpath: str | Path, every_n_steps: int = 100) -> None:
@@ -37,11 +55,11 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The same whatever the interval is, so that it may change between runs."""
+        """The key in a checkpoint. It omits the interval, which may change between runs."""
         return type(self).__name__
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Start counting steps."""
         super().on_train_start(trainer, pl_module)
         self._every_n.start(trainer)
         self._last_global_step_saved = trainer.global_step
@@ -49,39 +67,44 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is time, and at the last planned step."""
+        """Save if the interval is over, or at the last planned step."""
         due = self._every_n.due(trainer)
         if due or trainer.global_step == trainer.estimated_stepping_batches:
             self._save_once(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: steps decide."""
+        """Do nothing: only optimizer steps decide when to save."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: steps decide."""
+        """Do nothing: only optimizer steps decide when to save."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where training ended early."""
+        """Save if training ended early."""
         self._save_once(trainer)
 
     def _save_once(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             path = self.format_checkpoint_name({})
-            # Before saving: it is part of the state that is saved.
+            # Set before saving, because the path is part of the saved state.
             self.best_model_path = self.last_model_path = path
             self._save_checkpoint(trainer, path)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the weights of the best validation in `best.ckpt`, and its result in `best.json`.
+    """Save the weights of the best validation to `best.ckpt`, and its result to `best.json`.
 
-    A validation whose result is not finite is never the best. Resuming in the same folder goes on
-    from the best so far, also from one that came after the state that is resumed.
+    A validation whose result is not finite is never the best. A run that resumes in the same folder
+    continues from the best so far, even if that one came after the resumed state.
 
     Args:
-        dirpath: folder of the file.
-        monitor: logged metric to compare.
-        mode: `min` or `max`.
+        dirpath: The folder that `best.ckpt` and `best.json` are written to.
+        monitor: The name of the logged metric to compare.
+        mode: Whether the smallest ("min") or the largest ("max") value is the best.
+
+    Example:
+        >>> import lightning as L
+        >>> best = BestCheckpoint("checkpoints", monitor="val_accuracy", mode="max")
+        >>> trainer = L.Trainer(callbacks=[best], logger=False, accelerator="cpu")
     """
 
     def __init__(self, dirpath: str | Path, monitor: str = "val_loss", mode: str = "min") -> None:
@@ -96,21 +119,21 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether `current` is finite and better than the best so far."""
+        """Return whether `current` is finite and better than the best so far."""
         finite = current is not None and bool(current.isfinite())
-        # All ranks decide alike, or the next collective would hang.
+        # All ranks must decide alike, or the next collective would hang.
         if not trainer.strategy.reduce_boolean_decision(finite):
             return False
         return super().check_monitor_top_k(trainer, current)
 
     def keep_if_best(self, trainer: Trainer) -> None:
-        """Compare what `trainer.validate` has found after `fit`, where Lightning looks away."""
+        """Compare the result of `trainer.validate` after `fit`, which Lightning ignores."""
         candidates = self._monitor_candidates(trainer)
         if self.monitor in candidates:
             self._save_monitor_checkpoint(trainer, candidates)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best so far."""
+        """Continue from the best so far."""
         found = self._found()
         best = json.loads(found.read_text()) if found.is_file() else {}
         if state_dict.get("dirpath") == self.dirpath and self.monitor in best:

@@ -1,4 +1,4 @@
-"""The trained model in Hugging Face format."""
+"""Write the trained model in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -21,19 +21,25 @@ class ExportHF(Callback):
     fails exports nothing.
 
     Args:
-        folder: where to write.
-        merge: fold an adapter into the weights; else the adapter alone is written.
-        dtype: of the written weights, as `bfloat16`; None keeps the model's.
-        push_to_hub: "user/name" of a Hugging Face repository that the folder is uploaded to, made
-            where it is missing. A failed upload is a warning: the folder stays.
-        private: whether a new repository is.
+        folder: The folder to write to, made if it is missing.
+        merge: Whether to fold an adapter into the weights; otherwise the adapter alone is written.
+        dtype: The type of the written weights, such as `bfloat16`; None keeps the model's.
+        push_to_hub: The Hugging Face repository ("user/name") to upload the folder to, made if it
+            is missing. A failed upload gives a warning, and the folder stays.
+        private: Whether a newly made repository is private.
 
     Attributes:
-        export_path: the folder, once it is written.
+        export_path: The folder that was written; None until then.
 
     Raises:
-        MisconfigurationException: at the start of `fit`, if the module has no `model` that can
-            save itself, or nobody is logged in to the hub.
+        MisconfigurationException: At the start of `fit`, if `pl_module.model` has no
+            `save_pretrained`, if `push_to_hub` is no valid name, or if nobody is logged in to the
+            hub.
+
+    Example:
+        >>> import lightning as L
+        >>> export = ExportHF("my-model", dtype="bfloat16")
+        >>> trainer = L.Trainer(callbacks=[export], logger=False, accelerator="cpu")
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class ExportHF(Callback):
         self.export_path: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before training what could not be written after it."""
+        """Refuse, before training, a model that could not be written or uploaded after it."""
         self.export_path = None
         if not hasattr(getattr(pl_module, "model", None), "save_pretrained"):
             raise MisconfigurationException(
@@ -64,11 +70,11 @@ class ExportHF(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
-        # Ranks that torchrun has started may have named their run by different seconds.
+        # Ranks started by torchrun may have different times in the names of their run folders.
         folder = Path(trainer.strategy.broadcast(str(self.folder)))
         if not trainer.is_global_zero and not is_model_sharded(pl_module.model):
-            return  # ranks that hold a part each write that
-        # Not above: it brings transformers and peft along.
+            return  # only ranks that hold a part of the model write
+        # Imported here because it imports transformers and peft.
         from lit_ft.models.export.whole import export_model
 
         tokenizer = getattr(pl_module, "tokenizer", None)

@@ -1,4 +1,4 @@
-"""GaLore for any LightningModule: its optimizer trains whole weights in subspaces."""
+"""GaLore for any LightningModule: the optimizer trains whole weights in subspaces."""
 
 from __future__ import annotations
 
@@ -43,29 +43,41 @@ from lit_ft.tensors.sharding import is_sharded
 class GaLore(Callback):
     """Turn the module's optimizer into its GaLore version: full-parameter training in subspaces.
 
-    The matrices of the targeted layers are frozen for autograd and move through small parameters,
-    which take their place in the optimizer that the module builds. After each step the small
-    parameters are folded into the weights. The learning rate means what it means without GaLore.
+    The matrices of the targeted layers are frozen for autograd. Small parameters take their place
+    in the optimizer that the module builds. After each step the small parameters are folded into
+    the weights. The learning rate has the same meaning as without GaLore.
 
-    A module that shards its model (`ModelParallelStrategy`) does so in a method `shard_model`,
-    which its `configure_model` calls: the layers are injected in front of it. Or it calls
-    `lit_ft.subspace.inject` itself, before `fully_shard`.
+    A module that shards its model (`ModelParallelStrategy`) must do so in a method `shard_model`,
+    which its `configure_model` calls: the layers are injected before that call. Alternatively, the
+    module calls `lit_ft.subspace.inject` itself, before `fully_shard`.
 
-    Checkpoints hold the small parameters and their bases beside the weights, which are complete: a
-    module without the callback loads them with `strict=False`, and continues as an ordinary one.
-    What reaches a layer's weight other than through the layer (a head that is tied by hand, in
-    `F.linear(x, embedding.weight)`) gives it no gradient.
+    Checkpoints hold the complete weights, and the small parameters and their bases in addition. A
+    module without the callback loads them with `strict=False` and continues as an ordinary module.
+    A weight gets no gradient from a use outside its layer, such as a head that is tied by hand in
+    `F.linear(x, embedding.weight)`.
 
     Args:
-        rank: Of the subspaces: a quarter of the hidden size and less.
-        projector: How the bases move; None for `Oja()`, online subspace descent.
-        targets: Which layers, see `lit_ft.subspace.inject`.
-        side: What a basis spans, a layer's inputs ("right") or outputs ("left"), or whichever is
-            shorter ("std"), where it captures more and takes more memory.
-        scale: α, a number (the paper's 0.25) or "match_adamw": √(cols / rank), and 1 for
-            embeddings, what is tied to them, and the head of a transformers model; for SGD 1, for
-            Muon what its norm asks for.
-        seed: Of the bases that training starts from, and of stochastic rounding.
+        rank: The rank of the subspaces, usually a quarter of the hidden size or less.
+        projector: The rule that moves the bases; None for `Oja()`, online subspace descent.
+        targets: The layers to train in subspaces: "all", any of "attention", "mlp", "embeddings"
+            and "head", or regular expressions that are searched in a layer's name.
+        side: The side that a basis spans: a layer's inputs ("right"), its outputs ("left") or the
+            shorter of the two ("std"), which captures more and takes more memory.
+        scale: The scale α: a number (0.25 in GaLore's paper), or "match_adamw". The latter is
+            √(cols / rank), and 1 for embeddings, for layers tied to them and for the head of a
+            transformers model. It is 1 for SGD, and the ratio of the updates' norms for Muon.
+        seed: The seed of the bases that training starts from, and of stochastic rounding.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> model = BoringModel()  # one layer, of 32 inputs and 2 outputs
+        >>> trainer = L.Trainer(
+        ...     callbacks=[GaLore(rank=1)], max_steps=2, accelerator="cpu", barebones=True
+        ... )
+        >>> trainer.fit(model)
+        >>> model.layer.weight.shape, model.layer.delta.shape
+        (torch.Size([2, 32]), torch.Size([2, 1]))
     """
 
     def __init__(
@@ -88,22 +100,24 @@ class GaLore(Callback):
         self.updater: SubspaceUpdater | None = None
         self._refresh: Refresh | None = None
         self._handle: RemovableHandle | None = None
-        self._module: LightningModule | None = None  # that is injected
+        self._module: LightningModule | None = None  # whose layers are injected
         self._wrapped: dict[str, Callable[..., Any]] = {}  # the module's methods, by name
 
     def reschedule(self, refresh: Refresh) -> None:
-        """Let the bases move when `refresh` says; call it before training starts."""
+        """Move the bases at the steps that `refresh` sets; call this before training starts."""
         self._refresh = refresh
         if self.updater is not None:
             self.updater.reschedule(refresh)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject once the model is there: now, behind `configure_model`, or before `shard_model`.
+        """Inject as soon as the model exists: now, after `configure_model` or before `shard_model`.
 
         Raises:
-            Misconfiguration: The module, the strategy or another callback does not go with GaLore.
+            Misconfiguration: If the module, the strategy or another callback does not work with
+                GaLore.
         """
-        check_run(trainer, pl_module, parts=["galore"])
+        own = self.plan_facts(trainer, pl_module)
+        check_run(trainer, pl_module, parts=["galore"], **own)
         if self._module is pl_module:
             assert self.updater is not None
             self.updater.freeze_weights()
@@ -139,7 +153,7 @@ class GaLore(Callback):
             targets=self.targets,
             side=self.side,
             seed=self.seed,
-            # CausalLMModule's weights come one by one, after the model is sharded.
+            # CausalLMModule loads its weights one by one, after the model is sharded.
             allow_meta=getattr(module, "loads_after_sharding", False),
         )
         keep_out_of_broadcasts(module)
@@ -152,7 +166,7 @@ class GaLore(Callback):
             seed=self.seed,
             all_reduce=_average,
         )
-        self.updater.freeze_weights()  # which an earlier callback has left to train
+        self.updater.freeze_weights()  # which an earlier callback may have unfrozen
         self._module = module
         small = sum(layer.delta.numel() for layer in layers.values())
         whole = sum(layer.weight.numel() for layer in layers.values())
@@ -162,19 +176,19 @@ class GaLore(Callback):
         )
 
     def _compare(self, model: torch.nn.Module, found: Mapping[str, SubspaceLayer]) -> None:
-        """Raise Refusal where layers are in other subspaces than this callback was asked for.
+        """Raise Refusal if the module has injected layers with other settings than this callback's.
 
         Args:
-            model: the model as its module has made it.
-            found: the layers, by name, that the module has injected itself.
+            model: The model as its module has made it.
+            found: The layers, by name, that the module has injected itself.
         """
         if not found and any(is_sharded(weight) for weight in model.parameters()):
             raise Misconfiguration(
-                "The model was sharded before GaLore's layers were in it",
+                "The model was sharded before GaLore's layers were injected",
                 Remedy("shard in a method shard_model, which configure_model calls"),
-                Remedy(f"call inject(model, rank={self.rank}) in it before fully_shard"),
+                Remedy(f"call inject(model, rank={self.rank}) before fully_shard"),
             )
-        same = Remedy("give inject() and GaLore the same")
+        same = Remedy("give inject() and GaLore the same settings")
         for name, layer in found.items():
             if layer.rank != min(self.rank, *layer.weight.shape):
                 raise Misconfiguration(
@@ -191,7 +205,7 @@ class GaLore(Callback):
             )
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return what the projector asks for, and which other callbacks cannot follow."""
+        """Return what the projector needs, and the callbacks that do not work with GaLore."""
         callbacks = callbacks_of(trainer)
         ahead = takewhile(lambda callback: callback is not self, callbacks)
         copies = (c for c in ahead if isinstance(c, WeightAveraging | StochasticWeightAveraging))
@@ -203,7 +217,7 @@ class GaLore(Callback):
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the optimizer."""
+        """Attach the updater to the optimizer."""
         optimizer = only_optimizer(trainer, self)
         assert self.updater is not None
         self._handle = self.updater.attach(optimizer)
@@ -211,7 +225,7 @@ class GaLore(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Begin a window where the module, which steps by hand, has zeroed gradients unheard."""
+        """Begin a window under manual optimization, where no hook tells of zeroed gradients."""
         assert self.updater is not None
         layers = self.updater.layers.values()
         if not pl_module.automatic_optimization and all(x.delta.grad is None for x in layers):
@@ -227,22 +241,22 @@ class GaLore(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Check the gradients of this step and take the bases that come from them."""
+        """Check the gradients of this step, and compute the bases that come from them."""
         assert self.updater is not None
         self.updater.before_step(optimizer, skips_overflow=loss_scaler(trainer) is not None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer and the module's methods."""
+        """Detach from the optimizer, and restore the module's methods."""
         self._detach(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimizer and the module's methods."""
+        """Detach from the optimizer, and restore the module's methods."""
         self._detach(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs beside the model's own tensors."""
+        """Return the state that resuming needs in addition to the model's own tensors."""
         made_with = {"rank": self.rank, "side": self.side, "projector": self._rule}
         steps = None if self.updater is None else self.updater.state_dict()
         return {"made_with": made_with, "steps": steps}
@@ -251,7 +265,7 @@ class GaLore(Callback):
         """Continue from a checkpoint.
 
         Raises:
-            Misconfiguration: It was made with another rank, side or projector.
+            Misconfiguration: If it was made with another rank, side or projector.
         """
         for name, saved in state_dict["made_with"].items():
             current = self._rule if name == "projector" else getattr(self, name)
@@ -259,7 +273,7 @@ class GaLore(Callback):
                 raise Misconfiguration(
                     f"The checkpoint was made with {name}={saved}, this run has {name}={current}, "
                     "and its bases and moments do not fit",
-                    Remedy("set the same"),
+                    Remedy("use the same settings"),
                     Remedy("start from its exported weights"),
                 )
         if self.updater is not None and state_dict["steps"] is not None:
@@ -267,7 +281,7 @@ class GaLore(Callback):
 
     @property
     def _rule(self) -> str:
-        """The projector, but for how often it moves: another interval starts its turns anew."""
+        """The projector without its interval: a new interval only starts the turns again."""
         settings = {k: v for k, v in vars(self.projector).items() if k != "every"}
         listed = ", ".join(f"{name}={value}" for name, value in settings.items())
         return f"{type(self.projector).__name__}({listed})"
@@ -293,7 +307,7 @@ def _after(first: Callable[[], None], hook: Callable[..., Any]) -> Any:
 
 
 def _is_compiled(module: LightningModule) -> bool:
-    """Whether torch.compile runs the module or a part of it; torch has no public word for it."""
+    """Return whether torch.compile runs the module or a part; torch has no public flag for it."""
     return module._compiler_ctx is not None or any(
         part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
         for part in module.modules()
@@ -302,7 +316,7 @@ def _is_compiled(module: LightningModule) -> bool:
 
 def _average(tensors: Sequence[Tensor]) -> None:
     if dist.is_available() and dist.is_initialized():
-        # All under way at once: the tensors are small and many.
+        # All reductions run at once, because the tensors are small and many.
         works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
         for tensor, work in zip(tensors, works, strict=True):
             assert work is not None

@@ -1,4 +1,4 @@
-"""Layerwise updates for any LightningModule: gradients are freed as backward brings them."""
+"""Layerwise updates for any LightningModule: backward frees each gradient after its update."""
 
 from __future__ import annotations
 
@@ -27,34 +27,47 @@ log = logging.getLogger(__name__)
 class LayerwiseUpdate(Callback):
     """Update each large parameter inside the backward pass, and free its gradient at once.
 
-    Steps, schedules, checkpoints and metrics stay what they are without it, and so do the weights,
-    bit for bit. Hooks that look at gradients after backward (`on_after_backward`,
-    `on_before_optimizer_step`) see only the small ones, and cannot keep a step from happening.
+    Steps, schedules, checkpoints and metrics are the same as without it, and so are the weights,
+    bit for bit. Hooks that read gradients after backward (`on_after_backward`,
+    `on_before_optimizer_step`) see only the small ones, and cannot prevent a step.
 
-    Windows of several micro-batches keep their gradients, as they must, and step as usual. Clipping
-    by norm needs a second backward pass. What GaLore has put into a subspace has small gradients
-    and waits for the step. Under float16's loss scaler, which judges all gradients before a step,
-    updates are ordinary ones, and a message says so.
+    Windows of several micro-batches must keep their gradients, so they step as usual. Clipping by
+    norm needs a second backward pass. GaLore's layers have small gradients, which wait for the
+    step. Under float16's loss scaler, which checks all gradients before a step, updates are not
+    layerwise, and a message says so.
 
     Args:
-        min_grad_bytes: Gradients of this size and larger are not kept; 0 for all.
+        min_grad_bytes: The smallest gradient, in bytes, that is freed in backward; 0 frees all.
 
     Raises:
-        Misconfiguration: What would not be right: DDP and other strategies for many devices than
-            FSDP2, clipping by norm under FSDP2, manual optimization, an optimizer that needs all
-            gradients at once, or a module that clips or, with clipping, back-propagates in its own
-            way.
+        Misconfiguration: If layerwise updates would be wrong: under DDP or another strategy for
+            several devices that is not FSDP2, for clipping by norm under FSDP2, for manual
+            optimization, for an optimizer that needs all gradients at once, for a module that clips
+            in its own way, or for clipping in a module with its own `backward`.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> model = BoringModel()
+        >>> layerwise = LayerwiseUpdate(min_grad_bytes=0)
+        >>> trainer = L.Trainer(
+        ...     callbacks=[layerwise], max_steps=2, accelerator="cpu", barebones=True
+        ... )
+        >>> trainer.fit(model)
+        >>> [parameter.grad for parameter in model.parameters()]
+        [None, None]
     """
 
     def __init__(self, min_grad_bytes: int = 2**20) -> None:
         self.min_grad_bytes = min_grad_bytes
         self._step: LayerwiseStep | None = None
-        self._undo = ExitStack()  # puts back what one fit changes in the module and in torch
+        self._undo = ExitStack()  # restores what one fit changes in the module and in torch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be right, before the model is loaded."""
+        """Refuse unsupported combinations before the model is loaded."""
         if stage == "fit":
-            check_run(trainer, pl_module, parts=["layerwise"])
+            own = self.plan_facts(trainer, pl_module)
+            check_run(trainer, pl_module, parts=["layerwise"], **own)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return how the module steps, clips and back-propagates."""
@@ -68,7 +81,7 @@ class LayerwiseUpdate(Callback):
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the optimizer."""
+        """Attach to the optimizer, and replace the module's backward and clipping."""
         optimizer = only_optimizer(trainer, self)
         layers = subspace_layers(pl_module).values()
         in_subspaces = {p for layer in layers for p in (layer.delta, layer.weight)}
@@ -76,7 +89,7 @@ class LayerwiseUpdate(Callback):
         large = [p for p in large if p not in in_subspaces]
         if loss_scaler(trainer) is not None:
             rank_zero_info(
-                "float16's loss scaler judges all gradients before a step: updates are not "
+                "float16's loss scaler checks all gradients before a step, so updates are not "
                 "layerwise. bf16-mixed needs no scaler."
             )
             return
@@ -92,7 +105,7 @@ class LayerwiseUpdate(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Stop before a loss that is not finite reaches a weight."""
+        """Raise FloatingPointError before a loss that is not finite reaches a weight."""
         if self._step is not None and not loss.isfinite():
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {trainer.global_step}: lower the learning "
@@ -100,13 +113,13 @@ class LayerwiseUpdate(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer, and put the module and torch back as they were."""
+        """Detach from the optimizer, and restore the module and torch."""
         self._detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimizer, and put the module and torch back as they were."""
+        """Detach from the optimizer, and restore the module and torch."""
         self._detach()
 
     def _prepare_second_backward(self, trainer: Trainer, module: LightningModule) -> None:
@@ -125,12 +138,12 @@ class LayerwiseUpdate(Callback):
             loss.repeatable = True
 
     def _replace(self, module: LightningModule, name: str, own: Callable[..., Any]) -> None:
-        """Put `own` where the module's method is, until the fit ends."""
-        before = vars(module).get(name)  # a user's own, in front of the class's
+        """Replace the module's method `name` by `own` until the fit ends."""
+        before = vars(module).get(name)  # set on the instance by a user
 
         def put_back() -> None:
             if vars(module).get(name) is not own:
-                return  # somebody else has taken the place
+                return  # something else has replaced it since
             if before is None:
                 del vars(module)[name]
             else:
@@ -161,7 +174,7 @@ class LayerwiseUpdate(Callback):
 
 
 def _clipping(trainer: Trainer) -> tuple[float | None, float | None]:
-    """Return the largest norm and the largest value of a gradient that the trainer asks for."""
+    """Return the trainer's limits for the norm and for the values of gradients."""
     threshold = trainer.gradient_clip_val or None
     by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
     return (None, threshold) if by_value else (threshold, None)
@@ -171,8 +184,8 @@ def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None
     freed = sum(p.numel() * p.itemsize for p in large) / 2**30
     told = f"Layerwise updates: the gradients of {len(large)} parameters, {freed:.2f} GiB, are "
     if not large:
-        # No news on a terminal: GaLore and adapters, which train small parameters, come here.
-        log.info("Layerwise updates: every gradient is small, and waits for the step.")
+        # Logged, not printed: this is the usual case with GaLore and adapters.
+        log.info("Layerwise updates: every gradient is small and waits for the step.")
         return
     if trainer.accumulate_grad_batches > 1:
         told += "kept while micro-batches accumulate: nothing is saved"
@@ -180,7 +193,7 @@ def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None
         told += "not kept"
         if max_norm is not None:
             told += (
-                "; clipping by norm costs a second backward pass, which an update after backward, "
-                "or no clipping, would save"
+                "; clipping by norm costs a second backward pass, which updates after backward "
+                "or no clipping would save"
             )
     rank_zero_info(told + ".")

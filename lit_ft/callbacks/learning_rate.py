@@ -1,4 +1,4 @@
-"""The learning rate of every parameter group, in the logs."""
+"""Log the learning rate of every parameter group."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from lightning.pytorch.callbacks import LearningRateMonitor as LightningLearning
 
 
 class LearningRateMonitor(LightningLearningRateMonitor):
-    """Lightning's monitor, which also accepts groups without a learning rate and no logger at all.
+    """Lightning's monitor, extended to groups without a learning rate and runs without a logger.
 
-    Adafactor with `relative_step=True` chooses its step size itself and has `lr=None`: Lightning's
-    monitor stops the run there, this one leaves the group out. Arguments: as Lightning's.
+    Adafactor with `relative_step=True` chooses its own step size and has `lr=None`. Lightning's
+    monitor stops the run there; this one leaves the group out. The arguments are those
+    of Lightning's `LearningRateMonitor`.
+
+    Example:
+        >>> import lightning as L
+        >>> monitor = LearningRateMonitor(logging_interval="step")
+        >>> trainer = L.Trainer(callbacks=[monitor], logger=False, accelerator="cpu")
     """
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Find the groups' names, if there is a logger to send them to."""
+        """Find the names of the groups, if there is a logger."""
         if trainer.loggers:
             super().on_train_start(trainer, *args, **kwargs)
 
@@ -26,7 +32,7 @@ class LearningRateMonitor(LightningLearningRateMonitor):
             super().on_train_batch_start(trainer, *args, **kwargs)
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Log those that change by epoch, if there is a logger."""
+        """Log the learning rates that change by epoch, if there is a logger."""
         if trainer.loggers:
             super().on_train_epoch_start(trainer, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Memory in the logs and in the progress bar."""
+"""Show memory in the logs and in the progress bar."""
 
 from __future__ import annotations
 
@@ -16,26 +16,43 @@ _GIB = 2**30
 class MemoryMonitor(Callback):
     """Log `memory/allocated` and `memory/peak` in GiB, the largest of all ranks.
 
-    The peak counts from the start of training where the device allows it, so that loading the
-    model is not in it, and is shown in the progress bar as `peak GiB`. What is measured depends on
-    the device: see `lit_ft.measure.MemoryReading`.
+    The progress bar shows the peak as `peak GiB`. Where the device allows it, the peak counts from
+    the start of training, so it does not include the loading of the model. The measured quantity
+    depends on the device: see `lit_ft.measure.MemoryReading`.
 
     Args:
-        every_n_steps: optimizer steps between two readings; None follows `log_every_n_steps`.
+        every_n_steps: The number of optimizer steps between two readings; None follows the
+            Trainer's `log_every_n_steps`.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = L.Trainer(
+        ...     callbacks=[MemoryMonitor(every_n_steps=1)],
+        ...     max_steps=2,
+        ...     logger=False,
+        ...     accelerator="cpu",
+        ...     enable_checkpointing=False,
+        ...     enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> bool(trainer.callback_metrics["peak GiB"] > 0)
+        True
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         self._every_n = EveryNSteps(every_n_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the peak count from here."""
+        """Start counting steps, and reset the peak."""
         self._every_n.start(trainer)
         reset_peak(trainer.strategy.root_device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log when it is time."""
+        """Log if the interval is over."""
         if not self._every_n.due(trainer):
             return
         device = trainer.strategy.root_device

@@ -1,4 +1,4 @@
-"""Progress that suits where it goes: a live bar in a terminal, plain lines in a file."""
+"""Show progress: a live bar in a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 
 
 class ProgressBar(LightningProgressBar):
-    """Show steps, everything logged with `prog_bar=True`, learning rate and remaining time.
+    """Show steps, metrics logged with `prog_bar=True`, the learning rate and the remaining time.
 
-    `ProgressBar()` makes a `TerminalProgress` if stdout is a terminal, else a `LineProgress`, as
-    `pathlib.Path()` picks the class of its system.
+    `ProgressBar()` makes a `TerminalProgress` if stdout is a terminal, and a `LineProgress`
+    otherwise, just as `pathlib.Path()` picks the class for the operating system.
 
     Args:
-        every_n_steps: optimizer steps between two lines of `LineProgress`; None follows
-            `log_every_n_steps`. A bar follows every batch.
-        every_n_seconds: `LineProgress` prints at least this often while batches pass, in training
-            as in validation.
+        every_n_steps: The number of optimizer steps between two lines of `LineProgress`; None
+            follows the Trainer's `log_every_n_steps`. `TerminalProgress` follows every batch.
+        every_n_seconds: The longest time in seconds between two lines of `LineProgress` while
+            batches pass, in training and in validation.
+
+    Example:
+        >>> import lightning as L
+        >>> progress = ProgressBar(every_n_steps=10)
+        >>> trainer = L.Trainer(callbacks=[progress], logger=False, accelerator="cpu")
+        >>> type(progress).__name__  # stdout is no terminal here
+        'LineProgress'
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ProgressBar:
-        """Pick the class."""
+        """Make the class that suits stdout."""
         if cls is ProgressBar:
             cls = TerminalProgress if sys.stdout.isatty() else LineProgress
         return super().__new__(cls)
@@ -40,9 +47,19 @@ class ProgressBar(LightningProgressBar):
 
 
 class TerminalProgress(ProgressBar, RichProgressBar):
-    """Lightning's rich bar, that ends at `max_steps`, knows the learning rate, and rarely reads.
+    """Lightning's rich bar, which here ends at `max_steps` and shows the learning rate.
 
     Reading a metric waits for the GPU, so values are read at most twice a second.
+
+    Args:
+        every_n_steps: The number of optimizer steps between two lines of `LineProgress`; without
+            effect here, because the bar follows every batch.
+        every_n_seconds: The longest time in seconds between two lines of `LineProgress`; without
+            effect here.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[TerminalProgress()], logger=False, accelerator="cpu")
     """
 
     def __init__(self, every_n_steps: int | None = None, every_n_seconds: float = 30.0) -> None:
@@ -52,7 +69,7 @@ class TerminalProgress(ProgressBar, RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of this epoch that will be trained on: fewer if `max_steps` comes first."""
+        """The number of batches that this epoch trains on: fewer if `max_steps` ends it early."""
         trainer = self.trainer
         if trainer.max_steps == -1:
             return trainer.num_training_batches
@@ -60,7 +77,7 @@ class TerminalProgress(ProgressBar, RichProgressBar):
         return min(trainer.num_training_batches, steps * trainer.accumulate_grad_batches)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Values to show, at most half a second old."""
+        """Return the values to show, at most half a second old."""
         if time.monotonic() - self._read_at > 0.5:
             self._metrics = super().get_metrics(trainer, pl_module)
             self._metrics.pop("v_num", None)
@@ -73,15 +90,37 @@ class TerminalProgress(ProgressBar, RichProgressBar):
         return self._metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
-        # Lightning shows a run without max_epochs, which is -1 then, as "Epoch 2/-2".
+        # Without max_epochs, which is then -1, Lightning shows "Epoch 2/-2".
         described = super()._get_train_description(current_epoch)
         return described.replace("/-2", "")
 
 
 class LineProgress(ProgressBar):
-    """One plain line every few steps, for files and CI.
+    """Print one plain line every few steps, for files and CI.
 
     `step 20/100  loss 2.413  1,234 tok/s  3.1 GiB  lr 1.0e-04  eta 1m20s`
+
+    Args:
+        every_n_steps: The number of optimizer steps between two lines; None follows the Trainer's
+            `log_every_n_steps`.
+        every_n_seconds: The longest time in seconds between two lines while batches pass, in
+            training and in validation.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = L.Trainer(
+        ...     callbacks=[LineProgress(every_n_steps=2)],
+        ...     max_steps=4,
+        ...     limit_val_batches=0,
+        ...     logger=False,
+        ...     accelerator="cpu",
+        ...     enable_checkpointing=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())  # doctest: +ELLIPSIS
+        step 2/4  lr 1.0e-01  eta ...s
+        step 4/4  lr 1.0e-01  eta 0s
     """
 
     def __init__(self, every_n_steps: int | None = None, every_n_seconds: float = 30.0) -> None:
@@ -91,7 +130,7 @@ class LineProgress(ProgressBar):
         self._first_step = 0
 
     def disable(self) -> None:
-        """Print nothing; the Trainer calls it on all ranks but the first."""
+        """Stop printing; the Trainer calls this on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -99,13 +138,13 @@ class LineProgress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print a line at once, even into a pipe."""
+        """Print a line immediately, even into a pipe."""
         if self._enabled:
             print(*args, **{"flush": True, **kwargs})
         self._printed_at = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the count that the remaining time is computed from."""
+        """Start the clock and the count of steps that the remaining time is computed from."""
         self._every_n.start(trainer)
         self._first_step = trainer.global_step
         self._started_at = time.monotonic()
@@ -113,7 +152,7 @@ class LineProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print when it is time, and at the last step."""
+        """Print if an interval is over, or at the last step."""
         step, total = trainer.global_step, _total_steps(trainer)
         if self._every_n.due(trainer) or step == total or self._is_overdue():
             parts = [f"step {step}/{total:,}" if math.isfinite(total) else f"step {step}"]
@@ -132,14 +171,14 @@ class LineProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Show that a long validation moves."""
+        """Show that a long validation makes progress."""
         if self._is_overdue():
             self.has_dataloader_changed(dataloader_idx)
             total = self.total_val_batches_current_dataloader
             self.print(f"validation {batch_idx + 1}" + (f"/{total}" if total < math.inf else ""))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what validation found."""
+        """Print the metrics of the validation."""
         if not trainer.sanity_checking:
             metrics = self.get_metrics(trainer, pl_module)
             found = {name: value for name, value in metrics.items() if name.startswith("val")}
@@ -157,7 +196,7 @@ class LineProgress(ProgressBar):
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as people write them.
+    """Return a time in seconds as people write it.
 
     >>> format_seconds(9), format_seconds(80), format_seconds(3700)
     ('9s', '1m20s', '1h01m')
@@ -170,7 +209,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _formatted(metrics: dict[str, Any]) -> list[str]:
-    """`name value` for each metric, those of lit_ft's own callbacks with their unit behind."""
+    """Return `name value` for each metric; those of lit_ft's callbacks end with their unit."""
     parts = []
     for name, value in metrics.items():
         if name == "v_num" or not isinstance(value, int | float):
@@ -185,7 +224,7 @@ def _formatted(metrics: dict[str, Any]) -> list[str]:
 
 
 def _learning_rate(trainer: Trainer) -> float | None:
-    """The first group's learning rate; None for an optimizer that has none (Adafactor)."""
+    """Return the first group's learning rate; None if it has none (Adafactor)."""
     groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
     lr = next(groups, {}).get("lr")
     return None if lr is None else float(lr)

@@ -1,4 +1,4 @@
-"""When GaLore's subspaces move, and what they show of the gradients, in the logs."""
+"""Set when GaLore's subspaces move, and log how much of the gradients they capture."""
 
 from __future__ import annotations
 
@@ -16,36 +16,48 @@ from lit_ft.subspace.stats import Snapshot
 
 
 class SubspaceRefresh(Callback):
-    """Say when the subspaces of the `GaLore` callback move, and log under `subspace/` what they do.
+    """Set when the subspaces of the `GaLore` callback move, and log metrics under `subspace/`.
 
-    `step_rms` is the root mean square of what a step adds to the weights that move in subspaces,
-    decay left out, over the learning rate: the effective step, with α in it. AdamW's own is 1 at
-    its first step and less where gradients disagree. And for each part of the model (`attention`,
-    `mlp`, `embeddings`, `head`, `other`):
+    `step_rms` is the effective step: the root mean square of a step's change to the weights that
+    move in subspaces, with α and without weight decay, over the learning rate. For AdamW on whole
+    weights it is 1 at the first step, and less where gradients disagree. Three more metrics exist
+    for each part of the model (`attention`, `mlp`, `embeddings`, `head`, `other`):
 
     - `<part>/captured_energy`: the share of the gradients' energy that lies in the subspaces,
-      Σ ||G_s Pᵀ||² over Σ ||G_s||², G_s being the gradient of one sequence of the step that is
-      logged. That step pays for it with products of tokens with tokens, the others nothing.
-    - `<part>/overlap`: how much of the last subspace the new one keeps, the mean over the layers
-      that have moved since the last log. Rules of small steps (`Oja`) stay near 1 by themselves.
-    - `<part>/refresh_seconds`: what it took to move one layer's subspace, their mean.
+      Σ ||G_s Pᵀ||² over Σ ||G_s||², where G_s is the gradient of one sequence of the logged step.
+      Only a logged step pays for it, with products of tokens with tokens.
+    - `<part>/overlap`: the share of the last subspace that the new one keeps, the mean over the
+      layers that have moved since the last log. Rules with small steps (`Oja`) always stay near 1.
+    - `<part>/refresh_seconds`: the mean time in seconds to move one layer's subspace.
 
-    Layers that share a weight are one, in the part of the first. Without a logger nothing is
-    measured. Being logged changes nothing but the round-off in the head's gradient, whose chunks
-    end with each sequence on a logged step.
+    Layers that share a weight count as one, in the part of the first. Without a logger nothing is
+    measured. Logging changes only the round-off in the head's gradient, whose chunks end with each
+    sequence on a logged step.
 
     Args:
-        every: Optimizer steps between two moves of a layer's subspace; None for the projector's.
-        stagger: Spread the layers over the interval, so that no step pays for all.
-        adaptive: Let a layer whose subspace has stopped moving wait twice as long each time, see
-            `lit_ft.subspace.Refresh`.
-        threshold: The overlap from which on a subspace has stopped moving.
-        longest: The longest wait, in multiples of the interval.
-        every_n_steps: Optimizer steps between two logs; None follows `log_every_n_steps`.
+        every: The optimizer steps between two moves of a layer's subspace; None for the projector's
+            interval.
+        stagger: Whether the layers' moves are spread over the interval, so that no single step pays
+            for all of them.
+        adaptive: Whether a layer whose subspace has stopped moving waits twice as long each time
+            (see `lit_ft.subspace.Refresh`).
+        threshold: The overlap of a layer's last two subspaces from which on its subspace has
+            stopped moving.
+        longest: The longest wait between two moves, in multiples of the interval.
+        every_n_steps: The number of optimizer steps between two logs; None follows the Trainer's
+            `log_every_n_steps`.
 
     Raises:
-        ValueError: A number that is out of its range.
+        ValueError: If a number is out of its range.
         MisconfigurationException: When training begins, if there is no `GaLore` callback.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(
+        ...     callbacks=[GaLore(rank=64), SubspaceRefresh(every=100, every_n_steps=50)],
+        ...     logger=False,
+        ...     accelerator="cpu",
+        ... )
     """
 
     def __init__(
@@ -63,30 +75,30 @@ class SubspaceRefresh(Callback):
         self._galore: GaLore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the GaLore callback when its subspaces move."""
+        """Give the settings to the GaLore callback."""
         self._galore = find_callback(trainer, GaLore)
         if self._galore is None:
             raise MisconfigurationException(
-                "SubspaceRefresh says when the subspaces of GaLore move, and there is no GaLore: "
-                "give both, GaLore(rank=...) and SubspaceRefresh(...)."
+                "SubspaceRefresh sets when the subspaces of GaLore move, and there is no GaLore. "
+                "Give both: GaLore(rank=...) and SubspaceRefresh(...)."
             )
         self._galore.reschedule(self.refresh)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Start counting steps."""
         self._every_n.start(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ask the step under way for what will be logged after it."""
+        """Let the current step measure what will be logged after it."""
         if trainer.loggers:
             self._updater.stats.await_snapshot(self._every_n.remaining(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log when it is time."""
+        """Log if the interval is over."""
         if not self._every_n.due(trainer) or not trainer.loggers:
             return
         updater = self._updater
@@ -102,11 +114,11 @@ class SubspaceRefresh(Callback):
 
 
 def metrics_of(snapshot: Snapshot, layers: dict[str, SubspaceLayer]) -> dict[str, float]:
-    """Return the numbers of a snapshot by the names that they are logged under.
+    """Return the metrics of a snapshot by the names that they are logged under.
 
     Args:
-        snapshot: By layer.
-        layers: By name.
+        snapshot: The numbers that were measured for each layer.
+        layers: The layers by name, as `inject` returns them.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""What the model writes, before, during and after training, on the same prompts."""
+"""Generate text on the same prompts before, during and after training."""
 
 from __future__ import annotations
 
@@ -27,22 +27,28 @@ _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 class SampleGenerations(Callback):
     """Generate greedily on fixed prompts with `pl_module.model` and `pl_module.tokenizer`.
 
-    Training is not affected by a bit: modes and random state are put back. Samples go to every
-    logger that takes text (TensorBoard), as Markdown, and to `generations`. They come from rank 0;
-    under FSDP2 and tensor parallelism all ranks take part. Where that cannot be (FSDP1, DeepSpeed),
-    and where generating fails, there is a warning, and the run goes on.
+    Training stays the same bit for bit: modes and random state are restored. Samples go to
+    `generations`, and as Markdown to every logger that takes text (TensorBoard). Rank 0 generates;
+    under FSDP2 and tensor parallelism all ranks take part. Under FSDP1 and DeepSpeed, which do not
+    allow this, and where generating fails, there is a warning and the run continues.
 
     Args:
-        prompts: texts, or chats as lists of `{"role": ..., "content": ...}`; None asks the
-            datamodule's `sample_prompts(num_prompts)`, if it has one. A text is sent as the user's
-            message where the tokenizer has a chat template, else continued.
-        num_prompts: how many to ask the datamodule for.
-        max_new_tokens: of each answer; it ends earlier at an end-of-sequence token.
-        every_n_steps: optimizer steps between samples during training; None generates before and
-            after it only.
+        prompts: The texts, or chats as lists of `{"role": ..., "content": ...}`; None takes those
+            of the datamodule's `sample_prompts(num_prompts)`, if it has this method. A text is sent
+            as the user's message if the tokenizer has a chat template, and continued otherwise.
+        num_prompts: The number of prompts to take from the datamodule.
+        max_new_tokens: The largest number of tokens in an answer, which ends earlier at an
+            end-of-sequence token.
+        every_n_steps: The number of optimizer steps between samples during training; None generates
+            only before and after training.
 
     Attributes:
-        generations: `{"step", "prompt", "text"}` of each sample, in order.
+        generations: The samples in order, each a mapping with "step", "prompt" and "text".
+
+    Example:
+        >>> import lightning as L
+        >>> samples = SampleGenerations(["What is a subspace?"], every_n_steps=200)
+        >>> trainer = L.Trainer(callbacks=[samples], logger=False, accelerator="cpu")
     """
 
     def __init__(
@@ -73,12 +79,12 @@ class SampleGenerations(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Generate when it is time."""
+        """Generate if the interval is over."""
         if self._every_n is not None and self._every_n.due(trainer):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate with the trained model, unless its last step has just done so."""
+        """Generate with the trained model, unless the last step has just done so."""
         if self._sampled_at != trainer.global_step:  # known to all ranks, unlike `generations`
             self._sample(trainer, pl_module)
 
@@ -92,7 +98,7 @@ class SampleGenerations(Callback):
         if not self._fixed_prompts:
             return
         if not trainer.is_global_zero and not is_model_sharded(pl_module.model):
-            return  # of a model in parts each rank has to generate
+            return  # a sharded model needs all ranks to generate
         self._sampled_at = trainer.global_step
         try:
             with trainer.precision_plugin.forward_context():
@@ -105,7 +111,7 @@ class SampleGenerations(Callback):
         except (RuntimeError, ValueError, TemplateError) as error:
             if isinstance(error, RuntimeError) and is_model_sharded(pl_module.model):
                 raise  # the other ranks wait for this one
-            rank_zero_warn(f"No more samples: generating failed with {error!r}.")
+            rank_zero_warn(f"No more samples: generation failed with {error!r}.")
             self._fixed_prompts = []
             return
         if trainer.is_global_zero:
@@ -125,16 +131,16 @@ class SampleGenerations(Callback):
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int
 ) -> list[str]:
-    """Answers to all prompts in one greedy batch, without a trace in the model or the random state.
+    """Answer all prompts in one greedy batch, and leave the model and the random state unchanged.
 
     Args:
-        model: a transformers model or a peft model around one.
-        tokenizer: its tokenizer; a padding token is not needed.
-        prompts: see `SampleGenerations`.
-        max_new_tokens: of each answer.
+        model: The transformers model, or a peft model around one.
+        tokenizer: The model's tokenizer; it needs no padding token.
+        prompts: The texts, or chats as lists of `{"role": ..., "content": ...}`.
+        max_new_tokens: The largest number of tokens in an answer.
 
     Raises:
-        ValueError: a chat, and the tokenizer has no chat template.
+        ValueError: If a prompt is a chat and the tokenizer has no chat template.
     """
     rows = [torch.tensor(_encoded(tokenizer, prompt)) for prompt in prompts]
     ends = _end_tokens(model, tokenizer)
@@ -147,16 +153,16 @@ def generate(
         stack.enter_context(_evaluating(model))
         stack.enter_context(torch.no_grad())
         if (root := fsdp_root(model)) is not None:
-            stack.callback(root.reshard)  # which otherwise a backward pass does
+            stack.callback(root.reshard)  # as a backward pass would do
         if "torch._dynamo" in sys.modules:
-            # Every new length would be compiled for a single use.
+            # Otherwise every new length would be compiled for a single use.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         answers: Tensor = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            temperature=None,  # of the model's own sampling defaults, which greedy warns about
+            temperature=None,  # greedy decoding warns about the model's own sampling defaults
             top_p=None,
             top_k=None,
             use_cache=True,
@@ -169,14 +175,14 @@ def generate(
 
 
 def as_markdown(prompt: str, text: str) -> str:
-    """Prompt and answer as literal blocks, whatever backticks they hold."""
+    """Return prompt and answer as literal blocks, with any backticks that they hold."""
     longest = max((len(run) for run in re.findall("`+", prompt + text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"**Prompt**\n\n{fence}\n{prompt}\n{fence}\n\n**Answer**\n\n{fence}\n{text}\n{fence}\n"
 
 
 def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    """Why this run cannot generate, said once; None if it can."""
+    """Return why this run cannot generate, and warn of it; None if it can."""
     reason = None
     shared = is_model_sharded(getattr(pl_module, "model", None))
     if isinstance(trainer.strategy, _SHARDED) and not shared:
@@ -195,12 +201,12 @@ def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # The template writes the special tokens itself.
+    # The template has written the special tokens.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The model's end-of-sequence tokens, and the tokenizer's, which is what training taught."""
+    """Return the end tokens of model and tokenizer; training teaches the tokenizer's."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
@@ -209,7 +215,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again: some may be in eval on purpose."""
+    """Evaluate in the block, then restore each module's mode: some may be in eval on purpose."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

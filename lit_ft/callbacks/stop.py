@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a scheduler's warning end a run with nothing lost."""
+"""End a run on Ctrl-C, SIGTERM or a scheduler's warning without losing anything."""
 
 from __future__ import annotations
 
@@ -16,39 +16,47 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ft.callbacks._support.trainer import callbacks_of
 from lit_ft.callbacks.checkpoint import LastCheckpoint
 
-_WARNING: Any = getattr(signal, "SIGUSR2", None)  # which Windows does not have
+_WARNING: Any = getattr(signal, "SIGUSR2", None)  # missing on Windows
 
 
 class StopOnSignal(Callback):
-    """Finish the optimizer step that is under way, save `LastCheckpoint`'s file, and stop.
+    """Finish the current optimizer step on a signal, save `LastCheckpoint`'s file, and stop.
 
-    Lightning by itself stops in the midst of a step on Ctrl-C, after any micro-batch on SIGTERM,
-    and saves nothing. Here a second signal stops at once, and so does the first one outside `fit`.
-    All ranks stop at the same step, whichever of them got the signal. Has an effect in the main
-    thread only, where Python allows signal handlers.
+    Without this callback, Lightning stops within a step on Ctrl-C and after any micro-batch on
+    SIGTERM, and saves nothing. With it, a second signal stops immediately, and so does the first
+    one outside `fit`. All ranks stop at the same step, even if only one of them got the signal. The
+    callback works only in the main thread, where Python allows signal handlers.
 
-    SIGUSR2 counts where something handles it: submitit, which Slurm warns so ahead of a job's time
-    limit, queues the job again in its handler. That is called once the step's state is saved.
+    SIGUSR2 counts if it has a handler. Slurm sends it to submitit before a job's time limit, and
+    submitit's handler queues the job again. The handler runs after the step's state is saved.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; Lightning turns it into SystemExit.
-        SIGTERMException: after SIGTERM, and SIGUSR2 if its handler returns.
+        KeyboardInterrupt: After Ctrl-C; Lightning turns it into SystemExit.
+        SIGTERMException: After SIGTERM, and after SIGUSR2 if its handler returns.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(
+        ...     callbacks=[LastCheckpoint("checkpoints"), StopOnSignal()],
+        ...     logger=False,
+        ...     accelerator="cpu",
+        ... )
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self._on_warning: Any = None  # the handler of SIGUSR2 that was there before
+        self._on_warning: Any = None  # the handler that SIGUSR2 had before
         self._global_step = 0
         self._step_is_complete = False
         self._saves = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let SIGTERM end what has nothing to save; Lightning loses one during the last batch."""
+        """Let SIGTERM end a validation outside `fit`; Lightning misses it in the last batch."""
         if trainer.state.fn != TrainerFn.FITTING:
             _handle(signal.SIGTERM, _stop_at_once)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over; Lightning puts the earlier handlers back when `fit` ends."""
+        """Handle the signals; Lightning restores the earlier handlers when `fit` ends."""
         self._received = None
         self._step_is_complete = False
         self._global_step = trainer.global_step
@@ -76,7 +84,7 @@ class StopOnSignal(Callback):
             self._stop_if_asked(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is no step to finish."""
+        """Stop if a signal came during the last step, and let later ones stop immediately."""
         self._step_is_complete = True
         self._stop_if_asked(trainer, pl_module)
         self._let_signals_through()
@@ -86,7 +94,8 @@ class StopOnSignal(Callback):
         self._let_signals_through()
         saving = "and saving" if self._saves else "but saving nothing, which LastCheckpoint would"
         rank_zero_info(
-            f"{signal.Signals(number).name}: finishing the step {saving}. Again: stop at once."
+            f"{signal.Signals(number).name}: finishing the step {saving}. "
+            "A second signal stops at once."
         )
 
     def _let_signals_through(self) -> None:
@@ -99,7 +108,7 @@ class StopOnSignal(Callback):
         if not self._step_is_complete:
             return
         own = torch.tensor(self._received or 0, device=trainer.strategy.root_device)
-        # One answer on all ranks, or those without a signal would wait for the others for ever.
+        # All ranks must agree, or those without a signal would wait for the others forever.
         received = int(trainer.strategy.reduce(own, reduce_op="max"))
         if not received:
             return

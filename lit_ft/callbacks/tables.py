@@ -1,4 +1,4 @@
-"""What is about to be trained, as a table; what came of it, as a box."""
+"""Print a table of what will be trained, and a box with the results."""
 
 from __future__ import annotations
 
@@ -21,22 +21,38 @@ from lit_ft.measure.model_size import model_size, num_weights
 
 
 class StartTable(Callback):
-    """Print model, optimizer (group by group) and data once, before the first step.
+    """Print the model, the optimizer's groups and the data once, before the first step.
 
-    The bytes of optimizer state are an estimate (`lit_ft.measure.estimate_state_bytes`); under a
-    sharded strategy weights and state are this rank's. Data counts come from the datamodule's
-    `reports`, a mapping from a split's name to anything that prints, if it has one.
+    The bytes of optimizer state are an estimate (`lit_ft.measure.estimate_state_bytes`). Under a
+    sharded strategy, weights and state are those of this rank. The data counts come from the
+    datamodule's `reports`, if it has them: a mapping from a split's name to anything that prints.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = L.Trainer(
+        ...     callbacks=[StartTable()], max_steps=1, accelerator="cpu", barebones=True
+        ... )
+        >>> trainer.fit(BoringModel())  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        model
+         name        BoringModel
+         parameters  66
+         trainable   66 (100.00%)
+         weights     0.000 GiB
+         dtype       float32
+        SGD
+        ...
     """
 
     def __init__(self) -> None:
         self._printed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be ready to print."""
+        """Allow one table for this fit."""
         self._printed = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print as soon as the optimizer is there."""
+        """Print as soon as the optimizer exists."""
         self._print(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,7 +79,12 @@ class StartTable(Callback):
 
 
 def model_table(model: nn.Module, name: str | None = None) -> Table:
-    """Name, parameters (tied ones once, packed ones by what they stand for), weights in memory."""
+    """Return a table of the model: name, parameters (tied ones once, packed ones unpacked), bytes.
+
+    Args:
+        model: The model to describe.
+        name: The name to show; None for the model's own name or the name of its class.
+    """
     size = model_size(model)
     share = size.trainable_parameters / max(size.parameters, 1)
     rows = {
@@ -82,7 +103,7 @@ def model_table(model: nn.Module, name: str | None = None) -> Table:
 
 
 def optimizer_table(optimizer: Optimizer) -> Table:
-    """One row for each parameter group."""
+    """Return a table with one row for each parameter group."""
     table = Table(title=type(optimizer).__name__, title_justify="left")
     table.add_column("group")
     for heading in ("tensors", "parameters", "lr", "weight decay", "state (estimate)"):
@@ -102,11 +123,12 @@ def optimizer_table(optimizer: Optimizer) -> Table:
 
 
 def final_panel(summary: Mapping[str, Any]) -> Panel:
-    """The box at the end of a run, from the contents of its summary.json.
+    """Return the box that ends a run, from the contents of its summary.json.
 
     Args:
-        summary: as written, any part of it null or absent; `samples`, a list of
-            `{"step", "prompt", "text"}`, adds the first prompt's first and last answer.
+        summary: The contents of summary.json, with any part of it null or absent. An additional
+            list `samples` of `{"step", "prompt", "text"}` shows the first prompt's first and last
+            answer.
     """
     peak = summary.get("peak_bytes") or {}
     steps = summary.get("step_seconds") or {}
@@ -135,7 +157,7 @@ def final_panel(summary: Mapping[str, Any]) -> Panel:
 
 
 def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
-    """How far the run goes through the data, where the data module says what a row is."""
+    """Return how often the run goes through the data; empty if there is no `batch_size`."""
     rows = getattr(datamodule, "batch_size", None)
     steps, batches = trainer.max_steps, trainer.num_training_batches
     if rows is None:
@@ -170,7 +192,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str | None:
 
 
 def _error(error: Any) -> str | None:
-    """The message of summary.json's error, a text or a mapping with `type` and `message`."""
+    """Return the message of summary.json's error, a text or a mapping with `type`, `message`."""
     if isinstance(error, Mapping):
         return f"{error.get('type')}: {error.get('message')}"
     return None if error is None else str(error)

@@ -1,4 +1,4 @@
-"""Tokens per second of training alone, and the share of the device's peak that it reaches."""
+"""Measure tokens per second of training alone, and the share of the device's peak rate."""
 
 from __future__ import annotations
 
@@ -17,51 +17,63 @@ from lit_ft.measure.flops import TrainingFlops, training_flops
 
 
 class Stopwatch:
-    """Seconds while it runs, over several starts and stops."""
+    """Counts seconds while it runs, over several starts and stops."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._started: float | None = None
 
     def start(self) -> None:
-        """Run on; nothing happens if it is running."""
+        """Start or continue; do nothing if it is running."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def stop(self, *, keep: bool = True) -> None:
-        """Stop, and without `keep` forget the time since the last start."""
+        """Stop; without `keep`, discard the time since the last start."""
         if self._started is not None and keep:
             self.seconds += time.perf_counter() - self._started
         self._started = None
 
 
 class ThroughputMonitor(Callback):
-    """Log how fast training is, under `throughput/`.
+    """Log the speed of training under `throughput/`.
 
-    `tokens_per_second`, `samples_per_second` and `step_seconds` are over the optimizer steps since
-    the last log, summed over all ranks; tokens are those that are not padding. `mfu` (model FLOPs
-    utilisation, see `lit_ft.measure.flops`; the output head counts on target tokens) comes along
-    where Lightning knows the device's peak rate. The progress bar shows `tok/s`.
+    `tokens_per_second`, `samples_per_second` and `step_seconds` cover the optimizer steps since the
+    last log, summed over all ranks. Padding tokens do not count. `mfu` (model FLOPs utilisation,
+    see `lit_ft.measure.flops`; the output head counts on target tokens) is logged if Lightning
+    knows the device's peak rate. The progress bar shows `tok/s`.
 
-    **What is timed.** The wait for data, the training step, and the module's own hooks. What
-    other callbacks do is not: validation, checkpoints, generated samples. Hooks of
-    callbacks run one after another, so the clock stops in the first callback and starts again in
-    the last: in `setup` this callback moves to the front of `trainer.callbacks` and appends a
-    second one that starts the clock. The start of the next epoch's data workers is timed, the end
-    of an epoch is not. The first `skip_steps` optimizer steps (allocator, autotuning, compilation)
-    count in `tokens` only.
+    **What is timed.** The clock runs for the wait for data, the training step and the module's own
+    hooks. It does not run for other callbacks: validation, checkpoints, generated samples. The
+    hooks of callbacks run one after another, so the clock stops in the first callback and starts
+    again in the last. For this, `setup` moves this callback to the front of `trainer.callbacks` and
+    appends a second one that starts the clock. The start of the next epoch's data workers is timed;
+    the end of an epoch is not. The first `skip_steps` optimizer steps (allocator, autotuning,
+    compilation) count in `tokens` only.
 
-    A GPU works behind the CPU's back: it is waited for where a number is logged or validation
-    starts, not at each step, so that single `step_seconds` are approximate there and sums are not.
+    A GPU works asynchronously. The CPU waits for it before a log and before a validation, not at
+    each step, so single `step_seconds` are approximate there and sums are exact.
 
     Args:
-        every_n_steps: optimizer steps between two logs; None follows `log_every_n_steps`.
-        skip_steps: optimizer steps to leave out at the start of `fit`.
-        num_tokens: counts a batch's tokens. None: `batch["num_tokens"]`, else the sum of
-            `batch["attention_mask"]`, else the size of `batch["input_ids"]`.
+        every_n_steps: The number of optimizer steps between two logs; None follows the Trainer's
+            `log_every_n_steps`.
+        skip_steps: The number of optimizer steps at the start of `fit` that are not timed.
+        num_tokens: The function that counts a batch's tokens. None takes `batch["num_tokens"]`,
+            else the sum of `batch["attention_mask"]`, else the size of `batch["input_ids"]`.
 
     Raises:
-        MisconfigurationException: on the first batch, if its tokens cannot be counted.
+        MisconfigurationException: On the first batch, if its tokens cannot be counted.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> monitor = ThroughputMonitor(skip_steps=1, num_tokens=lambda batch: batch.numel())
+        >>> trainer = L.Trainer(
+        ...     callbacks=[monitor], max_steps=4, accelerator="cpu", barebones=True
+        ... )
+        >>> trainer.fit(BoringModel())  # batches of one row of 32
+        >>> monitor.tokens
+        128
     """
 
     def __init__(
@@ -82,9 +94,9 @@ class ThroughputMonitor(Callback):
         self._seconds_at_step = self._clock.seconds = 0.0
         self._steps_to_skip = self.skip_steps
         self._step_seconds: list[float] = []
-        self._logged_steps = 0  # those of _step_seconds that are in the totals
-        self._step = BatchCounts()  # of the optimizer step under way
-        self._skipped = BatchCounts()  # since the last log, as _window, and not timed
+        self._logged_steps = 0  # the number of _step_seconds that are in the totals
+        self._step = BatchCounts()  # of the current optimizer step
+        self._skipped = BatchCounts()  # not timed, since the last log (as is _window)
         self._window = BatchCounts()
         self._timed_total = self._skipped_total = BatchCounts()
         self._flops: TrainingFlops | None = None
@@ -92,12 +104,12 @@ class ThroughputMonitor(Callback):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens of all ranks over `training_seconds`; None if no step was timed."""
+        """The timed tokens of all ranks over `training_seconds`; None if no step was timed."""
         return self._timed_total.tokens / self.training_seconds if self._logged_steps else None  # type: ignore[return-value]
 
     @property
     def step_seconds(self) -> dict[str, float | None]:
-        """Median, 95th percentile and maximum of a timed optimizer step on this rank."""
+        """The median, 95th percentile and maximum seconds of this rank's timed optimizer steps."""
         if not self._step_seconds:
             return {"median": None, "p95": None, "max": None}
         seconds = torch.tensor(self._step_seconds, dtype=torch.float64)
@@ -109,12 +121,12 @@ class ThroughputMonitor(Callback):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all ranks in this `fit`, those of the first `skip_steps` steps included."""
+        """The tokens of all ranks in this `fit`, including the first `skip_steps` steps."""
         return int(self._timed_total.tokens + self._skipped_total.tokens)
 
     @property
     def training_seconds(self) -> float:
-        """Seconds of the timed optimizer steps, the ones behind `tokens_per_second`."""
+        """The seconds of the timed optimizer steps, which `tokens_per_second` divides by."""
         return sum(self._step_seconds[: self._logged_steps])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -126,13 +138,13 @@ class ThroughputMonitor(Callback):
             callbacks.append(self._restart)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the last place back."""
+        """Remove the last callback."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self._restart in callbacks:
             callbacks.remove(self._restart)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up what the device and the model allow to compute."""
+        """Look up the device's peak rate and the model's FLOPs."""
         self._reset()
         self._every_n.start(trainer)
         self._global_step = trainer.global_step
@@ -163,11 +175,11 @@ class ThroughputMonitor(Callback):
             self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock; what ran since the last batch was the validation's own preparation."""
+        """Stop the clock, and discard the time since the last batch: it prepared the validation."""
         self._clock.stop(keep=False)
         if not trainer.sanity_checking:
             self._clock.start()
-            _wait_for(trainer.strategy.root_device)  # the training step that is still under way
+            _wait_for(trainer.strategy.root_device)  # a training step may still be running
             self._clock.stop()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,7 +194,7 @@ class ThroughputMonitor(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Keep what a single process knows; other ranks may be gone."""
+        """Keep the counts of a single process; other ranks may be gone."""
         self._clock.stop(keep=False)
         self.teardown(trainer, pl_module, "fit")
         if trainer.world_size == 1 and trainer.state.fn == "fit":
@@ -218,7 +230,7 @@ class ThroughputMonitor(Callback):
         pl_module.log("tok/s", metrics["throughput/tokens_per_second"], prog_bar=True, logger=False)
 
     def _gather(self, trainer: Trainer) -> BatchCounts:
-        """Sum the window over all ranks, add it to the totals, and begin another."""
+        """Sum the window over all ranks, add it to the totals, and begin a new one."""
         local = [*vars(self._window).values(), *vars(self._skipped).values()]
         device = trainer.strategy.root_device
         counts = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in local])
@@ -241,7 +253,7 @@ class ThroughputMonitor(Callback):
 
 
 class _StartClock(Callback):
-    """The last callback: what follows its hooks is training again."""
+    """The last callback, which starts the clock: training continues after its hooks."""
 
     def __init__(self, clock: Stopwatch) -> None:
         self._clock = clock
@@ -269,7 +281,7 @@ def _flops_of(work: BatchCounts, flops: TrainingFlops) -> int:
 
 
 def _compute_dtype(trainer: Trainer, pl_module: LightningModule) -> torch.dtype:
-    """The dtype of the matrix products: the precision plugin's, or that of half-size weights."""
+    """Return the dtype of the matrix products: the precision plugin's, or that of the weights."""
     if str(trainer.precision).startswith("bf16"):
         return torch.bfloat16
     if str(trainer.precision).startswith("16"):

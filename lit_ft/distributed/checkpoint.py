@@ -1,4 +1,4 @@
-"""Save and load a sharded model's checkpoint, each rank its part."""
+"""Save and load the checkpoint of a sharded model; each rank handles its part."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from lit_ft.tensors.sharding import shard_like
 def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
     """Save Lightning's `checkpoint` as the folder `target`; call it on every rank.
 
-    What was at `target` is there until the new folder is whole.
+    The earlier checkpoint at `target` stays until the new folder is complete.
 
     Raises:
-        OSError: A rank could not write; on all ranks.
+        OSError: On all ranks, if one of them could not write.
     """
     rest = dict(checkpoint)
     parts = {"state_dict": rest.pop("state_dict")}
@@ -53,8 +53,8 @@ def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
         if dist.get_rank() == 0:
             remove(folder)
         raise OSError(
-            f"Cannot write the checkpoint {target}: {error}. The one before it, if any, is intact. "
-            "Make room or choose another folder."
+            f"Cannot write the checkpoint {target}: {error}. The previous one, if any, is intact. "
+            "Free some space or choose another folder."
         ) from error
 
 
@@ -65,14 +65,14 @@ def load_parts(
     *,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Load the folder `path` into the sharded `module` and `optimizers`; return what else it holds.
+    """Load the folder `path` into the sharded `module` and `optimizers`; return the rest of it.
 
-    Call it on every rank; each reads its part, whatever the number of ranks that saved it.
+    Call it on every rank. Each rank reads its part, however many ranks saved the folder.
 
     Raises:
-        KeyError: It holds weights alone, and there are optimizers.
-        RuntimeError: It is of another model or optimizer.
-        ValueError: It is broken, or holds objects that are more than plain values.
+        KeyError: If the folder holds only weights, and there are optimizers.
+        RuntimeError: If it is of another model or optimizer.
+        ValueError: If it is broken, or holds objects other than plain values.
     """
     folder = CheckpointFolder(path)
     rest = folder.load_rest(weights_only=weights_only is not False)
@@ -85,7 +85,7 @@ def load_parts(
         if f"state_dict.{name}" in saved
     }
     folder.load({"state_dict": weights})
-    module.load_state_dict(weights)  # which knows what may be left out
+    module.load_state_dict(weights)  # the module knows which weights may be left out
     for index, optimizer in enumerate(optimizers):
         state: dict[str, Any] = {f"optimizer_{index}": get_optimizer_state_dict(module, optimizer)}
         folder.load(state)
@@ -100,11 +100,11 @@ def load_file(
     *,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Load the file `path`, saved by any number of ranks or one process, as `load_parts` does.
+    """Load the file `path`, saved by one process or any number of ranks, as `load_parts` does.
 
     Raises:
-        KeyError: It holds weights alone, and there are optimizers.
-        RuntimeError: It is of another model or optimizer.
+        KeyError: If the file holds only weights, and there are optimizers.
+        RuntimeError: If it is of another model or optimizer.
     """
     checkpoint: dict[str, Any] = torch.load(
         path, map_location="cpu", mmap=True, weights_only=weights_only is not False
@@ -128,11 +128,13 @@ def load_file(
 
 
 def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Return an optimizer's saved `state` under the names of parameters, not their numbers."""
+    """Return an optimizer's saved `state`, keyed by parameter names instead of numbers."""
     named = {parameter: name for name, parameter in module.named_parameters()}
     mine, groups = optimizer.param_groups, state["param_groups"]
     if [len(group["params"]) for group in mine] != [len(group["params"]) for group in groups]:
-        raise RuntimeError("Error in loading state_dict for an optimizer: its groups are others.")
+        raise RuntimeError(
+            "Error in loading state_dict for an optimizer: its groups differ from the saved ones."
+        )
     names: dict[int, str] = {}
     for group, saved in zip(mine, groups, strict=True):
         names |= dict(zip(saved["params"], (named[p] for p in group["params"]), strict=True))
@@ -146,13 +148,13 @@ def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) ->
 
 def _of_the_model_alone(path: Path) -> KeyError:
     return KeyError(
-        f"{path} holds the model alone, no state of an optimizer to go on from: resume from "
+        f"{path} holds the model alone, and no optimizer state to continue with: resume from "
         "last.ckpt."
     )
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:
-    """Do it on the first rank; its OSError is raised on all."""
+    """Run `action` on the first rank; raise its OSError on all ranks."""
     failed: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

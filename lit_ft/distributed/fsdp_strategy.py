@@ -24,24 +24,28 @@ from lit_ft.tensors.sharding import is_model_sharded
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's `ModelParallelStrategy` with all ranks data-parallel, and how to shard.
+    """Lightning's `ModelParallelStrategy` with all ranks data-parallel, and FSDP2's options.
 
-    Weights, gradients and optimizer state take 1 / ranks of their bytes on each; where there are
-    replicas (HSDP), their own ranks count. With `precision="bf16-mixed"` the parts are float32, and
-    blocks are gathered in bfloat16.
+    Each rank holds 1 / ranks of the bytes of weights, gradients and optimizer state. With replicas
+    (HSDP), only the ranks of one replica count. With `precision="bf16-mixed"`, the parts are
+    float32 and blocks are gathered in bfloat16.
 
     Args:
-        data_parallel_replicate_size: How many times the model is there, each time spread over
-            neighbouring ranks: weights are gathered among these, and gradients are reduced among
-            them and then over the replicas. "auto" for one on each node.
-        reshard_after_forward: Let go of a block's gathered weights between forward and backward:
-            less memory, one more gathering.
-        cpu_offload: Keep the parts in host memory; a block's weights are on the device while it
-            computes, and the optimizer steps on the host.
-        save_distributed_checkpoint: A checkpoint is a folder, of which each rank writes a part; on
-            a file system that all ranks see. Else one file: rank 0 gathers the whole model and
-            optimizer state in host memory. Any number of ranks load either.
-        **options: Of `ModelParallelStrategy`: `process_group_backend`, `timeout`.
+        data_parallel_replicate_size: The number of replicas of the model (HSDP), or "auto" for one
+            on each node. Each replica is sharded over neighbouring ranks. Weights are gathered
+            within a replica; gradients are reduced within it, and then over the replicas.
+        reshard_after_forward: Whether to free a block's gathered weights between forward and
+            backward, which takes less memory and one more gathering.
+        cpu_offload: Whether to keep the parts in host memory. A block's weights are on the device
+            only while it computes, and the optimizer steps on the host.
+        save_distributed_checkpoint: Whether a checkpoint is a folder to which each rank writes its
+            part, on a file system that all ranks see. Otherwise it is one file, and rank 0 gathers
+            the whole model and optimizer state in host memory. Any number of ranks can load either.
+        **options: The options `process_group_backend` and `timeout` of `ModelParallelStrategy`.
+
+    Raises:
+        Misconfiguration: If `data_parallel_replicate_size` is neither a positive integer nor
+            "auto".
     """
 
     def __init__(
@@ -56,13 +60,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         replicas = data_parallel_replicate_size
         if replicas != "auto" and not (isinstance(replicas, int) and replicas > 0):
             raise Misconfiguration(
-                f"data_parallel_replicate_size={replicas} is no number of replicas",
-                Remedy("give a number from 1 on, or auto (one on each node)"),
+                f"data_parallel_replicate_size={replicas} is not a number of replicas",
+                Remedy("give an integer of at least 1, or auto (one on each node)"),
             )
-        if cpu_offload and torch.cuda.is_available():  # gradients are reduced there, normed here
+        # Gradients are reduced on the GPU; their norm is computed on the host.
+        if cpu_offload and torch.cuda.is_available():
             options.setdefault("process_group_backend", "cuda:nccl,cpu:gloo")
         super().__init__(
-            data_parallel_size=1,  # of all ranks: known in setup_environment
+            data_parallel_size=1,  # setup_environment sets it to the number of ranks
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             **options,
@@ -72,10 +77,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
-        """Join the process group, as many ranks as there are.
+        """Join the process group of all ranks.
 
         Raises:
-            Misconfiguration: The ranks cannot be dealt to the replicas evenly.
+            Misconfiguration: If the number of replicas does not divide the number of ranks.
         """
         self._data_parallel_size = ranks = self.num_nodes * self.num_processes
         if ranks % self.num_replicas:
@@ -89,22 +94,22 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def num_replicas(self) -> int:
-        """How many times the model is there."""
+        """The number of replicas of the model."""
         size = self.data_parallel_replicate_size
         return self.num_nodes if size == "auto" else size
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the module, and let validation, test and prediction run under `no_grad`.
+        """Prepare the module, and make validation, test and prediction run under `no_grad`.
 
-        Under `inference_mode`, Lightning's default on NCCL, FSDP2 makes the tensors that it gathers
-        into such as training cannot write again, and on one rank fails at once.
+        Under `inference_mode`, Lightning's default on NCCL, training could not write again to the
+        tensors into which FSDP2 gathers weights. On one rank FSDP2 fails at once.
         """
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Move the module; of an offloaded model only what is not in its parts."""
+        """Move the module to the device; if it is offloaded, move only what is not sharded."""
         if not self.cpu_offload:
             super().model_to_device()
             return
@@ -114,7 +119,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 child.to(self.root_device)
 
     def shard(self, model: nn.Module) -> None:
-        """Spread `model` over the ranks; call it in `configure_model`."""
+        """Shard `model` over the ranks; call it in `configure_model`."""
         options: dict[str, Any] = {"reshard_after_forward": self.reshard_after_forward}
         if self.precision_plugin.precision == "bf16-mixed":
             options["mp_policy"] = MixedPrecisionPolicy(
@@ -136,9 +141,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the weights to save: this rank's parts where they are, or all of them on rank 0.
+        """Return the weights to save: this rank's parts, or all weights on rank 0.
 
-        Lightning copies all parts to the host before the first is written.
+        The parts stay on their device. Lightning's own method copies all of them to the host before
+        the first is written.
         """
         if not self._save_distributed_checkpoint:
             return super().lightning_module_state_dict()
@@ -146,7 +152,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return get_model_state_dict(self.model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state to save, like the weights."""
+        """Return the state of an optimizer to save: this rank's parts, or all of it on rank 0."""
         if not self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         assert self.model is not None
@@ -155,24 +161,25 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Save on all ranks; what was at `filepath` is there until the new one is whole.
+        """Save on all ranks; the earlier checkpoint at `filepath` stays until this is complete.
 
         Raises:
-            OSError: A rank could not write, with the reason; on all ranks.
+            OSError: On all ranks, if one of them could not write; gives the reason.
         """
         if self._save_distributed_checkpoint:
             save_parts(checkpoint, Path(self.broadcast(filepath)))
-        else:  # not by ModelParallelStrategy, which removes a folder there first
+        else:  # ModelParallelStrategy's own method removes a folder at `filepath` first
             ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a file or folder, saved on any number of ranks, on all ranks.
+        """Load a file or folder on all ranks, however many ranks saved it.
 
         Raises:
-            RuntimeError: It is of another model or optimizer.
-            ValueError: It is broken, or holds objects that are more than plain values.
+            KeyError: If the checkpoint holds only weights, and there are optimizers.
+            RuntimeError: If it is of another model or optimizer.
+            ValueError: If it is broken, or holds objects other than plain values.
         """
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None

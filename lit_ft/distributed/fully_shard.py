@@ -1,4 +1,4 @@
-"""Spread a transformer over ranks, block by block (FSDP2, torch's `fully_shard`)."""
+"""Shard a transformer over ranks, block by block (FSDP2, torch's `fully_shard`)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _GATHERED = "with_root_gathered"
 
 
 def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
-    """Let each rank of `mesh` hold a part of every parameter of `model`, in place.
+    """Shard every parameter of `model` over the ranks of `mesh`, in place.
 
-    One block's weights come together at a time; what is in no block (embeddings, the last norm,
-    the head) does around the whole forward and backward pass.
+    The weights of one block are gathered at a time. Weights outside the blocks (embeddings, the
+    last norm, the head) stay gathered during the whole forward and backward pass.
 
     Args:
-        model: A transformers model, with its values or still on the meta device.
-        mesh: Of data-parallel ranks.
-        **options: For `fully_shard`, e.g. `reshard_after_forward`, `mp_policy`, `offload_policy`.
+        model: A transformers model, with values or still on the meta device.
+        mesh: The mesh of the data-parallel ranks.
+        **options: Options of `fully_shard`, such as `reshard_after_forward`, `mp_policy` or
+            `offload_policy`.
 
     Raises:
-        Refusal: The model does not say what its blocks are.
+        Refusal: If the model does not name its blocks.
     """
     block_names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in block_names]
@@ -43,12 +44,12 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
             remedies.DDP,
             remedies.ONE_DEVICE,
         )
-    for block in reversed(blocks):  # one inside another comes first
+    for block in reversed(blocks):  # so that a block inside another comes first
         fully_shard(block, mesh=mesh, **options)
-    # The root is the last to come together and the first that backward needs again.
+    # The root's weights are the last in forward, and the first that backward needs again.
     fully_shard(model, mesh=mesh, **{**options, "reshard_after_forward": False})
     for module in model.modules():
-        if isinstance(module, SubspaceLayer):  # to where the buffers have gone
+        if isinstance(module, SubspaceLayer):  # to the device of its buffers
             module.energy.data = module.energy.data.to(module.basis.device)
     setattr(model, _GATHERED, types.MethodType(_call, model))
     register_fsdp_forward_method(model, _GATHERED)
@@ -57,15 +58,20 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
 def with_root_gathered(model: nn.Module, function: Callable[..., T], *args: Any) -> T:
     """Call `function(*args)` as if it were `model`'s forward pass.
 
-    What works on parts of a model (its transformer, its head's weight) does not go through the
-    model's own forward pass, around which FSDP2 brings the root's weights together.
+    A function that works on parts of a model (its transformer, its head's weight) does not call the
+    model's own forward pass, in which FSDP2 gathers the root's weights.
+
+    Args:
+        model: The model, sharded or not.
+        function: The function to call, which may use the weights of `model`.
+        *args: The positional arguments of `function`.
     """
     root = fsdp_root(model)
     if root is None:
         return function(*args)
     result: T = getattr(root, _GATHERED)(function, *args)
     if not torch.is_grad_enabled():
-        root.reshard()  # which otherwise the backward pass does
+        root.reshard()  # with gradients, the backward pass does it
     return result
 
 

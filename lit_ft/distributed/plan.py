@@ -1,4 +1,4 @@
-"""What a trainer and a module are about to combine, as a plan that rules can judge."""
+"""The plan of a run: what its trainer, callbacks and module combine, for the rules to check."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lit_ft.compat.rules import PARTS, Part, refusals
 
 
 class Misconfiguration(MisconfigurationException, Refusal):
-    """A refusal under the name that Lightning's users know."""
+    """A refusal as the exception that Lightning's users know."""
 
 
 @runtime_checkable
 class PlansAhead(Protocol):
-    """A callback or module that knows before the model is loaded what it will do."""
+    """A callback or module that knows its part of the plan before the model is loaded."""
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any]:
         """Return fields of `lit_ft.compat.plan.Plan` by name."""
@@ -34,16 +34,16 @@ def check_run(
     parts: Collection[Part] = PARTS,
     **changes: Any,
 ) -> Plan:
-    """Return what the run combines, if it goes together.
+    """Return the plan of a run, after checking that it can work.
 
     Args:
-        trainer: the trainer, set up or not.
-        module: the module that it will train.
-        parts: whose rules are asked, see `lit_ft.compat.rules.refusals`.
-        **changes: fields of the plan that are known better by now.
+        trainer: The trainer, set up or not.
+        module: The module that the trainer will train.
+        parts: The parts of the run whose rules are checked; see `lit_ft.compat.rules.refusals`.
+        **changes: Fields of the plan to replace, because they are known better now.
 
     Raises:
-        Misconfiguration: Something does not go together; names what does.
+        Misconfiguration: If the plan cannot work. Names the reason and the remedies.
     """
     plan = replace(plan_of(trainer, module), **changes)
     for refusal in refusals(plan, parts=parts):
@@ -52,14 +52,14 @@ def check_run(
 
 
 def plan_of(trainer: Trainer, module: LightningModule) -> Plan:
-    """Return what the trainer, its callbacks and the module combine.
+    """Return the plan of what the trainer, its callbacks and the module combine.
 
-    Of a module in another project less is known before it has built its optimizer; what is not
-    known is not refused.
+    Less is known of another project's module before it has built its optimizer. Nothing is refused
+    that is not known.
 
     Args:
-        trainer: the trainer, set up or not.
-        module: the module, which may be a `PlansAhead`, as `CausalLMModule` is.
+        trainer: The trainer, set up or not.
+        module: The module to train, which may be a `PlansAhead`, as `CausalLMModule` is.
     """
     strategy = type(trainer.strategy)
     facts: dict[str, Any] = {

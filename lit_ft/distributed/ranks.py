@@ -1,4 +1,4 @@
-"""Which rank of the data-parallel ones a process is."""
+"""The data-parallel rank of a process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from lightning.pytorch import Trainer
 
 
 def data_parallel_rank(trainer: Trainer) -> tuple[int, int]:
-    """Return which share of the data this rank gets, and of how many.
+    """Return the index of this rank's share of the data, and the number of shares.
 
-    There is one for each rank, but where ranks compute parts of the same layers (tensor
-    parallelism): those get the same.
+    Each rank has its own share, except under tensor parallelism: ranks that compute parts of the
+    same layers get the same share.
     """
     dealt = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
     return dealt["rank"], dealt["num_replicas"]

@@ -1,4 +1,4 @@
-"""Cut every layer's matrices over the devices of a node, as transformers' plan says."""
+"""Tensor parallelism: cut each layer's matrices over a node's devices, by transformers' plan."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from lit_ft.compat import remedies
 from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.tensors.sharding import is_sharded
 
-# Of transformers' styles those with the right gradients over several micro-batches too.
-# "replicated_with_grad_allreduce" (Qwen3's norms of heads) adds the accumulated ones up again.
+# The styles of transformers whose gradients are right over several micro-batches too.
+# "replicated_with_grad_allreduce" (Qwen3's norms of heads) sums accumulated gradients again.
 _STYLES = {"colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"}
 
 
 class TensorParallelStrategy(ModelParallelStrategy):
-    """Lightning's `ModelParallelStrategy` with all ranks tensor-parallel, and how to cut the model.
+    """Lightning's `ModelParallelStrategy` with all ranks tensor-parallel (arXiv:1909.08053).
 
-    All ranks see the same batch, and compute a part of each layer. Two all-reduces a layer and pass
-    carry activations: for the devices of one node, and models whose single layer is large.
+    All ranks see the same batch, and each computes a part of every layer. A layer needs two
+    all-reduces of activations a pass. Use it on the devices of one node, for models whose single
+    layers are large.
 
     Args:
-        save_distributed_checkpoint: A checkpoint of a file a rank; else one file, which rank 0
-            writes.
-        **options: Of `ModelParallelStrategy`: `process_group_backend`, `timeout`.
+        save_distributed_checkpoint: Whether a checkpoint has one file for each rank. Otherwise it
+            is one file, which rank 0 writes.
+        **options: The options `process_group_backend` and `timeout` of `ModelParallelStrategy`.
     """
 
     def __init__(self, *, save_distributed_checkpoint: bool = False, **options: Any) -> None:
         super().__init__(
             data_parallel_size=1,
-            tensor_parallel_size=1,  # of all ranks: known in setup_environment
+            tensor_parallel_size=1,  # setup_environment sets it to the number of ranks
             save_distributed_checkpoint=save_distributed_checkpoint,
             **options,
         )
 
     def setup_environment(self) -> None:
-        """Join the process group, as many ranks as there are.
+        """Join the process group of all ranks.
 
         Raises:
-            Misconfiguration: There are several nodes, or there is one device.
+            Misconfiguration: If there are several nodes, or only one device.
         """
         if self.num_nodes > 1:
             raise Misconfiguration(
@@ -70,20 +71,20 @@ class TensorParallelStrategy(ModelParallelStrategy):
 
 
 def tensor_parallel_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Let each rank of `mesh` hold a part of the matrices in the model's plan, in place.
+    """Cut the matrices in the model's plan over the ranks of `mesh`, in place.
 
-    What the plan does not name (norms) is whole on every rank, as a DTensor too: torch's functions
-    on many tensors take no mixture.
+    Parameters that the plan does not name (norms) are whole on every rank. They are DTensors too,
+    because torch's functions on many tensors accept no mixture.
 
     Args:
-        model: With its values, the same on all ranks, or still on the meta device.
-        mesh: Of the ranks, with one dimension.
+        model: The model, with the same values on all ranks or still on the meta device.
+        mesh: The mesh of the tensor-parallel ranks, with one dimension.
 
     Raises:
-        Misconfiguration: transformers has no plan for the model, or one with parts that
-            would be trained wrongly; or its heads cannot be dealt to the ranks; or it has dropout.
+        Misconfiguration: If transformers has no plan for the model or one with parts that would be
+            trained wrongly, if the ranks do not divide the heads, or if the model has dropout.
     """
-    for name in model.all_tied_weights_keys:  # the plan is for each by itself; tied again below
+    for name in model.all_tied_weights_keys:  # the plan treats each by itself; tied again below
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(parent)
         module.register_parameter(own, nn.Parameter(module.get_parameter(own).detach()))
@@ -109,7 +110,7 @@ def _plan(model: PreTrainedModel, ranks: int) -> dict[str, str]:
     unknown = set(model.tp_plan.values()) - _STYLES
     if unknown:
         raise Misconfiguration(
-            f"The tensor-parallel plan of {name} has parts that are not trained here "
+            f"The tensor-parallel plan of {name} has parts that would be trained wrongly "
             f"({', '.join(sorted(unknown))})",
             remedies.FSDP,
         )
@@ -121,7 +122,8 @@ def _plan(model: PreTrainedModel, ranks: int) -> dict[str, str]:
                 remedies.FEWER_DEVICES,
                 remedies.FSDP,
             )
-    # Ranks would have to draw the same numbers for what is whole and others for what is cut.
+    # Ranks would need equal random numbers where activations are whole, and others where they are
+    # cut.
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     if drops or getattr(config, "attention_dropout", False):
         raise Misconfiguration(

@@ -1,1 +1,1 @@
-"""The main job: what `python train.py` does with the objects that its configuration names."""
+"""The main job: `python train.py` runs it with the objects that its configuration names."""

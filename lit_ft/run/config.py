@@ -1,4 +1,4 @@
-"""What the configuration may say: whose classes it may name, which names exist, what is chosen."""
+"""Checks of the configuration: trusted classes, existing names, indirect choices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRUSTED_PACKAGES = (
     "torchao.optim",
 )
 
-# Names of earlier versions, and what to type instead; a name without "=" keeps its value.
+# Names of earlier versions, and the text to type instead. A name without "=" keeps its value.
 _MOVED = {
     "auto_batch_size": "'callbacks=[default,auto_batch_size]'",
     "galore.projector.every": "galore.refresh.every",
@@ -37,22 +37,26 @@ _MOVED = {
 def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> None:
     """Raise ValueError if a `_target_` lies outside lit_ft, the libraries it uses and `also`.
 
-    A configuration is data; Hydra would let it call any function of any installed package.
+    A configuration is data, but Hydra lets it call any function of any installed package.
+
+    Args:
+        config: The configuration as plain values.
+        also: The names of further packages that the user trusts.
     """
     trusted = (*TRUSTED_PACKAGES, *also)
     for path, target in _targets(config):
         if not any(target == package or target.startswith(f"{package}.") for package in trusted):
             raise ValueError(
                 f"{path}._target_={target}: only classes of {', '.join(trusted)} can be named. "
-                f"If you trust it: trusted_packages=[{target.split('.')[0]}]"
+                f"If you trust this package, add trusted_packages=[{target.split('.')[0]}]"
             )
 
 
 def refuse_without_class(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if there are settings of what was not chosen, which nothing would read.
+    """Raise ValueError if an entry has settings but no class, so that nothing would read them.
 
-    `+callbacks.samples.x=1` makes such an entry where no choice brings `samples`, `+galore.rank=64`
-    with galore=none, `+adapter.r=8` without an adapter.
+    Such entries come from `+callbacks.samples.x=1` if no choice brings `samples`, from
+    `+galore.rank=64` with galore=none, and from `+adapter.r=8` without an adapter.
     """
     for group in ("callbacks", "logger"):
         entries = config.get(group) or {}
@@ -60,23 +64,23 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
         for name in entries:
             if name not in there:
                 raise ValueError(
-                    f"{group}.{name} has no class (`_target_`): nothing that was chosen brings it. "
-                    f"Choose what does (such as {group}=default), name a class with "
+                    f"{group}.{name} has no class (`_target_`), and no choice brings one. "
+                    f"Make a choice that does (such as {group}=default), name a class with "
                     f"+{group}.{name}._target_=package.Class, or leave {group}.{name} out. "
                     f"There are: {', '.join(there) or 'none'}."
                 )
     if config.get("adapter") is not None and not _names_class(config["adapter"]):
-        raise ValueError("There are settings of an adapter and none was chosen: add adapter=lora.")
+        raise ValueError("There are settings of an adapter, but no adapter: add adapter=lora.")
     if config.get("galore") is not None and "galore" not in (config.get("callbacks") or {}):
-        raise ValueError("There are settings of GaLore and no GaLore: add galore=online.")
+        raise ValueError("There are settings of GaLore, but no GaLore: add galore=online.")
 
 
 def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
-    """Return, for each override of what does not exist, what does: the names closest to it first.
+    """Return lines with the existing names for each override that names no setting, closest first.
 
     Args:
-        overrides: the command-line arguments, such as `trainer.max_step=3`.
-        config_dir: the folder of train.yaml.
+        overrides: The command-line arguments, such as `trainer.max_step=3`.
+        config_dir: The folder that holds train.yaml.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -88,7 +92,7 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
     with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
         try:
             composed = compose("train", choices)
-        except HydraException:  # a choice that does not exist: Hydra's own message lists them
+        except HydraException:  # a choice does not exist; Hydra's own message lists the others
             composed = compose("train")
     values: Any = OmegaConf.to_container(composed, resolve=False)
     known = {**groups, **values}
@@ -113,18 +117,18 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
 def also_chosen(
     choices: Mapping[str, Any], overrides: Sequence[str], *, config_dir: str | Path
 ) -> str:
-    """Return one line that says which choices other choices brought; empty if there are none.
+    """Return one line that names the choices made by other choices; empty if there are none.
 
     A choice is listed if it is not train.yaml's own and no override names its group.
 
     Args:
-        choices: the name that is chosen in each group, Hydra's `hydra.runtime.choices`.
-        overrides: the command-line arguments of this run, Hydra's `hydra.overrides.task`.
-        config_dir: the folder of train.yaml.
+        choices: The chosen name in each group, from Hydra's `hydra.runtime.choices`.
+        overrides: The command-line arguments of this run, from Hydra's `hydra.overrides.task`.
+        config_dir: The folder that holds train.yaml.
     """
     named = {override.partition("=")[0].lstrip("+~") for override in overrides}
     own = _entries(Path(config_dir) / "train.yaml")
-    # Hydra lets the last file of the list that overrides a group decide.
+    # In Hydra, the last file of the list that overrides a group decides.
     files = [(group, Path(config_dir) / group / f"{choices.get(group)}.yaml") for group in own]
     by_file = [(f"{group}={file.stem}", _overridden_in(file)) for group, file in reversed(files)]
     brought = []
@@ -138,7 +142,7 @@ def also_chosen(
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """Return a file's defaults list by group; files without a group stand for themselves."""
+    """Return a file's defaults list by group; an entry without a group is its own group."""
     from omegaconf import OmegaConf
 
     listed: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -152,7 +156,7 @@ def _entries(file: Path) -> dict[str, Any]:
 
 
 def _overridden_in(file: Path) -> dict[str, str]:
-    """Return the choices that a file of the configuration moves, with those it inherits."""
+    """Return the choices that a configuration file overrides, including those it inherits."""
     if not file.is_file():  # null, several choices at once, or an optional file
         return {}
     entries = _entries(file)
@@ -165,7 +169,7 @@ def _overridden_in(file: Path) -> dict[str, str]:
 
 
 def _moved(override: str) -> Iterator[str]:
-    """Say what to type instead of a name of an earlier version."""
+    """Yield a line with the text to type instead of a name of an earlier version."""
     key, _, values = override.lstrip("+").partition("=")
     for value in values.split(","):
         for once, value_now in ((key, f"={value}"), (f"{key}={value}", "")):
@@ -184,10 +188,10 @@ def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
 
 
 def _not_chosen(key: str, group: str, config_dir: Path) -> str:
-    """Name the choices of a group that have settings, where the one chosen has none."""
+    """Return a line that names the choices of a group, whose current choice has no settings."""
     names = sorted(path.stem for path in (config_dir / group).glob("*.yaml") if path.stem != "none")
     choices = ", ".join(f"{group}={name}" for name in names)
-    return f"\n{key}: nothing that was chosen has it. Choose one of {choices}\n"
+    return f"\n{key}: no current choice has it. Choose one of {choices}\n"
 
 
 def _names_class(entry: Any) -> bool:

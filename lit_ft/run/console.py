@@ -1,4 +1,4 @@
-"""A terminal that shows the run, not the libraries' asides, and ends as the shell expects."""
+"""The terminal: it shows the run without the libraries' asides, and exits as a shell expects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.compat.refusal import message_on_command_line
 
-# Nothing that a user of lit_ft could act on: deprecations between libraries, and an advertisement.
+# A user of lit_ft cannot act on these: they are mostly deprecations between libraries.
 _WARNINGS = (
     "'set_vital' is deprecated",  # torchdata calls torch
     "`isinstance\\(treespec, LeafSpec\\)`",  # lightning calls torch
@@ -24,28 +24,28 @@ _WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft calls transformers
     "PiSSA changes the base weights",  # exported as an adapter for the original ones
     ".*does not have many workers",  # tokenised data is read from a memory map
-    ".*sync_dist=True",  # the module logs what is the same on all ranks
-    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    ".*sync_dist=True",  # the module logs values that are the same on all ranks
+    "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
 )
 _MESSAGES = (
     "litlogger",  # advertisements
     "litmodels",
     "TPU available",
-    "GPU available: False",  # what there is, Lightning says if it is not used
+    "GPU available: False",  # Lightning says so itself if a GPU exists and is not used
 )
 
 
 def quieten_libraries() -> None:
-    """Silence known asides, and progress bars where they would not be drawn but printed."""
+    """Silence known asides, and progress bars where stderr is no terminal."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(part in record.getMessage() for part in _MESSAGES)
     )
-    # It says at import that one kernel for AVX512-BF16 is missing; the others do.
+    # At import it reports a missing kernel for AVX512-BF16, which the other kernels replace.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # transformers imports torchao where it is installed; that says which kernels are for other
-    # machines, and torch warns of what it registers.
+    # transformers imports torchao if it is installed. torchao then reports the kernels that are for
+    # other machines, and torch warns of the types that torchao registers.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").addFilter(
         lambda record: "register_constant" not in record.getMessage()
@@ -60,12 +60,12 @@ def quieten_libraries() -> None:
 
 @contextmanager
 def command_line_exits() -> Iterator[None]:
-    """Turn what ends a run into what a shell expects of a command.
+    """Turn the exceptions that end a run into the exits that a shell expects of a command.
 
     Raises:
-        SystemExit: 130 after Ctrl-C and 143 after SIGTERM, as for any program that they end.
-        CompactHydraException: A setting that cannot work. Hydra prints its message alone, with the
-            traceback under HYDRA_FULL_ERROR=1, exits with 1, and goes on with the rest of a sweep.
+        SystemExit: With 130 after Ctrl-C and 143 after SIGTERM, as for any program that they end.
+        CompactHydraException: If a setting cannot work. Hydra prints only its message, exits with
+            1, and continues with the rest of a sweep. HYDRA_FULL_ERROR=1 adds the traceback.
     """
     try:
         yield

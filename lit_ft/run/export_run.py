@@ -31,20 +31,23 @@ def export_run(
     """Export a checkpoint of the run in `run_dir`.
 
     Args:
-        run_dir: The run's folder, with its summary.json.
-        checkpoint: "last", "best", or a checkpoint's path.
-        folder: Where to; if None `run_dir/export`, and `run_dir/export/adapter` for an adapter
-            alone.
-        merge: Fold an adapter into the weights; else write the adapter alone.
-        dtype: Of the written weights; None keeps the model's.
-        max_shard_size: Of a file, where several ranks have saved the checkpoint: no more of the
-            model is in memory at a time.
+        run_dir: The folder of the run, which holds its summary.json.
+        checkpoint: The checkpoint to export: "last", "best" or a path.
+        folder: The folder to write to; None for `run_dir/export`, or for `run_dir/export/adapter`
+            if only the adapter is written.
+        merge: Whether to fold an adapter into the weights; otherwise the adapter alone is written.
+        dtype: The type of the written weights, such as `bfloat16`; None keeps the model's.
+        max_shard_size: The largest size of one file, if several ranks have saved the checkpoint. At
+            any time, no more than this much of the model is in memory.
+
+    Returns:
+        The folder that was written.
 
     Raises:
-        ValueError: No such run or checkpoint; a run without an adapter has none to write; or an
-            adapter alone would lie beside a model.
+        ValueError: If the run or the checkpoint does not exist, if `merge` is False and the run has
+            no adapter, or if an adapter alone would be written to a folder that holds a model.
     """
-    # Not above: peft's imports speak before they can be silenced.
+    # Imported here, because peft prints at import, before it can be silenced.
     from lit_ft.models import export_model
 
     run_dir = Path(run_dir)
@@ -63,7 +66,7 @@ def export_run(
     refuse_untrusted(config, also=config["trusted_packages"])
     module = instantiate(config["module"], _convert_="all")
     if module.tokenizer is not None and (template := config["data"].get("chat_template")):
-        module.tokenizer.chat_template = load_chat_template(template)  # that it was trained with
+        module.tokenizer.chat_template = load_chat_template(template)  # the one it was trained with
     if module.adapter is None and not merge:
         raise ValueError(f"{run_dir} has trained no adapter: leave out --adapter-only.")
     target = run_dir / "export"
@@ -73,12 +76,12 @@ def export_run(
         target /= "adapter"
     if path.is_dir() and module.adapter is None:
         return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
-    # As the trainer would: weights of the type that they were trained in.
+    # As the trainer does: the weights get the type that they were trained in.
     halves = config["trainer"]["precision"] == "bf16-true"
     precision = HalfPrecision("bf16-true") if halves else Precision()
     with precision.module_init_context():
         module.configure_model()
-    if path.is_dir():  # of an adapter alone, which is small
+    if path.is_dir():  # it holds only an adapter, which is small
         saved = CheckpointFolder(path).load_whole()
     else:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -89,7 +92,7 @@ def export_run(
 def _export_parts(
     checkpoint: CheckpointFolder, module: Any, folder: Path, dtype: str | None, max_shard_size: str
 ) -> Path:
-    """Export what several ranks have saved, which may not fit this process's memory."""
+    """Export a checkpoint of several ranks, which may not fit this process's memory."""
     from lit_ft.models import dtype_named, export_streamed
 
     prefix = "state_dict.model."
@@ -118,7 +121,7 @@ def _export_parts(
 
 
 def _without_subspaces(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what GaLore keeps beside each weight, into which its steps are folded already."""
+    """Drop GaLore's `delta` and `basis` of each weight, which already contains all steps."""
     names = ("weight", "delta", "basis")
     layers = {name.rpartition(".")[0] for name in weights if name.endswith(".basis")}
     layers = {layer for layer in layers if all(f"{layer}.{name}" in weights for name in names)}

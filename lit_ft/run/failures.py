@@ -1,4 +1,4 @@
-"""Errors that a run ends with, and the settings that mend them."""
+"""Errors that end a run, and the settings that help against them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ from lit_ft.run.summary import status_of
 def remedies_for_out_of_memory(
     module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
 ) -> Iterator[None]:
-    """Let an error of too little memory name the settings that need less, and go with the run's.
+    """Let an out-of-memory error name settings that need less and work with the run's others.
+
+    Args:
+        module: The module that is trained.
+        datamodule: The data module of the run.
+        trainer: The trainer of the run.
 
     Raises:
-        torch.OutOfMemoryError: In place of what the device's allocator raises.
+        torch.OutOfMemoryError: In place of the error that the device's allocator raises.
     """
     try:
         yield
@@ -57,7 +62,7 @@ def _settings_that_need_less(
 
 
 def choices_that_need_less(plan: Plan) -> list[Remedy]:
-    """Return the choices that need less memory than the plan's and go with the rest of it."""
+    """Return the choices that need less memory than the plan's and work with the rest of it."""
     choices = []
     if plan.adapter is None:
         if plan.basis is None and not plan.layerwise:
@@ -76,10 +81,13 @@ def choices_that_need_less(plan: Plan) -> list[Remedy]:
 
 @contextmanager
 def remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
-    """Let what torch says of a checkpoint that does not fit say of which run it is.
+    """Turn torch's error for a checkpoint that does not fit into one that names the difference.
+
+    Args:
+        resume: The checkpoint that the run resumes; None leaves all errors as they are.
 
     Raises:
-        Misconfiguration: Names what differs.
+        Misconfiguration: If the checkpoint has another model, adapter or set of subspaces.
     """
     try:
         yield
@@ -98,10 +106,10 @@ def remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def errors_of_starting_loaders() -> Iterator[None]:
-    """Raise the error of a loader that does not start, not the one of tidying up behind it."""
+    """Raise the error of a loader that does not start, not that of the clean-up after it."""
     try:
         yield
-    except RuntimeError as error:  # of Lightning's tidying up behind a loader that did not start
+    except RuntimeError as error:  # from Lightning's clean-up after a loader that did not start
         first = error.__context__
         if first is None or "iter(combined_loader)" not in str(error):
             raise
@@ -109,7 +117,7 @@ def errors_of_starting_loaders() -> Iterator[None]:
 
 
 def not_this_run(why: str) -> Misconfiguration:
-    """Return the error for a checkpoint of another run; `why` says how one knows."""
+    """Return the error for a checkpoint of another run; `why` names the difference."""
     return Misconfiguration(
         why,
         Remedy("repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them)"),
@@ -121,6 +129,6 @@ def not_this_run(why: str) -> Misconfiguration:
 
 
 def optimizer_name(module: CausalLMModule) -> str:
-    """Return the class's name, which stands for the layout of an optimizer's state."""
+    """Return the name of the optimizer's class, which identifies the layout of its state."""
     name = getattr(getattr(module.optimizer, "func", module.optimizer), "__name__", "")
-    return str(name).removeprefix("Paged")  # the same state, elsewhere
+    return str(name).removeprefix("Paged")  # paged optimizers keep the same state

@@ -1,4 +1,4 @@
-"""The main job: validate, fine-tune, validate again, and say in summary.json what came of it."""
+"""The main job: validate, fine-tune, validate again, and write the results to summary.json."""
 
 from __future__ import annotations
 
@@ -46,19 +46,30 @@ def fine_tune(
     """Run the job and return the validation loss at its end.
 
     Args:
-        module: Not yet configured.
-        datamodule: Its validation reads no more examples than training does, so that a short trial
-            stays short.
-        trainer: With whatever callbacks; those of lit_ft fill their part of the summary, and are
-            put in the order that they need.
-        summary: Entered; its fields are filled as they become known.
-        resume: A checkpoint of the full state; None starts from the model's own weights.
-        validate_only: Stop after the first validation (of `resume`'s weights, if given).
+        module: The module to train, whose `configure_model` has not been called yet.
+        datamodule: The data. Validation is limited to as many examples as training reads, so that a
+            short trial stays short.
+        trainer: The trainer, with any callbacks. Those of lit_ft are put in the order that they
+            need, and fill their part of the summary.
+        summary: The summary, entered as a context manager. Its fields are filled as they become
+            known.
+        resume: The checkpoint of the full state to resume; None starts from the model's own
+            weights.
+        validate_only: Whether to stop after the first validation, which is of `resume`'s weights if
+            it is given.
+
+    Returns:
+        The validation loss at the end.
+
+    Raises:
+        Misconfiguration: If the settings do not work together, or the checkpoint is of another run.
+        torch.OutOfMemoryError: If the device has too little memory; it names settings that need
+            less.
     """
     if (version := newer_torch()) is not None:
         rank_zero_warn(
-            f"This is torch {version}, and lit_ft is tested on {TESTED_TORCH}: the run goes on. If "
-            "it fails in torch, try that one."
+            f"This is torch {version}, and lit_ft is tested on {TESTED_TORCH}. The run continues. "
+            "If it fails inside torch, try the tested version."
         )
     if trainer.limit_val_batches == 0:
         raise Misconfiguration(
@@ -70,7 +81,7 @@ def fine_tune(
     callbacks_of(trainer).append(recorder)
     callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
-        check_run(trainer, module)  # in `fit` a model would have been loaded and validated
+        check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),
@@ -91,10 +102,14 @@ def fine_tune(
 
 
 def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None:
-    """Return the checkpoint that `resume` names: a path, or "auto" for the last one of `run_dir`.
+    """Return the checkpoint that `resume` names; None to start from the model's own weights.
+
+    Args:
+        resume: The path of a checkpoint, "auto" for the last one of `run_dir`, or None.
+        run_dir: The folder of the run.
 
     Raises:
-        ValueError: The path is not there.
+        ValueError: If the path does not exist.
     """
     if resume is None:
         return None
@@ -107,29 +122,30 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
     if path is None:
         raise ValueError(
             f"resume={resume}: there is no such checkpoint. resume=auto takes the last one of "
-            "run_dir, resume=null starts afresh."
+            "run_dir; resume=null starts afresh."
         )
     return path
 
 
 def available_accelerator(accelerator: str) -> str:
-    """Return Lightning's name for `accelerator`, where "gpu_or_cpu" says which of them it is."""
+    """Return Lightning's name for `accelerator`; "gpu_or_cpu" is the GPU, or else the CPU."""
     if accelerator != "gpu_or_cpu":
         return accelerator
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        rank_zero_info("There is no GPU that torch can use: the CPU stands in.")
+        rank_zero_info("There is no GPU that torch can use, so the CPU is used.")
     return "auto"
 
 
 def sensible_precision(accelerator: str, strategy: object = "auto") -> str:
-    """Return the precision for a device: bfloat16 where the GPU computes in it, else what is exact.
+    """Return the precision for a device: bfloat16 if the GPU computes in it.
 
-    bfloat16 weights learn here, because they are rounded stochastically. Where each rank holds a
-    part of the weights they are float32, and computed with in bfloat16.
+    A GPU without bfloat16 gets "16-mixed", or "32-true" if the weights are sharded; a CPU gets
+    "32-true". Weights in bfloat16 learn here, because they are rounded stochastically. If each rank
+    holds a part of the weights, the weights are float32 and the computation is in bfloat16.
 
     Args:
         accelerator: Lightning's name of the device, such as "auto", "gpu" or "cpu".
-        strategy: the strategy that the trainer is given, or Lightning's name for it.
+        strategy: The strategy that the trainer is given, or Lightning's name for it.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         sharded = _shards_weights(strategy)
@@ -146,9 +162,9 @@ def _shards_weights(strategy: object) -> bool:
 
 
 def refuse_to_start_processes(trainer: Trainer) -> None:
-    """Raise Refusal if `trainer` starts this very command again for other ranks.
+    """Raise Refusal if `trainer` starts this command again for other ranks.
 
-    In a sweep each of them would run the whole sweep.
+    In a sweep, each of these processes would run the whole sweep.
     """
     if trainer.strategy.launcher is not None and trainer.world_size > 1:
         raise Misconfiguration(
@@ -159,7 +175,7 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """Order callbacks: the batch size is found first, and a stop leaves all others up to date."""
+    """Order callbacks: the batch size is found first, and a stop comes after all others."""
     if isinstance(callback, AutoBatchSize):
         return 0
     return 2 if isinstance(callback, StopOnSignal) else 1

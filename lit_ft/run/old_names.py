@@ -1,4 +1,4 @@
-"""Names that classes had in earlier versions, for the folders of runs from that time."""
+"""Class names of earlier versions, which the folders of older runs hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _RENAMED = {
 
 
 def with_current_names(config: Any) -> Any:
-    """Return a copy of a configuration in which each `_target_` has the name of today."""
+    """Return a copy of a configuration in which each `_target_` has its current name."""
     if isinstance(config, dict):
         return {
             key: _current(value) if key == "_target_" else with_current_names(value)

@@ -1,4 +1,4 @@
-"""What a run did, written into its summary while the trainer has the objects at hand."""
+"""Record what a run measures in its summary, while the trainer holds the objects."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from lit_ft.run.summary import RunSummary
 
 
 class Recorder(Callback):
-    """Fills the summary while the trainer has the objects at hand, failed runs included.
+    """Fills the summary while the trainer holds the objects, also if the run fails.
 
-    Its part of a checkpoint is the validation loss that the run began with, as a resumed run has no
-    other way to know it, the optimizer, whose state fits no other, and the names of the data.
+    Its part of a checkpoint has three values: the validation loss at the run's start, which a
+    resumed run cannot measure; the optimizer, whose state fits no other; and the names of the data.
+
+    Args:
+        summary: The summary to fill.
+        optimizer: The name of the optimizer, see `lit_ft.run.failures.optimizer_name`.
+        data: The names of the data sources.
     """
 
     def __init__(self, summary: RunSummary, optimizer: str, data: list[str]) -> None:
@@ -30,7 +35,7 @@ class Recorder(Callback):
         self.ready = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run cannot find out otherwise."""
+        """Return the values that a resumed run cannot measure."""
         return {
             "initial_val_loss": self.summary.fields["initial_val_loss"],
             "optimizer": self.optimizer,
@@ -38,7 +43,7 @@ class Recorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another optimizer, and tell of other data."""
+        """Refuse the checkpoint of another optimizer, and warn of other data."""
         made_with = state_dict.get("optimizer", self.optimizer)
         if made_with != self.optimizer:
             raise not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
@@ -46,29 +51,29 @@ class Recorder(Callback):
         if data != self.data:
             rank_zero_warn(
                 f"The checkpoint was trained on {', '.join(data)}, and goes on with "
-                f"{', '.join(self.data)}: repeat its run's data.path if that is not meant."
+                f"{', '.join(self.data)}: repeat its run's data.path if this is not intended."
             )
         self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the size of the model, once."""
+        """Record the size of the model, once."""
         self._loaded(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the count of the peak."""
+        """Start measuring the peak."""
         self._loaded(pl_module)
-        # As MemoryMonitor does where it is: else the peak is that of a sweep's largest run so far.
+        # As MemoryMonitor does. Otherwise the peak is that of a sweep's largest run so far.
         reset_peak(trainer.strategy.root_device)
         self.summary.write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down what training has measured."""
+        """Record the measurements of training."""
         self._record(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the model was exported to."""
+        """Record the folder of the exported model."""
         if not self.summary.fields["steps"]:
-            self._record(trainer)  # a finished run was resumed, and there was nothing to train
+            self._record(trainer)  # a finished run was resumed, with no step left
         export = find_callback(trainer, ExportHF)
         if export is not None and export.export_path is not None:
             self.summary.update(export_path=str(export.export_path))
@@ -76,7 +81,7 @@ class Recorder(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Write down what a failed run has measured."""
+        """Record the measurements of a failed run."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._record(trainer)
 

@@ -1,4 +1,4 @@
-"""summary.json: what a run did, for a program to read; written also when it fails."""
+"""summary.json: the results of a run in machine-readable form, also if the run fails."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ _NOT_SECRET = re.compile(r"tokens|tokenizer|token_id", re.IGNORECASE)
 
 
 class RunSummary:
-    """Collects what a run did and writes it to `run_dir/summary.json`.
+    """Collects the results of a run and writes them to `run_dir/summary.json`.
 
-    A context manager around the whole run. The file is there from the start, with status
-    "interrupted", so that a run that is killed leaves the truth behind.
+    It is a context manager around the whole run. The file exists from the start, with the status
+    "interrupted", so that it is also right for a run that is killed.
 
     Args:
-        run_dir: The run's folder; made where it is missing.
-        config: The resolved configuration, plain values; what looks like a secret is redacted.
+        run_dir: The folder of the run, made if it is missing.
+        config: The resolved configuration as plain values. Values that look like secrets are
+            redacted.
     """
 
     def __init__(self, run_dir: str | Path, config: Mapping[str, Any]) -> None:
@@ -69,18 +70,18 @@ class RunSummary:
         }
 
     def update(self, **fields: Any) -> None:
-        """Set fields; each name must be one of the schema's."""
+        """Set fields, whose names must be in the schema."""
         unknown = fields.keys() - self.fields.keys()
         assert not unknown, unknown
         self.fields.update(fields)
 
     def loaded(self) -> None:
-        """Note that the model and the data are ready: `seconds.load` ends here."""
+        """Record that the model and the data are loaded, which ends `seconds.load`."""
         self.fields["seconds"]["load"] = self._elapsed()
 
     @rank_zero_only
     def write(self) -> None:
-        """Write the file whole or not at all."""
+        """Write the file, whole or not at all."""
         self.fields["seconds"]["total"] = self._elapsed()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
@@ -115,13 +116,13 @@ class RunSummary:
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
-    """Return the summary of the run in `run_dir`, None if there is none."""
+    """Return the summary of the run in `run_dir`; None if it has none."""
     path = Path(run_dir) / FILE_NAME
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def status_of(error: BaseException | None) -> str:
-    """Return "completed", "interrupted", "out_of_memory" or "failed"."""
+    """Return the status that `error` gives: completed, interrupted, out_of_memory or failed."""
     if error is None:
         return "completed"
     # Lightning turns Ctrl-C into SystemExit(1) and a SIGTERM into SIGTERMException.
@@ -133,7 +134,7 @@ def status_of(error: BaseException | None) -> str:
 
 
 def redacted(config: Any) -> Any:
-    """Return a copy of `config` with every value under a secret's name replaced."""
+    """Return a copy of `config` with "***" for every value whose name suggests a secret."""
     if isinstance(config, Mapping):
         return {
             key: "***" if value and _is_secret(str(key)) else redacted(value)
@@ -147,7 +148,7 @@ def _is_secret(key: str) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity are not JSON: null."""
+    """Return `value` with None for NaN and infinity, which are not JSON."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, Mapping):

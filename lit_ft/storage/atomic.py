@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are complete or absent."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 
 def temporary_path(target: Path) -> Path:
-    """Return where to write what will be `target`: on the same file system, under a hidden name."""
+    """Return a hidden path in the same folder, to write to before it becomes `target`."""
     return target.with_name(f".{target.name}.tmp")
 
 
 def replace_atomically(new: Path, target: Path) -> None:
-    """Let `new`, which is on disk, take the place of `target`, a file or folder or nothing.
+    """Move `new`, a file or folder on disk, to `target`, which may exist already.
 
-    A file takes a file's place at once. A folder's place has to be free: between two renames
-    `target` is not there, and `existing_or_backup` gives the one before it.
+    A file replaces a file in one step. A folder takes two renames, between which `target` is
+    absent; `existing_or_backup` then finds the old one.
 
     Raises:
-        OSError: It could not; `target` is what it was.
+        OSError: If the move fails. `target` is then unchanged.
     """
     before = _before(target)
     moved = target.is_dir() or (new.is_dir() and target.exists())
     if moved:
-        remove(before)  # of a target that is there, so that nobody needs it
+        remove(before)  # an older backup, not needed while `target` exists
         target.rename(before)
     try:
         new.replace(target)
@@ -32,18 +32,18 @@ def replace_atomically(new: Path, target: Path) -> None:
         if moved:
             before.rename(target)
         raise
-    sync_folder(target.parent)  # the rename itself is on disk only when the folder is
+    sync_folder(target.parent)  # the rename itself is on disk only once the folder is
     remove(before)
 
 
 def existing_or_backup(path: str | Path) -> Path | None:
-    """Return what is at `path`, or what a process killed in `replace_atomically` has left of it."""
+    """Return `path`, or the backup that a killed `replace_atomically` left; None without either."""
     path = Path(path)
     return next((place for place in (path, _before(path)) if place.exists()), None)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Where what is expensive to make, and can be made again, is kept between runs."""
+"""The user's cache folder, for files that are expensive to make but can be made again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Checkpoints of several ranks: a folder of torch.distributed.checkpoint's files and Lightning's.
+"""Checkpoints of several ranks: folders with torch.distributed.checkpoint's files and Lightning's.
 
-`state_dict` and `optimizer_0` are in the ranks' files; everything else of a Lightning checkpoint is
-in `meta.pt`. Reading runs no code from the folder, whoever made it.
+The ranks' files hold `state_dict` and `optimizer_0`; `meta.pt` holds everything else of a Lightning
+checkpoint. Reading runs no code from the folder, unless `weights_only=False` is passed.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ _CLASSES: tuple[Any, ...] = (
 _ADMITTED: dict[tuple[str, str], Any] = {
     **{(each.__module__, each.__qualname__): each for each in _CLASSES},
     **{("torch", name): value for name, value in vars(torch).items() if type(value) is torch.dtype},
-    # Where it was saved, which nobody asks.
+    # The path that it was saved to, which is not used.
     **{(module, "PosixPath"): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")},
 }
 
 
 def write_parts(state: dict[str, Any], folder: Path) -> None:
-    """Write `state`, of whose sharded tensors each rank writes its part; all ranks call.
+    """Write `state`, and each rank its part of sharded tensors; call it on every rank.
 
-    Tensors on a GPU come to the host one by one.
+    Tensors on a GPU are copied to the host one by one.
 
     Raises:
-        OSError: A rank could not write; on all ranks.
+        OSError: On all ranks, if one of them could not write.
     """
     try:
         save(state, storage_writer=FileSystemWriter(folder))
@@ -66,7 +66,7 @@ def write_parts(state: dict[str, Any], folder: Path) -> None:
 
 
 def write_rest(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Write what is in no rank's part; one rank calls."""
+    """Write everything that is in no rank's part; call it on one rank."""
     with (folder / META).open("wb") as file:
         torch.save(checkpoint, file)
         file.flush()
@@ -77,18 +77,21 @@ class CheckpointFolder:
     """A checkpoint of several ranks, opened for reading by any number of processes.
 
     Args:
-        path: Its folder.
+        path: The folder of the checkpoint.
 
     Raises:
-        ValueError: `path` is not such a folder, or its list of contents is broken or names what has
-            no business there.
+        ValueError: If `path` is not a complete checkpoint folder, or if its list of contents is
+            broken or names a class that no checkpoint needs.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         file = self.path / ".metadata"
         if not file.is_file() or not (self.path / META).is_file():
-            raise ValueError(f"{path} is not a whole checkpoint, which has .metadata and {META}.")
+            raise ValueError(
+                f"{path} is not a complete checkpoint, which has .metadata and {META}: choose "
+                "another one."
+            )
         with file.open("rb") as stream:
             try:
                 self.metadata: Metadata = _MetadataUnpickler(stream).load()
@@ -98,11 +101,11 @@ class CheckpointFolder:
 
     @property
     def has_optimizers(self) -> bool:
-        """Whether training can go on from it."""
+        """Whether it holds optimizer state, from which training can resume."""
         return any(name.startswith("optimizer_0.") for name in self._saved)
 
     def tensors(self, prefix: str) -> dict[str, TensorStorageMetadata]:
-        """Return size and type of each tensor whose name begins so."""
+        """Return the size and type of each tensor whose name starts with `prefix`."""
         return {
             name: entry
             for name, entry in self._saved.items()
@@ -110,16 +113,16 @@ class CheckpointFolder:
         }
 
     def load(self, state: dict[str, Any], *, alone: bool = False) -> None:
-        """Fill the tensors in `state` in place, and put the saved values in its other places.
+        """Fill the tensors in `state` in place, and replace its other entries by the saved values.
 
         Args:
-            state: Any part of what was saved: nested, or flat with names joined by dots. Of a
-                sharded tensor each rank reads its part.
-            alone: This process reads by itself; else all ranks call.
+            state: Any part of the saved state, nested or flat with names joined by dots. Each rank
+                reads its part of a sharded tensor.
+            alone: Whether this process reads by itself. Otherwise all ranks must call.
 
         Raises:
-            RuntimeError: `state` is of another model or optimizer.
-            ValueError: A file is broken, or holds objects that are more than plain values.
+            RuntimeError: If `state` is of another model or optimizer.
+            ValueError: If a file is broken, or holds objects other than plain values.
         """
         if told := self._differences(state):
             raise RuntimeError(f"Error in loading state_dict for {self.path}: {'; '.join(told)}")
@@ -131,7 +134,7 @@ class CheckpointFolder:
             raise ValueError(f"Refusing to read {self.path}: {_first_reason(error)}") from error
 
     def load_whole(self) -> dict[str, Any]:
-        """Return all of it in this process's memory, as if it had been one file."""
+        """Return the whole checkpoint in this process's memory, as if it had been one file."""
         flat = {name: _room_for(entry) for name, entry in self._saved.items()}
         self.load(flat, alone=True)
         nested = unflatten_state_dict(flat, self.metadata.planner_data)
@@ -141,10 +144,14 @@ class CheckpointFolder:
         return checkpoint
 
     def load_rest(self, *, weights_only: bool = True) -> dict[str, Any]:
-        """Return what is in no rank's part: of callbacks, loops, schedules.
+        """Return everything that is in no rank's part: the state of callbacks, loops, schedules.
+
+        Args:
+            weights_only: Whether to refuse objects other than plain values. Without it, code from
+                the file may run.
 
         Raises:
-            ValueError: It is broken, or holds objects that are more than plain values.
+            ValueError: If the file is broken, or holds objects that are refused.
         """
         file = self.path / META
         try:
@@ -154,7 +161,7 @@ class CheckpointFolder:
         return rest
 
     def _differences(self, state: dict[str, Any]) -> list[str]:
-        """Return in what `state` differs from what was saved, in torch's words."""
+        """Return the differences between `state` and the saved state, in torch's words."""
         wanted, _ = flatten_state_dict(state)
         weights = self.tensors("state_dict.") if "state_dict" in state else {}
         differences = {
@@ -170,7 +177,7 @@ class CheckpointFolder:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of which a list of contents is made, and no others."""
+    """Unpickles the classes that a list of contents is made of, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
@@ -179,7 +186,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """Has read the list of contents already; torch's own reader unpickles whatever is there."""
+    """Uses the list of contents that is already read; torch's own reader unpickles anything."""
 
     def __init__(self, folder: CheckpointFolder) -> None:
         super().__init__(folder.path)
@@ -190,7 +197,7 @@ class _Reader(FileSystemReader):
 
 
 class _PlainValues(DefaultLoadPlanner):
-    """Takes what is not a tensor only if it is plain; torch's own planner unpickles anything."""
+    """Loads plain values only, apart from tensors; torch's own planner unpickles anything."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         place = self.mappings[read_item.dest_index.fqn]

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there."""
+"""Checkpoint files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from lit_ft.storage.checkpoint_folder import CheckpointFolder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Save beside the target, flush to disk, then rename: a torn save leaves the old file.
+    """Save next to the target, flush to disk, then rename: an interrupted save leaves the old file.
 
-    Lightning's own saving goes through the system's temporary folder, which may be another
-    filesystem: there a rename is a copy, and a crash leaves half a file. A temporary file left by a
-    killed process is overwritten by the next save. Loading is restricted to tensors and plain
-    values (`weights_only=True`) unless the caller asks otherwise, and takes the folders that
-    `FSDP2Strategy` saves too, into the memory of one process. Local paths only.
+    Lightning's own saving goes through the system's temporary folder. On another file system, its
+    rename is a copy, and a crash leaves half a file. The next save overwrites a temporary file left
+    by a killed process.
+
+    Loading is restricted to tensors and plain values unless the caller passes `weights_only=False`.
+    It also reads the folders that `FSDP2Strategy` saves, into the memory of one process. Only local
+    paths are supported.
 
     Use: `Trainer(plugins=[AtomicCheckpointIO()])`.
     """
@@ -32,12 +34,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint` to `path`.
 
         Raises:
-            OSError: it could not be written, with the reason; what was at `path` is intact and no
-                temporary file is left.
-            TypeError: `storage_options` was given.
+            OSError: If it could not be written; gives the reason. The file at `path` is intact, and
+                no temporary file is left.
+            TypeError: If `storage_options` is given.
         """
         if storage_options is not None:
-            raise TypeError(f"{type(self).__name__} writes local files, without storage_options.")
+            raise TypeError(
+                f"{type(self).__name__} writes local files only: leave storage_options out."
+            )
         target = Path(path)
         temporary = temporary_path(target)
         try:
@@ -50,8 +54,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             replace_atomically(temporary, target)
         except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
             raise OSError(
-                f"Cannot write the checkpoint {target}: {_reason(error)}. The file before it, if "
-                "any, is intact. Make room or choose another folder."
+                f"Cannot write the checkpoint {target}: {_reason(error)}. The previous file, if "
+                "any, is intact. Free some space or choose another folder."
             ) from error
         finally:
             remove(temporary)

@@ -70,7 +70,7 @@ def test_the_largest_divisor_that_fits_trains_the_same_weights(
     probed = memory(mebibytes)
     summary = run_job(tmp_path, *JOB, AUTO)
     said = caplog.text
-    assert f"data.batch_size={found} trainer.accumulate_grad_batches={6 // found} (" in said
+    assert f"batch_size={found} accumulate_grad_batches={6 // found} (" in said
     assert probed == tried  # what cannot fit is not tried
     expected, run = plain
     assert (summary["steps"], summary["tokens"]) == (run["steps"], run["tokens"])
@@ -103,12 +103,12 @@ def test_running_out_of_memory_ends_the_search(memory, monkeypatch, tmp_path, ca
 
     monkeypatch.setattr(batch_size, "_peak_of", peak_of)
     run_job(tmp_path, *JOB, AUTO)
-    assert "data.batch_size=2 " in caplog.text
+    assert " batch_size=2 " in caplog.text
 
 
 def test_a_real_measurement_leaves_no_trace_in_the_training(plain, tmp_path, caplog):
     run_job(tmp_path, *JOB, AUTO)
-    said = re.search(r"data.batch_size=(\d) .*=(\d) \((\S+) GiB", caplog.text)
+    said = re.search(r" batch_size=(\d) .*=(\d) \((\S+) GiB", caplog.text)
     assert int(said[1]) * int(said[2]) == 6
     torch.testing.assert_close(weights(tmp_path), plain[0], rtol=0, atol=1e-5)
 

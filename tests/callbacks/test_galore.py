@@ -203,12 +203,12 @@ def test_another_module_is_injected_anew(tmp_path):
 
 def test_lightnings_learning_rate_finder_is_refused(tmp_path):
     trainer = trainer_of(tmp_path, callbacks=[GaLore(rank=4)])
-    with pytest.raises(MisconfigurationException, match="find the rate without GaLore"):
+    with pytest.raises(MisconfigurationException, match="Find the rate without GaLore"):
         Tuner(trainer).lr_find(module_of(), loader(batch_of([12])), attr_name="rate")
 
 
 def test_a_strategy_that_shares_weights_in_its_own_way_is_refused(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer._accelerator_connector.strategy = FSDPStrategy()
-    with pytest.raises(MisconfigurationException, match="DDP or FSDP2, not FSDPStrategy"):
+    with pytest.raises(MisconfigurationException, match="FSDP2, not under FSDPStrategy"):
         GaLore(rank=4).setup(trainer, module_of(), "fit")

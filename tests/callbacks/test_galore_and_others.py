@@ -62,12 +62,12 @@ def test_a_rate_finder_is_refused_also_after_a_validation(tmp_path):
     module = adamw_module()
     trainer = trainer_of(tmp_path, callbacks=[GaLore(rank=4)])
     trainer.validate(module, loader(*SAME_BATCH), verbose=False)
-    with pytest.raises(MisconfigurationException, match="find the rate without GaLore"):
+    with pytest.raises(MisconfigurationException, match="Find the rate without GaLore"):
         Tuner(trainer).lr_find(module, loader(*SAME_BATCH), attr_name="rate")
 
 
 def test_averages_of_weights_come_after_galore(tmp_path):
-    with pytest.raises(MisconfigurationException, match="list GaLore before EMAWeightAveraging"):
+    with pytest.raises(MisconfigurationException, match="List GaLore before EMAWeightAveraging"):
         fit(tmp_path, adamw_module(), EMAWeightAveraging(), GaLore(rank=4))
     module = adamw_module()
     fit(tmp_path, module, GaLore(rank=4), EMAWeightAveraging(decay=0.5), max_steps=4)
@@ -79,7 +79,7 @@ def test_averages_of_weights_come_after_galore(tmp_path):
     [
         ({"targets": ["mlp"]}, "other targets, such as"),
         ({"side": "left"}, "injected with side=right, GaLore has side=left"),
-        ({"rank": 2}, "injected with rank 4, GaLore has rank=2"),
+        ({"rank": 2}, "injected with rank=4, GaLore has rank=2"),
     ],
 )
 def test_an_injected_module_and_galore_must_agree(tmp_path, options, named):

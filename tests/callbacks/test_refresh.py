@@ -107,7 +107,7 @@ def test_every_configuration_of_galore_brings_it_with_one_override_a_setting(opt
 
 
 def test_alone_it_names_what_is_missing(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"callbacks=\[GaLore\(rank=\.\.\.\)"):
+    with pytest.raises(MisconfigurationException, match=r"GaLore\(rank=\.\.\.\)"):
         fit(tmp_path, [SubspaceRefresh()])
 
 

@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tests.running import CONF
+from tests.support.running import CONF
 
 RATE = "a rate that fine-tunes: the library's is for training from scratch"
 RULE = "a rule says which parameters it is for; the defaults match them all"

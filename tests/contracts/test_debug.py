@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.running import run_job
+from tests.support.running import run_job
 
 TINY = ["model=tiny", "data.max_length=160", "logger=none", "~callbacks.samples"]
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from hydra.errors import CompactHydraException
 
-from tests.running import CONF, run_job
+from tests.support.running import CONF, run_job
 
 JOB = [
     "model=tiny",

@@ -128,7 +128,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_all_ranks(model, saved, tm
         (oja, PLANS["adamw"], "RuntimeError", r"Unexpected key\(s\): .*\.basis"),
         (adamw, {"optimizer": "sgd"}, "RuntimeError", r"Missing key\(s\): optimizer_0"),
         (weights, PLANS["adamw"], "KeyError", "best.ckpt holds the model alone"),
-        (tmp_path, PLANS["adamw"], "ValueError", "is not a whole checkpoint"),
+        (tmp_path, PLANS["adamw"], "ValueError", "is not a complete checkpoint"),
     ]
     for path, plan, kind, told in cases:
         for found in on_both(refusal, model, tmp_path / "run", resume=str(path), **plan):

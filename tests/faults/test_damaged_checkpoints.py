@@ -65,7 +65,7 @@ def test_a_truncated_file_is_named(name, size, folder):
 @pytest.mark.parametrize("name", [".metadata", "meta.pt"])
 def test_a_folder_without_its_last_files_is_no_checkpoint(name, folder):
     (folder / name).unlink()
-    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         AtomicCheckpointIO().load_checkpoint(folder)
 
 

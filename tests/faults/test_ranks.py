@@ -134,7 +134,7 @@ def test_a_rank_that_cannot_write_fails_all_and_leaves_the_one_before(
 ):
     for told in on_both(save_twice, tmp_path / "last.ckpt", rank, part):
         assert "last.ckpt: " in told
-        assert "No space left on device. The one before it, if any, is intact" in told
+        assert "No space left on device. The previous one, if any, is intact" in told
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     found = AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
     assert (found["epoch"], found["state_dict"]["weight"].sum()) == (1, 3)

@@ -141,7 +141,7 @@ def test_a_step_that_a_grad_scaler_skips_leaves_no_trace(tmp_path, fused):
 
 @pytest.mark.parametrize("projector", [SVD(), Online(starts_from_svd=True)])
 def test_a_grad_scaler_and_bases_from_whole_gradients_are_refused(tmp_path, projector):
-    with pytest.raises(MisconfigurationException, match="use SubspaceIteration or Oja"):
+    with pytest.raises(MisconfigurationException, match=r"Use SubspaceIteration\(\) or Oja\(\)"):
         train(tmp_path, batches(GOOD), scale=2.0**10, projector=projector)
 
 

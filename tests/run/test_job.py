@@ -194,3 +194,12 @@ def test_the_precision_that_was_chosen_is_in_the_summary(job):
     summary = job("run", "trainer.max_steps=1")
     assert summary["config"]["trainer"]["precision"] == "32-true"
     assert summary["config"]["trainer"].get("strategy", "auto") == "auto"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_an_optimizer_that_needs_the_weight_is_refused_in_every_precision(precision, job, tmp_path):
+    """Rounding wraps the class, and the wrapped one's traits count."""
+    adafactor = ["optim._target_=torch.optim.Adafactor", "~optim.fused"]
+    with pytest.raises(CompactHydraException, match="scales its step by the parameter's size"):
+        job("run", "optim=galore_subspace", *adafactor, f"trainer.precision={precision}")
+    assert not (tmp_path / "run" / "checkpoints").exists()

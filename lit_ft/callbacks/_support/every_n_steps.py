@@ -1,4 +1,4 @@
-"""Every n optimizer steps, said once a step however many batches are accumulated."""
+"""Count optimizer steps, however many batches each of them accumulates."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ class EveryNSteps:
     """Tells a callback's `on_train_batch_end` when `every_n_steps` optimizer steps have passed.
 
     Args:
-        every_n_steps: optimizer steps; None follows the Trainer's `log_every_n_steps`.
+        every_n_steps: The number of optimizer steps in an interval; None follows the Trainer's
+            `log_every_n_steps`.
 
     Raises:
-        MisconfigurationException: `every_n_steps` is below 1.
+        MisconfigurationException: If `every_n_steps` is below 1.
     """
 
     def __init__(self, every_n_steps: int | None) -> None:
@@ -25,19 +26,19 @@ class EveryNSteps:
         self._seen = 0
 
     def start(self, trainer: Trainer) -> None:
-        """Count from the step that the trainer is at; call it in `on_train_start`."""
+        """Start counting at the trainer's current step; call this in `on_train_start`."""
         self._seen = trainer.global_step
 
     def remaining(self, trainer: Trainer) -> int | None:
-        """Optimizer steps until it is due, 1 for the one under way; None if it never is."""
+        """Return the steps left in the interval, 1 for its last step; None if it never ends."""
         every = self._every(trainer)
         return every - trainer.global_step % every if every > 0 else None
 
     def due(self, trainer: Trainer) -> bool:
-        """True once for each multiple of `every_n_steps`, on the batch that completes the step.
+        """Return whether this batch completes a multiple of `every_n_steps`; True once for each.
 
-        With several optimizers Lightning's step advances by more than one a batch, so a multiple
-        may be stepped over and still counts.
+        With several optimizers, Lightning's step advances by more than one a batch. A multiple that
+        is stepped over still counts.
         """
         step, seen = trainer.global_step, self._seen
         self._seen = step

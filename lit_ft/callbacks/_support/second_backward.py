@@ -1,4 +1,4 @@
-"""What torch.compile has to know where backward runs twice over one graph."""
+"""Settings of torch.compile for a backward pass that runs twice over one graph."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch.compiler.config
 
 @contextmanager
 def compiled_for_two_backward_passes() -> Iterator[None]:
-    """Let what is compiled in the block keep its saved tensors for a second backward pass.
+    """Let code that is compiled in the block keep its saved tensors for a second backward pass.
 
-    Compiled code overwrites what it has saved for backward ("donated" buffers). The switch against
-    that turns off torch's check as well, and neither graphs in memory nor those of torch's cache on
-    disk say how they were compiled: the second pass of an older graph would give wrong gradients
-    without a word. So graphs in memory are forgotten, and those on disk get a mark of their own.
+    Compiled code overwrites the tensors that it saved for backward ("donated" buffers). The switch
+    that prevents this also turns off torch's check. Neither the graphs in memory nor those in
+    torch's cache on disk record how they were compiled, so the second pass of an older graph would
+    silently give wrong gradients. Graphs in memory are therefore discarded, and those on disk get
+    their own cache key.
 
-    Whether a step compiles anything (a loss function, flex attention) shows when it does. So this
-    asks no module.
+    A step may compile something (a loss function, flex attention) that no module announces, so the
+    settings apply to every module.
     """
     functorch, compiler = torch._functorch.config, torch.compiler.config
     before = functorch.donated_buffer, compiler.cache_key_tag

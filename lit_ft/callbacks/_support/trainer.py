@@ -1,4 +1,4 @@
-"""What callbacks look up in their trainer."""
+"""Look-ups that callbacks make in their trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | None:
-    """Return the trainer's first callback of that kind, None if it has none."""
+    """Return the trainer's first callback of class `kind`; None if it has none."""
     return next((c for c in callbacks_of(trainer) if isinstance(c, kind)), None)
 
 
@@ -32,5 +32,5 @@ def only_optimizer(trainer: Trainer, follower: Callback) -> Optimizer:
 
 
 def loss_scaler(trainer: Trainer) -> Any:
-    """Return the gradient scaler of float16, which may skip steps; None if there is none."""
+    """Return float16's gradient scaler, which may skip steps; None if there is none."""
     return getattr(trainer.precision_plugin, "scaler", None)
