@@ -1,4 +1,7 @@
-"""The part that one rank holds of a tensor that is sharded over the ranks."""
+"""The part that one rank holds of a tensor that is sharded over the ranks.
+
+Tensors may have any shape; their rows are along the first dimension.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Oja(Projector):
     rotates_moments: bool = True
 
     def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:
-        """Return the basis after one step of Oja's rule."""
+        """Return the basis [r, cols] after one step of Oja's rule."""
         assert basis_input is not None
         moved = oja_step(basis, basis_input, step_size=self.step_size * math.sqrt(len(basis)))
         return where_informative(basis_input, moved, basis)

@@ -63,7 +63,7 @@ class Online(Projector):
         decay: float,
         **_: Any,
     ) -> Tensor:
-        """Return the basis after one AdamW step on the objective."""
+        """Return the basis [r, cols] after one AdamW step on the objective."""
         assert basis_input is not None
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(basis), torch.zeros_like(basis)
