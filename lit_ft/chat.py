@@ -18,7 +18,7 @@ Message = dict[str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer what is typed, or one `--prompt`, token by token."""
+    """Answer each message that is typed, or one `--prompt`, token by token."""
     options = _parser().parse_args(arguments)
     quieten_libraries()
     try:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:  # ends the answer, not the conversation
             print()
             continue
-        # A template that puts a space before an answer would put it before the answer's own.
+        # A template that puts a space before an answer would double the answer's own.
         conversation += [_user(text), {"role": "assistant", "content": answer.strip()}]
 
 
@@ -76,14 +76,17 @@ def exported_folder(run_dir: str | Path) -> Path:
     """Return the Hugging Face folder of a run, or `run_dir` itself if it is one.
 
     Raises:
-        ValueError: There is no run, or it exported nothing; says what to do.
+        ValueError: If there is no run, or if it has exported nothing. Says what to do.
     """
     run_dir = Path(run_dir)
     if (run_dir / "config.json").is_file():
         return run_dir
     summary = read_summary(run_dir)
     if summary is None:
-        raise ValueError(f"{run_dir} is neither a run's folder nor a Hugging Face model.")
+        raise ValueError(
+            f"{run_dir} is neither a run's folder nor a Hugging Face model: give the folder of "
+            "one, such as runs/r1."
+        )
     exported = run_dir / "export"
     if not (exported / "config.json").is_file():
         raise ValueError(

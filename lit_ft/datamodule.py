@@ -1,4 +1,4 @@
-"""InstructionDataModule: conversations from anywhere as batches for CausalLMModule."""
+"""InstructionDataModule: conversations from any source as batches for CausalLMModule."""
 
 from __future__ import annotations
 
@@ -35,50 +35,59 @@ STREAM_SHUFFLE_BUFFER = 1000  # examples
 class InstructionDataModule(LightningDataModule):
     """Reads, encodes, splits, mixes and batches instruction data.
 
-    Batches are dicts of input_ids and labels [B, T], attention_mask or position_ids where needed,
-    num_tokens and num_targets; see `lit_ft.data.collate.Collator`. The rows of a global batch do
-    not depend on how it is cut into micro-batches and ranks; validation sees each example once.
-    Set `Trainer(use_distributed_sampler=False)`, since the batches are dealt to the ranks here.
+    Batches are dicts of `input_ids` and `labels` [B, T], `attention_mask` or `position_ids` [B, T]
+    where needed, `num_tokens` and `num_targets`; see `lit_ft.data.collate.Collator`. The rows of a
+    global batch do not depend on how it is cut into micro-batches and ranks. Validation sees each
+    example once. Set `Trainer(use_distributed_sampler=False)`, since this module assigns the
+    batches to the ranks.
 
-    After `setup`: `train_examples` and `val_examples`, tables of `lit_ft.data.encoding.EncodedRow`
-    (the former a stream if `streaming`), and `reports`, an EncodingReport for `train` and `val`.
+    After `setup`, `train_examples` and `val_examples` are tables of
+    `lit_ft.data.encoding.EncodedRow` (with `streaming`, the former is a stream), and `reports` has
+    an EncodingReport for `train` and one for `val`.
 
     Args:
-        path: The embedded `python-docstrings`; a .jsonl, .json, .csv or .parquet file, or a folder
-            of them; or the name of a Hugging Face dataset.
-        val_path: Where to validate; None splits the data.
-        sources: Several sources in place of `path`: `{path, weight, format?, ...}`, where `...` is
-            as in `source_options`. An example is drawn from each with its weight's share until
-            all are exhausted; those of a source small for its weight repeat within the epoch.
-        format: Reads the rows, such as `lit_ft.data.formats.alpaca.Alpaca()` or, with the usual
-            columns, "alpaca"; None detects it from the keys of each source's first row.
-        tokenizer: A fast tokenizer of transformers; None takes the one of the trainer's module.
-        chat_template: `plain`, or a Jinja file; None keeps the tokenizer's. The tokenizer is given
-            the template, so that generation and export use what was trained.
-        max_length: Tokens of an example, and of a packed row, at most.
-        batch_size: Rows of a micro-batch on one rank.
-        val_batch_size: The same in validation; None for `batch_size`.
-        packing: Put several examples into a training row, apart from each other by position_ids.
-        group_by_length: Put rows of similar length into one global batch.
-        drop_overlong: Leave examples out that are too long; otherwise they are cut at the end.
-        val_fraction: Share of the rows to validate on, where neither `val_path` nor the source
-            itself decides.
-        max_train_examples: Train on so many, a fixed random choice; of a stream the first ones.
-        max_val_examples: Validate on so many, a fixed random choice. A stream without `val_path`
-            gives its first ones.
-        streaming: Encode while training, not before: for data larger than the disk. There is no
-            length, so set `trainer.max_steps`.
-        num_workers: Processes that load batches.
-        seed: Of the order and of the mixture, not of the split: seeds can be compared.
-        source_options: For a hub dataset those of `datasets.load_dataset`, such as name, split,
-            revision; for the embedded one those of `lit_ft.data.docstrings.Docstrings`.
-        val_source_options: The same for `val_path`.
+        path: The embedded data, `python-docstrings`; a .jsonl, .json, .csv or .parquet file; a
+            folder of these files; or the name of a Hugging Face dataset.
+        val_path: The path of the data to validate on; None splits the training data.
+        sources: Several sources in place of `path`, each as `{path, weight, format?, ...}` with
+            further entries as in `source_options`. Each example is drawn from one of them by weight
+            until all are exhausted. A source that is small for its weight repeats within the epoch.
+        format: The format that reads the rows, such as `lit_ft.data.formats.alpaca.Alpaca()`, or
+            its name ("alpaca") for the default columns; None detects it from the keys of each
+            source's first row.
+        tokenizer: A fast tokenizer of transformers; None takes that of the trainer's module.
+        chat_template: The shipped template `plain`, or the path of a Jinja file; None keeps the
+            tokenizer's own. It is set on the tokenizer, so that generation and export use the
+            template of the training.
+        max_length: The largest number of tokens in an example, and in a packed row.
+        batch_size: The number of rows in a micro-batch on one rank.
+        val_batch_size: The number of rows in a validation batch on one rank; None uses
+            `batch_size`.
+        packing: Whether to put several examples into a training row, kept apart by `position_ids`.
+        group_by_length: Whether to put rows of similar length into one global batch.
+        drop_overlong: Whether to leave out examples that are too long. Otherwise they are cut at
+            the end.
+        val_fraction: The share of the rows to validate on, between 0 and 1, if neither `val_path`
+            nor the source decides.
+        max_train_examples: The number of examples to train on, a fixed random choice; None
+            trains on all. A stream trains on its first ones.
+        max_val_examples: The largest number of examples to validate on, a fixed random choice. A
+            stream without `val_path` takes its first ones.
+        streaming: Whether to encode while training and not before, for data larger than the disk. A
+            stream has no length, so set `trainer.max_steps`.
+        num_workers: The number of processes that load batches.
+        seed: The seed of the order and of the mixture. The split does not depend on it, so that
+            seeds can be compared.
+        source_options: The options of `path`: those of `datasets.load_dataset` (name, split,
+            revision ...) for a hub dataset, or of `lit_ft.data.docstrings.Docstrings` for the
+            embedded data.
+        val_source_options: The options of `val_path`, of the same kinds as `source_options`.
 
     Raises:
-        ValueError: On a bad argument or an unknown path, at once; in `setup`, naming file and line,
-            on a row that cannot be read, and if no example is left.
-        Misconfiguration: In `setup`, if there is no tokenizer, or a stream without
-            `trainer.max_steps`.
+        ValueError: At once, if an argument is bad or a path is unknown. In `setup`, if a row cannot
+            be read (names file and line), or if no example is left.
+        Misconfiguration: At once, if `streaming` cannot be combined with the other arguments. In
+            `setup`, if there is no tokenizer, or a stream has no `trainer.max_steps`.
     """
 
     def __init__(
@@ -146,7 +155,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def source_names(self) -> list[str]:
-        """What is trained on, as the user calls it."""
+        """The names that the user gave the training sources."""
         return [one.source.name for one in self._train]
 
     def _check_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
@@ -162,7 +171,7 @@ class InstructionDataModule(LightningDataModule):
             raise Misconfiguration("a stream is read by the main process", remedies.NO_WORKERS)
 
     def prepare_data(self) -> None:
-        """Encode into the cache, in one process a machine."""
+        """Encode the sources into the cache, in one process a machine."""
         encoder = self._encoder()
         for source in [*([] if self.streaming else self._train), *self._val]:
             source.table(encoder)
@@ -199,12 +208,12 @@ class InstructionDataModule(LightningDataModule):
         self._say_counts()
 
     def teardown(self, stage: str | None = None) -> None:
-        """Say what became of the rows of a stream."""
+        """Log the counts of a stream's rows."""
         if self.streaming and stage == "fit":
-            rank_zero_info(f"train data, repetitions included: {self.reports['train']}")
+            rank_zero_info(f"Training data, repetitions included: {self.reports['train']}.")
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
-        """Micro-batches of this rank; the loader's state resumes inside an epoch."""
+        """Return the loader of this rank's micro-batches; its state resumes inside an epoch."""
         micro_batches = self.trainer.accumulate_grad_batches if self.trainer else 1
         cut = self._cut(self.batch_size, micro_batches)
         collate = self._collator(packed=self.packing)
@@ -232,7 +241,7 @@ class InstructionDataModule(LightningDataModule):
         return self._loader(batches, batch_size=None)
 
     def val_dataloader(self) -> StatefulDataLoader[Any]:
-        """Batches of this rank, in a fixed order, longest first; each example occurs once."""
+        """Return the loader of this rank's batches, longest first; each example occurs once."""
         rows = Bins(self.val_examples)
         sampler = GlobalBatchSampler(
             rows.lengths,
@@ -246,7 +255,7 @@ class InstructionDataModule(LightningDataModule):
     def sample_prompts(self, n: int) -> list[list[Message]]:
         """Return the messages before the last assistant turn of the first n validation examples.
 
-        Empty for plain text, which has none.
+        Examples without such messages, as in plain text, are left out.
         """
         assert self.val_examples is not None, "call setup first"
         prompts = self.val_examples.select_columns(["prompt"])
@@ -294,7 +303,7 @@ class InstructionDataModule(LightningDataModule):
         return Collator(next(id for id in ids if id is not None), packed=packed)
 
     def _cut(self, batch_size: int, micro_batches: int) -> dict[str, int]:
-        """How a global batch is cut into micro-batches and ranks."""
+        """Return how a global batch is cut into micro-batches and ranks."""
         rank, num_replicas = data_parallel_rank(self.trainer) if self.trainer else (0, 1)
         return {
             "batch_size": batch_size,

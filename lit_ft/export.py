@@ -1,7 +1,7 @@
 """Write a run's checkpoint in Hugging Face format: `python -m lit_ft.export runs/r1`.
 
-A finished run has exported its last weights already. This exports its best ones, those of a run
-that did not finish, or another precision.
+A finished run has exported its last weights already. Use this to export its best weights, the
+weights of a run that did not finish, or another precision.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lit_ft.run.export_run import export_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Rebuild the run's model, load the checkpoint into it, export it."""
+    """Rebuild the run's model, load the checkpoint into it, and export it."""
     options = _parser().parse_args(arguments)
     quieten_libraries()
     try:

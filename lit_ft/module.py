@@ -57,20 +57,23 @@ class CausalLMModule(LightningModule):
     `val_loss` and `val_perplexity`.
 
     Args:
-        model: Where the model comes from; it is loaded in `configure_model`.
-        optimizer: Builds the optimizer from parameter groups, e.g. `partial(AdamW, lr=1e-4)`.
-        schedule: Builds the scheduler from (optimizer, number of steps); None for a constant rate.
-        groups: Which parameters form a group, and their options.
+        model: The source of the model, which is loaded in `configure_model`.
+        optimizer: Builds the optimizer from parameter groups, such as `partial(AdamW, lr=1e-4)`.
+        schedule: Builds the scheduler from the optimizer and the number of optimizer steps; None
+            keeps the rate constant.
+        groups: The rules that put parameters into groups, with the options of each group.
         adapter: A `peft.PeftConfig`; None for full fine-tuning.
-        loss: Sums the loss over target tokens. A model that transforms its logits or adds losses is
-            trained on its own loss instead of the chunked one: found out on the first batch.
-        activation_checkpointing: Recompute each block's activations in backward.
-        compile: Compile the transformer with torch.compile.
-        seed: Of an adapter's first values, of dropout and of the stochastic rounding of bfloat16
-            weights.
+        loss: Sums the loss over target tokens; None uses `ChunkedCrossEntropy`. The first batch
+            shows whether a model transforms its logits or adds losses. It is then trained on its
+            own loss instead of the chunked one.
+        activation_checkpointing: Whether to recompute each block's activations in backward.
+        compile: Whether to compile the transformer with torch.compile.
+        seed: The seed of an adapter's initial values, of dropout, and of the stochastic rounding of
+            bfloat16 weights.
     """
 
-    # Of sharded models the weights come one by one, after `shard_model`: callbacks may meet none.
+    # The weights of a sharded model are loaded one by one after `shard_model`, so callbacks may
+    # find a model without values.
     loads_after_sharding = True
 
     def __init__(
@@ -96,8 +99,8 @@ class CausalLMModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.compile_model = compile
         self.seed = seed
-        self.model: Any = None  # PreTrainedModel or PeftModel, from configure_model on
-        # Not a MeanMetric, which leaves out what is not a number: a validation would look better.
+        self.model: Any = None  # configure_model sets a PreTrainedModel or PeftModel
+        # Not a MeanMetric, which leaves out NaN: a validation would look better than it is.
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
         self._token_mean = TokenMean(self._sum_over_ranks)
@@ -105,16 +108,16 @@ class CausalLMModule(LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's tokenizer, None if it has none."""
+        """The model's tokenizer, or None if it has none."""
         self.source.check()
         return self.source.load_tokenizer()
 
     def setup(self, stage: str) -> None:
-        """Refuse what would fail later, before the model is loaded.
+        """Check, before the model is loaded, what would otherwise fail later.
 
         Raises:
-            Misconfiguration: The run combines what does not go together, or the optimizer, its
-                groups or the schedule do not take their options.
+            Misconfiguration: If the run combines settings that cannot work together, or if the
+                optimizer, its groups or the schedule do not accept their options.
         """
         parts = PARTS if stage == "fit" else ("module", "galore")
         plan = check_run(self.trainer, self, parts=parts)
@@ -122,7 +125,7 @@ class CausalLMModule(LightningModule):
         self._try_optimizer(in_subspaces=plan.basis is not None)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return what is known of the optimizer, adapter and model before they exist."""
+        """Return the facts about optimizer, adapter and model that are known before they exist."""
         facts: dict[str, Any] = {
             "adapter": adapter_of(self.adapter),
             "quantised": getattr(self.source, "quantization_config", None) is not None,
@@ -134,7 +137,7 @@ class CausalLMModule(LightningModule):
         return facts
 
     def _try_optimizer(self, *, in_subspaces: bool) -> None:
-        """Build the optimizer and its schedule on stand-ins, so that they refuse their options."""
+        """Build the optimizer and its schedule on stand-ins, so that bad options fail now."""
         stand_ins = [
             {**rule.options, "params": [torch.nn.Parameter(torch.zeros(2, 2))]}
             for rule in self.groups
@@ -151,25 +154,25 @@ class CausalLMModule(LightningModule):
             raise Misconfiguration(f"optimizer, groups or schedule: {why}", *remedies) from error
 
     def configure_model(self) -> None:
-        """Load the model, once, in the precision and on the device that the strategy asks for."""
+        """Load the model once, in the precision and on the device that the strategy sets."""
         if self.model is not None:
             return
         dtype = torch.get_default_dtype()
         if self.device_mesh is None:
             self._take(self.source.load_model(dtype))
-        else:  # taken on the way, and then loaded, which leaves it in evaluation mode
+        else:  # `_shard` takes the model before it is loaded, which leaves it in evaluation mode
             self.source.load_model(dtype, shard=self._shard)
             model: Any = self.model
             start_magnitudes(model.train())
 
     def shard_model(self) -> None:
-        """Spread `model` over the ranks; what changes a model's layers does so before (GaLore)."""
+        """Shard `model` over the ranks. A callback that changes its layers (GaLore) runs before."""
         assert isinstance(self.trainer.strategy, FSDP2Strategy | TensorParallelStrategy)
         self.trainer.strategy.shard(unwrap_peft(self.model))
 
     def _shard(self, model: Any) -> None:
         if self.adapter is not None and getattr(model, "is_quantized", False):
-            # The plan knows of quantisation that was asked for, not of a model saved that way.
+            # The plan knows quantisation that is requested, not that of a model saved quantised.
             check_run(self.trainer, self, quantised=True)
         self._take(model)
         self.shard_model()
@@ -178,7 +181,7 @@ class CausalLMModule(LightningModule):
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.adapter is not None:
-            # The same on all ranks, however many, whatever the devices.
+            # The same values on all ranks, for any number of ranks and on any device.
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.default_generator.manual_seed(self.seed)
                 model = add_adapter(model, self.adapter)
@@ -191,8 +194,8 @@ class CausalLMModule(LightningModule):
         optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
         optimizer = row_chunked(stochastically_rounded(optimizer, seed=self.seed))
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            # A fused optimizer would take float16's loss scale away in its kernel, after clipping:
-            # now the trainer does, before.
+            # A fused optimizer would remove float16's loss scale in its kernel, after clipping.
+            # This makes the trainer remove it before clipping.
             optimizer._step_supports_amp_scaling = False
         if self.schedule is None or traits_of(type(optimizer)).own_rate:
             return optimizer
@@ -203,7 +206,7 @@ class CausalLMModule(LightningModule):
         }
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make dropout depend on seed, rank and batch alone: a resumed run repeats it."""
+        """Make dropout depend only on seed, rank and batch, so that a resumed run repeats it."""
         # Saving the random state instead would miss what loaders and validations draw in between.
         key = (self.seed, self.global_rank, self.current_epoch, batch_idx)
         torch.manual_seed(keyed_generator(torch.device("cpu"), *key).initial_seed())
@@ -223,12 +226,16 @@ class CausalLMModule(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step, and free the gradients, which Lightning keeps through the next forward pass."""
+        """Step and free the gradients, which Lightning would keep through the next forward pass."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the accumulated gradient into that of the token mean."""
+        """Turn the accumulated gradient into the gradient of the token mean.
+
+        Raises:
+            FloatingPointError: If the loss of the global batch is not finite.
+        """
         loss, _ = self._token_mean.finish(self.parameters())
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -243,7 +250,7 @@ class CausalLMModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, and log the norm that clipping by norm has to compute anyway."""
+        """Clip as Lightning does, and log the norm that clipping by norm computes anyway."""
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -251,16 +258,16 @@ class CausalLMModule(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         self.log("grad_norm", full_tensor(norm))
 
-    # LayerwiseUpdate, which clips in backward, may take its place.
+    # LayerwiseUpdate, which clips in backward, may replace this method.
     configure_gradient_clipping.clips_as_lightning_does = True  # type: ignore[attr-defined]
 
     def on_validation_epoch_start(self) -> None:
-        """Begin a new token mean."""
+        """Start a new token mean."""
         for metric in (self.val_loss_sum, self.val_targets):
-            # bf16-true makes the metric's sum bfloat16, which stands still from 256 targets on.
+            # bf16-true makes the metric's sum bfloat16, which stops growing at 256 targets.
             metric.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
-            # Here, not at the end: `validate` runs in inference mode and `fit` does not, and what
-            # was made in the one cannot be updated in the other.
+            # Reset here, not at the end: `validate` runs in inference mode and `fit` does not, and
+            # a tensor made in one cannot be updated in the other.
             metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -275,7 +282,12 @@ class CausalLMModule(LightningModule):
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
-        """Return the loss summed over the batch's target tokens, and their number."""
+        """Return the loss summed over the batch's target tokens, and their number.
+
+        Args:
+            batch: The batch, with `input_ids` and `labels` [B, T] and, where needed,
+                `attention_mask` or `position_ids` [B, T] and `num_targets`.
+        """
         inputs = {
             k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
         }
@@ -288,7 +300,7 @@ class CausalLMModule(LightningModule):
         return loss, num_targets
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights under an adapter out: they are loaded with the model."""
+        """Leave out the frozen weights under an adapter, which are loaded with the model."""
         frozen = self._reloadable()
         checkpoint["state_dict"] = {
             name: value
@@ -299,7 +311,11 @@ class CausalLMModule(LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a checkpoint, which may leave out the frozen weights under an adapter."""
+        """Load a checkpoint, which may leave out the frozen weights under an adapter.
+
+        Raises:
+            RuntimeError: If the checkpoint is of another model or adapter.
+        """
         frozen = self._reloadable()
         if not frozen:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -313,7 +329,7 @@ class CausalLMModule(LightningModule):
         return result
 
     def _reloadable(self) -> tuple[str, ...]:
-        """Names of the weights that a new `configure_model` restores exactly."""
+        """Return the names of the weights that a new `configure_model` restores exactly."""
         if not isinstance(self.model, PeftModel) or rewrites_base_weights(self.model):
             return ()
         return tuple(
@@ -321,7 +337,7 @@ class CausalLMModule(LightningModule):
         )
 
     def _probe_model_on(self, inputs: Mapping[str, Tensor]) -> None:
-        """Check what the loss and packing take for granted, on the first batch that shows it."""
+        """Check the assumptions of the loss and of packing on the first batch that shows them."""
         if "loss" in self._unchecked:
             self._unchecked.discard("loss")
             row = inputs["input_ids"][:1, :64]
