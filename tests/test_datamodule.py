@@ -132,10 +132,10 @@ def test_sample_prompts_are_the_validation_examples_without_their_answers(
         ({"path": "a/b", "sources": [{"path": "c/d"}]}, "either sources or path"),
         ({"chat_template": "plane"}, "chat_template=plane"),
         ({"streaming": True}, "python-docstrings is not streamed"),
-        ({"path": "a/b", "streaming": True}, "set data.max_val_examples.*or data.val_path"),
+        ({"path": "a/b", "streaming": True}, "Set max_val_examples.*or give val_path"),
         (
             {"path": "a/b", "streaming": True, "max_val_examples": 1, "num_workers": 2},
-            "data.num_workers=0",
+            "Set num_workers=0",
         ),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_model_that_lets_packed_examples_leak_is_refused(tmp_path):
     packed = rows(batch_of([12]), 0, 1)
     del packed["attention_mask"]
     packed["position_ids"] = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    with pytest.raises(MisconfigurationException, match=r"data\.packing=false"):
+    with pytest.raises(MisconfigurationException, match=r"Set packing=False"):
         trainer_of(tmp_path).fit(module, loader(packed))
 
 

@@ -165,6 +165,7 @@ def _galore_steps_from_zero(plan: Plan) -> Refusal | None:
         "This optimizer cannot step GaLore's parameters, which are zero before each step: "
         f"{plan.traits.why}",
         *_others(plan),
+        remedies.NO_GALORE,
     )
 
 

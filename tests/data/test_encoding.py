@@ -116,7 +116,7 @@ def test_the_shipped_template_serves_a_tokenizer_without_one(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"my.jsonl:57: .*no chat template.*chat_template=plain"):
+    with pytest.raises(ValueError, match=r'my.jsonl:57: .*no chat template.*chat_template="plain"'):
         encode(tokenizer, CHAT)
     tokenizer.chat_template = load_chat_template("plain")
     row = encode(tokenizer, CHAT)
