@@ -298,9 +298,9 @@ def test_samples_are_those_of_one_process(folder, tmp_path, tokenizer, on_both):
     ("adapter", "quantised", "named"),
     [
         (lora(init_lora_weights="pissa"), False, "init_lora_weights=pissa.*adapter=lora"),
-        (lora(modules_to_save=["lm_head"]), False, r"adapter\.modules_to_save.*adapter=lora"),
-        (lora(bias="all"), False, r"adapter\.bias.*strategy=ddp"),
-        (lora(), True, "adapter=qlora.*adapter=lora"),
+        (lora(modules_to_save=["lm_head"]), False, r"modules_to_save.*adapter=lora"),
+        (lora(bias="all"), False, r"bias.*strategy=ddp"),
+        (lora(), True, "Quanti.ed weights.*adapter=lora"),
     ],
 )
 def test_what_does_not_work_is_refused_by_name_before_the_model_loads(
@@ -310,11 +310,12 @@ def test_what_does_not_work_is_refused_by_name_before_the_model_loads(
     source = Pretrained(str(tmp_path / "none"), quantization_config=config)
     module = CausalLMModule(source, optimizer=OPTIMIZERS["adamw"], adapter=adapter)
     module.trainer = trainer_of(tmp_path, strategy=FSDP2Strategy(), devices=WORLD)
-    with pytest.raises(MisconfigurationException, match=named):
+    with pytest.raises(MisconfigurationException) as raised:
         module.setup("fit")
+    assert re.search(named, raised.value.on_command_line)
 
 
 def test_an_adapter_on_one_of_two_tied_layers_is_refused(folder, tmp_path, on_both):
     adapter = lora(target_modules=["lm_head"])
     for said in on_both(refusal, folder / "tied_True", tmp_path, adapter=adapter):
-        assert "lm_head is tied to another layer" in said and "adapter.target_modules" in said
+        assert "lm_head is tied to another layer" in said and "target_modules" in said
