@@ -45,6 +45,11 @@ def test_a_script_names_each_result(path):
     assert any(f"results/{path.name}" in text for text in docstrings)
 
 
+def test_subspace_iteration_captures_99_percent_of_what_the_svd_does():
+    in_training = result("captured_energy.json")["in_training"]
+    assert in_training["subspace_iteration, every 20"]["over_svd"] >= 0.99
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_index_has_each_script_with_its_question(script):
     docstring = ast.get_docstring(ast.parse(script.read_text()))
@@ -116,6 +121,14 @@ def of_bytes_at_scale() -> list[str]:
     return [held(f"{ranks} ranks, fsdp, {optim}") for ranks in (8, 64) for optim in optims]
 
 
+def of_captured_energy() -> list[str]:
+    record = result("captured_energy.json")
+    rounds = record["subspace_iteration_on_one_gradient"]["3"]
+    shares = [rounds["layers_together"], rounds["lowest"]]
+    shares += [row["over_svd"] for name, row in record["in_training"].items() if "svd" not in name]
+    return [f"{share:.3f}" for share in shares]
+
+
 def of_collectives() -> list[str]:
     megabytes = result("communication.json")["megabytes"]
     optims = ("adamw", "galore_subspace")
@@ -156,6 +169,7 @@ def of_quality() -> list[str]:
     [
         ("against_hf_trainer.md", of_the_trainer),
         ("at_scale.json", of_bytes_at_scale),
+        ("captured_energy.json", of_captured_energy),
         ("communication.json", of_collectives),
         ("layerwise.json", of_layerwise_steps),
         ("optimizer_step.json", of_steps),
