@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.optimizers import class_of, traits_of
 from lit_ft.compat.plan import adapter_of
+from lit_ft.compat.protocols import Quantizes, clips_as_lightning_does
 from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import PARTS
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
@@ -125,7 +126,8 @@ class CausalLMModule(LightningModule):
         """Return what is known of the optimizer, adapter and model before they exist."""
         facts: dict[str, Any] = {
             "adapter": adapter_of(self.adapter),
-            "quantised": getattr(self.source, "quantization_config", None) is not None,
+            "quantised": isinstance(self.source, Quantizes)
+            and self.source.quantization_config is not None,
             "compiled": self.compile_model,
         }
         kind = class_of(self.optimizer)
@@ -237,6 +239,7 @@ class CausalLMModule(LightningModule):
             )
         self.log("train_loss", loss.float(), prog_bar=True)
 
+    @clips_as_lightning_does
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -250,9 +253,6 @@ class CausalLMModule(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         self.log("grad_norm", full_tensor(norm))
-
-    # LayerwiseUpdate, which clips in backward, may take its place.
-    configure_gradient_clipping.clips_as_lightning_does = True  # type: ignore[attr-defined]
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new token mean."""
