@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.optimizers import class_of, traits_of
 from lit_ft.compat.plan import adapter_of
+from lit_ft.compat.protocols import Quantizes, clips_as_lightning_does
 from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import PARTS
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
@@ -128,7 +129,8 @@ class CausalLMModule(LightningModule):
         """Return the facts about optimizer, adapter and model that are known before they exist."""
         facts: dict[str, Any] = {
             "adapter": adapter_of(self.adapter),
-            "quantised": getattr(self.source, "quantization_config", None) is not None,
+            "quantised": isinstance(self.source, Quantizes)
+            and self.source.quantization_config is not None,
             "compiled": self.compile_model,
         }
         kind = class_of(self.optimizer)
@@ -244,6 +246,7 @@ class CausalLMModule(LightningModule):
             )
         self.log("train_loss", loss.float(), prog_bar=True)
 
+    @clips_as_lightning_does
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -257,9 +260,6 @@ class CausalLMModule(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         self.log("grad_norm", full_tensor(norm))
-
-    # LayerwiseUpdate, which clips in backward, may replace this method.
-    configure_gradient_clipping.clips_as_lightning_does = True  # type: ignore[attr-defined]
 
     def on_validation_epoch_start(self) -> None:
         """Start a new token mean."""

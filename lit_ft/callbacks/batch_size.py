@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_ft.compat import remedies
+from lit_ft.compat.protocols import BoundsBatches, SumsLoss
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.measure import estimate_state_bytes, is_out_of_memory, peak_bytes, reset_peak
 from lit_ft.measure.memory import current_bytes
@@ -58,7 +59,7 @@ class AutoBatchSize(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search for the largest micro-batch, and set it."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data: BoundsBatches = trainer.datamodule  # type: ignore[attr-defined]
         rows = data.batch_size * trainer.accumulate_grad_batches
         found, peak = self._largest(trainer, pl_module, rows, data.max_length)
         rank_zero_info(
@@ -127,8 +128,9 @@ def _peak_of(
         for _ in range(2):  # gradients of the first are in memory, as under accumulation
             tokens: Tensor = torch.randint(vocabulary, (size, length), device=device)
             with trainer.precision_plugin.forward_context():
-                loss, num_targets = module.loss_sum({"input_ids": tokens, "labels": tokens})  # type: ignore[operator]
-            (loss / num_targets).backward()
+                batch = {"input_ids": tokens, "labels": tokens}
+                loss, num_targets = cast(SumsLoss, module).loss_sum(batch)
+            (loss / num_targets).backward()  # type: ignore[no-untyped-call]
     return peak_bytes(device).value
 
 

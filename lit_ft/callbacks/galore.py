@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_ft.callbacks._support.trainer import callbacks_of, loss_scaler, only_optimizer
+from lit_ft.callbacks._support.trainer import callbacks_of, loss_scaler, network_of, only_optimizer
 from lit_ft.compat.plan import Basis
+from lit_ft.compat.protocols import LoadsAfterSharding, ShardsModel
 from lit_ft.compat.refusal import Remedy
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.subspace import (
@@ -127,7 +128,6 @@ class GaLore(Callback):
             self._inject(pl_module)
             return
         configure_model = pl_module.configure_model
-        shard_model = getattr(pl_module, "shard_model", None)
 
         def inject_once() -> None:
             if self._module is not pl_module:
@@ -138,13 +138,12 @@ class GaLore(Callback):
             inject_once()
 
         self._wrapped = {"configure_model": configure_model_and_inject}
-        if callable(shard_model):
-            self._wrapped["shard_model"] = _after(inject_once, shard_model)
+        if isinstance(pl_module, ShardsModel):
+            self._wrapped["shard_model"] = _after(inject_once, pl_module.shard_model)
         vars(pl_module).update(self._wrapped)
 
     def _inject(self, module: LightningModule) -> None:
-        target = getattr(module, "model", None)
-        model = target if isinstance(target, torch.nn.Module) else module
+        model = network_of(module)
         layers = subspace_layers(model)  # the module may have injected them itself
         self._compare(model, layers)
         layers = layers or inject(
@@ -154,7 +153,7 @@ class GaLore(Callback):
             side=self.side,
             seed=self.seed,
             # CausalLMModule loads its weights one by one, after the model is sharded.
-            allow_meta=getattr(module, "loads_after_sharding", False),
+            allow_meta=isinstance(module, LoadsAfterSharding) and module.loads_after_sharding,
         )
         keep_out_of_broadcasts(module)
         self.updater = SubspaceUpdater(

@@ -16,6 +16,7 @@ from lit_ft.callbacks._support.second_backward import compiled_for_two_backward_
 from lit_ft.callbacks._support.trainer import find_callback, loss_scaler, only_optimizer
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.compat import remedies
+from lit_ft.compat.protocols import is_usual_clipping
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
@@ -72,7 +73,7 @@ class LayerwiseUpdate(Callback):
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return how the module steps, clips and back-propagates."""
         clips = is_overridden("configure_gradient_clipping", module, LightningModule)
-        usual = hasattr(module.configure_gradient_clipping, "clips_as_lightning_does")
+        usual = is_usual_clipping(module.configure_gradient_clipping)
         return {
             "layerwise": True,
             "optimizes_by_hand": not module.automatic_optimization,
@@ -155,7 +156,7 @@ class LayerwiseUpdate(Callback):
     def _own_clipping(self, module: LightningModule) -> Any:
         usual, step = module.configure_gradient_clipping, self._step
         assert step is not None
-        logs_norm = hasattr(usual, "clips_as_lightning_does")
+        logs_norm = is_usual_clipping(usual)
 
         def configure_gradient_clipping(*args: Any, **kwargs: Any) -> None:
             if step.clips_now:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.compat.protocols import OffersPrompts
 from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
 
 Prompt = str | Sequence[dict[str, str]]
@@ -91,8 +92,10 @@ class SampleGenerations(Callback):
     def _find_prompts(self, trainer: Trainer) -> list[Prompt]:
         if self.prompts is not None:
             return list(self.prompts)
-        ask = getattr(trainer.datamodule, "sample_prompts", None)  # type: ignore[attr-defined]
-        return [] if ask is None else list(ask(self.num_prompts))
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, OffersPrompts):
+            return []
+        return list(data.sample_prompts(self.num_prompts))
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._fixed_prompts:

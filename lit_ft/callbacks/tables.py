@@ -15,6 +15,8 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_ft.callbacks._support.trainer import network_of, source_name
+from lit_ft.compat.protocols import CountsRows, ReportsData
 from lit_ft.distributed.ranks import data_parallel_rank
 from lit_ft.measure import estimate_state_bytes
 from lit_ft.measure.model_size import model_size, num_weights
@@ -63,17 +65,11 @@ class StartTable(Callback):
     @rank_zero_only
     def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._printed = True
-        model = getattr(pl_module, "model", None)
-        source = getattr(pl_module, "source", None)  # CausalLMModule's own name for its model
-        table = model_table(
-            model if isinstance(model, nn.Module) else pl_module, getattr(source, "name", None)
-        )
-        tables = [table]
+        tables = [model_table(network_of(pl_module), source_name(pl_module))]
         tables += [optimizer_table(optimizer) for optimizer in trainer.optimizers]
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        reports = getattr(datamodule, "reports", None)
-        if isinstance(reports, Mapping):
-            data = {name: str(report) for name, report in reports.items()}
+        if isinstance(datamodule, ReportsData) and isinstance(datamodule.reports, Mapping):
+            data = {name: str(report) for name, report in datamodule.reports.items()}
             tables.append(_pairs("data", {**data, **_extent(trainer, datamodule)}))
         Console().print(Group(*tables))
 
@@ -158,7 +154,7 @@ def final_panel(summary: Mapping[str, Any]) -> Panel:
 
 def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
     """Return how often the run goes through the data; empty if there is no `batch_size`."""
-    rows = getattr(datamodule, "batch_size", None)
+    rows = datamodule.batch_size if isinstance(datamodule, CountsRows) else None
     steps, batches = trainer.max_steps, trainer.num_training_batches
     if rows is None:
         return {}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lit_ft.compat.protocols import TokenBatch
 from lit_ft.loss.targets import IGNORE_INDEX
 
 Example = Mapping[str, Sequence[int]]
@@ -55,7 +55,7 @@ class Collator:
         self.packed = packed
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> TokenBatch:
         """Return the batch of `rows`, as the class describes it.
 
         Raises:
@@ -76,7 +76,7 @@ class Collator:
 
         columns = np.arange(self._width(int(row_lengths.max())))
         is_token = columns < row_lengths[:, None]
-        batch: dict[str, Any] = {
+        batch: TokenBatch = {
             "input_ids": _fill(
                 is_token, _flatten(examples, "input_ids", lengths), self.pad_token_id
             ),
@@ -93,17 +93,19 @@ class Collator:
     def _width(self, tokens: int) -> int:
         return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-    def _dummy(self) -> dict[str, Any]:
+    def _dummy(self) -> TokenBatch:
         # Two tokens, so that the shifted labels are not empty. No attention_mask, because a row
         # that attends to no token would take a softmax over nothing.
         width = self._width(2)
-        batch: dict[str, Any] = {
+        batch: TokenBatch = {
             "input_ids": torch.full((1, width), self.pad_token_id),
             "labels": torch.full((1, width), IGNORE_INDEX),
+            "num_tokens": 0,
+            "num_targets": 0,
         }
         if self.packed:
             batch["position_ids"] = torch.arange(width)[None]
-        return batch | {"num_tokens": 0, "num_targets": 0}
+        return batch
 
 
 def _flatten(examples: list[Example], key: str, lengths: NDArray[np.int64]) -> NDArray[np.int64]:

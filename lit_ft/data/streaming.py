@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lit_ft.compat.protocols import TokenBatch
 from lit_ft.data.batching import assign_rows, check_batch_geometry
 from lit_ft.data.collate import Example, Row
 from lit_ft.data.packing import pack
@@ -18,7 +19,7 @@ from lit_ft.data.packing import pack
 # the whole block is tokenised.
 PACKED_BLOCK_ROWS = 64
 
-Batch = dict[str, Any]
+Batch = TokenBatch
 
 
 class StreamingBatches(IterableDataset[Batch]):

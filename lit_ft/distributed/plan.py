@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import GradClipAlgorithmType
 
 from lit_ft.compat.plan import Plan, parallel_of
+from lit_ft.compat.protocols import PlansAhead
 from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import PARTS, Part, refusals
 
 
 class Misconfiguration(MisconfigurationException, Refusal):
     """A refusal as the exception that Lightning's users know."""
-
-
-@runtime_checkable
-class PlansAhead(Protocol):
-    """A callback or module that knows its part of the plan before the model is loaded."""
-
-    def plan_facts(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any]:
-        """Return fields of `lit_ft.compat.plan.Plan` by name."""
 
 
 def check_run(

@@ -13,6 +13,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from lit_ft.compat.protocols import SumsCrossEntropy
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.tensors.sharding import is_sharded
 
@@ -185,11 +186,11 @@ class ChunkedCrossEntropy:
         # With a cache, transformers would not look for packed examples.
         hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal_lm.get_output_embeddings()
-        if torch.is_grad_enabled() and hasattr(head, "summed_cross_entropy"):
+        if torch.is_grad_enabled() and isinstance(head, SumsCrossEntropy):
             # A head in a subspace computes its own gradients and forms no [V, d]. A chunk's logits
             # are the largest tensor of a step, but a GPU reads the whole head for each chunk.
             chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 512)
-            return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)  # type: ignore[no-any-return]
+            return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)
         if is_sharded(head.weight):
             return cross_entropy_through(head, hidden, labels, chunk_tokens=self.chunk_tokens)
         return chunked_cross_entropy(
@@ -206,7 +207,7 @@ class ChunkedCrossEntropy:
         """Whether the model's loss on `input_ids` [B, T] is the cross-entropy of `head(hidden)`."""
         causal_lm = unwrap_peft(model)
         head: Any = causal_lm.get_output_embeddings()
-        plain = type(head) is nn.Linear or hasattr(head, "summed_cross_entropy")
+        plain = type(head) is nn.Linear or isinstance(head, SumsCrossEntropy)
         if not plain or head._forward_pre_hooks or head._forward_hooks:
             return False  # an adapter, a quantised weight or a hook: its output is not x Wᵀ
         was_training = model.training

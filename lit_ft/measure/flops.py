@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_ft.subspace import SubspaceLayer
+
 
 @dataclass(frozen=True)
 class TrainingFlops:
@@ -66,7 +68,7 @@ def training_flops(model: nn.Module) -> TrainingFlops:
     for name, layer in layers.items():
         rows, cols = _shape(layer)
         flops = 2 * rows * cols * (1 + needs_input_gradient[name])
-        if hasattr(layer, "delta"):  # its weight moves in a subspace
+        if isinstance(layer, SubspaceLayer):
             flops += 2 * (rows + cols) * layer.delta.shape[1]
         elif layer.weight.requires_grad:
             flops += 2 * rows * cols
@@ -117,7 +119,7 @@ def _input_gradients(model: nn.Module, layers: dict[str, Any]) -> dict[str, bool
 
 
 def _trains(layer: Any) -> bool:
-    return layer.weight.requires_grad or hasattr(layer, "delta")
+    return layer.weight.requires_grad or isinstance(layer, SubspaceLayer)
 
 
 def _slot(name: str) -> str:

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_ft.callbacks import ExportHF, LastCheckpoint, ThroughputMonitor
-from lit_ft.callbacks._support.trainer import find_callback
+from lit_ft.callbacks._support.trainer import find_callback, source_name
 from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.measure.model_size import model_size
 from lit_ft.run.failures import not_this_run
@@ -93,7 +93,7 @@ class Recorder(Callback):
         size = model_size(module)
         self.summary.update(
             model={
-                "name": getattr(getattr(module, "source", None), "name", type(module).__name__),
+                "name": source_name(module) or type(module).__name__,
                 "parameters": size.parameters,
                 "trainable_parameters": size.trainable_parameters,
                 "weight_bytes": size.weight_bytes,

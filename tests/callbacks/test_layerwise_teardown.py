@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_ft.callbacks import LayerwiseUpdate
+from lit_ft.compat import clips_as_lightning_does
 
 CONFIG = torch._functorch.config
 
@@ -96,7 +97,7 @@ def test_without_a_second_backward_pass_the_switch_is_not_touched() -> None:
     assert watch.seen == [True, True]
 
 
-@pytest.mark.process  # a C++ compiler runs
+@pytest.mark.process  # torch.compile starts a C++ compiler
 def test_a_graph_that_was_compiled_before_stands_the_second_backward_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,11 +117,9 @@ def test_a_graph_that_was_compiled_before_stands_the_second_backward_pass(
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
 
 
+@clips_as_lightning_does
 def clips(optimizer: Any, value: float | None = None, algorithm: str | None = None) -> None:
     """What a user has put in place of the module's hook."""
-
-
-clips.clips_as_lightning_does = True  # type: ignore[attr-defined]
 
 
 def test_the_users_own_hook_stands_again_after_a_fit() -> None:

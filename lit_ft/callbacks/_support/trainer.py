@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from torch.optim import Optimizer
+
+from lit_ft.compat.protocols import Named
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
@@ -29,6 +32,18 @@ def only_optimizer(trainer: Trainer, follower: Callback) -> Optimizer:
             f"{len(trainer.optimizers)}: let it build one, of several parameter groups."
         )
     return trainer.optimizers[0]
+
+
+def network_of(module: LightningModule) -> nn.Module:
+    """Return the module's `model`, see `HasModel`; the module itself where there is none."""
+    model = getattr(module, "model", None)
+    return model if isinstance(model, nn.Module) else module
+
+
+def source_name(module: LightningModule) -> str | None:
+    """Return what the source of the module's model is called, None if there is none with a name."""
+    source = getattr(module, "source", None)
+    return source.name if isinstance(source, Named) else None
 
 
 def loss_scaler(trainer: Trainer) -> Any:
