@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -204,12 +205,16 @@ class GaLore(Callback):
             )
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return what the projector needs, and the callbacks that do not work with GaLore."""
+        """Return what the projector needs, and what there is that does not work with GaLore."""
         callbacks = callbacks_of(trainer)
         ahead = takewhile(lambda callback: callback is not self, callbacks)
         copies = (c for c in ahead if isinstance(c, WeightAveraging | StochasticWeightAveraging))
         copied = next(copies, None)
+        mesh = module.device_mesh
+        cuts_layers = isinstance(mesh, DeviceMesh) and mesh["tensor_parallel"].size() > 1
         return {
+            # Lightning's own strategy leaves open what a module cuts; its mesh says it.
+            **({"parallel": "tensor"} if cuts_layers else {}),
             "basis": Basis(type(self.projector).__name__, self.projector.forms_gradients),
             "copied_before_galore": None if copied is None else type(copied).__name__,
             "finds_rate": any(isinstance(c, LearningRateFinder) for c in callbacks),

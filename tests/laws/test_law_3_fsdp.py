@@ -225,11 +225,11 @@ def test_a_sharded_run_that_stops_and_resumes_is_the_uninterrupted_one(
         ({"way": "injects", "rank": 5}, "rank=5"),
         (
             {"way": "hook", "data_parallel_size": 1, "tensor_parallel_size": 2},
-            "use strategy=fsdp",
+            "FSDP2Strategy",
         ),
     ],
 )
 def test_what_cannot_work_is_refused(on_both, tmp_path, options, named):
     with pytest.raises(Exception, match=named) as raised:
         on_both(fit, folder=tmp_path, **options)
-    assert type(raised.value).__name__ == "MisconfigurationException"
+    assert type(raised.value).__name__ == "Misconfiguration"
