@@ -39,7 +39,7 @@ test: setup
 	$(PYTEST) --dist worksteal -m "not slow"
 
 test-slow: setup
-	$(PYTEST) --dist loadfile -m slow
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import platform
 import sysconfig
 import warnings
@@ -92,9 +93,13 @@ class Docstrings:
     @cached_property
     def files(self) -> list[Path]:
         """The modules to read, sorted by relative path."""
-        found = (file.relative_to(self.library) for file in self.library.rglob("*.py"))
-        kept = [file for file in found if not SKIPPED_FOLDERS.intersection(file.parts)]
-        return sorted(kept, key=Path.as_posix)
+        found = []
+        for folder, folders, names in os.walk(self.library):
+            # What is skipped is not walked either: site-packages has tens of thousands of files.
+            folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+            within = Path(folder).relative_to(self.library)
+            found += [within / name for name in names if name.endswith(".py")]
+        return sorted(found, key=Path.as_posix)
 
     def identity(self) -> dict[str, object]:
         """Return the kind, the Python version, and the sizes and times of the modules."""

@@ -27,7 +27,7 @@ JOB = [
     "data.max_length=96",
     "data.batch_size=2",
     "data.max_val_examples=2",
-    "trainer.max_steps=20",
+    "trainer.max_steps=8",
 ]
 
 LAYERWISE = ["update=layerwise", "callbacks.layerwise.min_grad_bytes=0"]
