@@ -21,20 +21,21 @@ class ExportHF(Callback):
     fails exports nothing.
 
     Args:
-        folder: The folder to write to, made if it is missing.
-        merge: Whether to fold an adapter into the weights; otherwise the adapter alone is written.
-        dtype: The type of the written weights, such as `bfloat16`; None keeps the model's.
-        push_to_hub: The Hugging Face repository ("user/name") to upload the folder to, made if it
-            is missing. A failed upload gives a warning, and the folder stays.
-        private: Whether a newly made repository is private.
+        folder: The folder to write to, created if it is missing.
+        merge: Whether to merge an adapter into the weights. Otherwise only the adapter is written.
+        dtype: The dtype of the written weights, such as "bfloat16"; None keeps the model's own.
+        push_to_hub: The Hugging Face repository ("user/name") to upload the folder to, created if
+            it is missing; None uploads nothing. A failed upload gives a warning and leaves the
+            folder in place.
+        private: Whether the repository is private, if `push_to_hub` creates it.
 
     Attributes:
-        export_path: The folder that was written; None until then.
+        export_path: The folder that was written; None before the export.
 
     Raises:
         MisconfigurationException: At the start of `fit`, if `pl_module.model` has no
-            `save_pretrained`, if `push_to_hub` is no valid name, or if nobody is logged in to the
-            hub.
+            `save_pretrained`, if `push_to_hub` is not a valid repository name, or if `push_to_hub`
+            is given and there is no login to the Hugging Face Hub.
 
     Example:
         >>> import lightning as L

@@ -14,15 +14,15 @@ _GIB = 2**30
 
 
 class MemoryMonitor(Callback):
-    """Log `memory/allocated` and `memory/peak` in GiB, the largest of all ranks.
+    """Log `memory/allocated` and `memory/peak` in GiB, each the maximum over all ranks.
 
-    The progress bar shows the peak as `peak GiB`. Where the device allows it, the peak counts from
-    the start of training, so it does not include the loading of the model. The measured quantity
+    The progress bar shows the peak as `peak GiB`. On devices whose peak can be reset, it counts
+    from the start of training, so it does not include the loading of the model. What is measured
     depends on the device: see `lit_ft.measure.MemoryReading`.
 
     Args:
-        every_n_steps: The number of optimizer steps between two readings; None follows the
-            Trainer's `log_every_n_steps`.
+        every_n_steps: The number of optimizer steps between readings; None uses the Trainer's
+            `log_every_n_steps`.
 
     Example:
         >>> import lightning as L
@@ -52,7 +52,7 @@ class MemoryMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log if the interval is over."""
+        """Log if `every_n_steps` steps have passed since the last reading."""
         if not self._every_n.due(trainer):
             return
         device = trainer.strategy.root_device

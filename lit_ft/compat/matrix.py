@@ -22,14 +22,16 @@ def support_table(
 ) -> str:
     """Return a Markdown table of what goes together, and its notes.
 
-    A row is an optimizer with the choices of GaLore that fare alike; a column is a strategy. "yes"
-    means that a plain run works. Its notes say which variations of the run do not.
+    Each column is a strategy. Each row is an optimizer with all choices of GaLore for which its
+    cells are the same. "yes" means that a plain run works, and its notes say why some variations of
+    that run do not. The note on a "no" says why no run works.
 
     Args:
-        optimizers: The facts of each choice of `optim=`, by its name.
-        galore: The facts of each choice of `galore=`, by its name.
-        strategies: The facts of each choice of `strategy=`, by its name.
-        variations: The facts of each combination of the other settings.
+        optimizers: The `Plan` fields that each choice of `optim=` sets, keyed by its name.
+        galore: The `Plan` fields that each choice of `galore=` sets, keyed by its name.
+        strategies: The `Plan` fields that each choice of `strategy=` sets, keyed by its name.
+        variations: The `Plan` fields of each variation of a plain run, such as an adapter with
+            clipping.
     """
     variations = list(variations)
     notes: dict[str, int] = {}
@@ -55,11 +57,12 @@ def support_table(
 
 
 def first_reason(plan: Plan, galore: str | None = None) -> str | None:
-    """Return the first reason against a plan, for the command line; None if it works.
+    """Return the first reason why a plan cannot work, worded for the command line, or None.
 
     Args:
-        plan: The plan to judge.
-        galore: The choice of `galore=` that the caller names already; remedies do not repeat it.
+        plan: The plan to check.
+        galore: The choice of `galore=` that the caller already names, so that remedies need not
+            repeat it; None if it names no choice.
     """
     for refusal in refusals(plan):
         ways = [_without_galore(remedy, galore) for remedy in refusal.remedies]

@@ -1,10 +1,10 @@
 """What lit_ft asks of modules, data modules, optimizers and layers that others write.
 
-An object offers one of these by having its methods and attributes. There is nothing to inherit, and
-what an object does not offer is done without, or refused with the name of what is missing.
-`CausalLMModule` and `InstructionDataModule` offer all that is asked of a module and a data module.
+An object follows a protocol by having its methods and attributes; there is nothing to inherit. If
+they are missing, lit_ft does without them or raises an error that names them. `CausalLMModule` and
+`InstructionDataModule` follow all protocols for a module and a data module.
 
-Protocols that have a home of their own: `lit_ft.loss.TokenLoss`, `lit_ft.models.ModelSource` and
+Three more protocols are defined elsewhere: `lit_ft.loss.TokenLoss`, `lit_ft.models.ModelSource` and
 `lit_ft.data.formats.Format`.
 """
 
@@ -27,7 +27,7 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 class HasModel(Protocol):
     """A module whose network is `model`; without it the module itself is the network.
 
-    `GaLore` injects its layers there, and `StartTable` and `ThroughputMonitor` count there.
+    `GaLore` injects its layers into it, and `StartTable` and `ThroughputMonitor` count its weights.
     `SampleGenerations` needs `model.generate`, `ExportHF` needs `model.save_pretrained`, and
     `AutoBatchSize` needs `model.get_input_embeddings`.
 
@@ -41,11 +41,11 @@ class HasModel(Protocol):
 class HasTokenizer(Protocol):
     """A module with the tokenizer of its model.
 
-    `SampleGenerations` writes with it, `ExportHF` saves it, and `InstructionDataModule` encodes
-    with it where it was given none.
+    `SampleGenerations` uses it to generate text, and `ExportHF` saves it. `InstructionDataModule`
+    encodes with it if no other tokenizer was given.
 
     Attributes:
-        tokenizer: A fast tokenizer of transformers, or None.
+        tokenizer: A fast tokenizer from transformers, or None.
     """
 
     tokenizer: Any
@@ -53,12 +53,12 @@ class HasTokenizer(Protocol):
 
 @runtime_checkable
 class Named(Protocol):
-    """A source of a model, a module's `source`, that has a name for people.
+    """A module's `source` of its model that has a human-readable name.
 
     `StartTable` and `summary.json` show the name; without it they show the class.
 
     Attributes:
-        name: The name, such as that of a repository on the hub.
+        name: The name to show, such as the name of a repository on the Hugging Face Hub.
     """
 
     @property
@@ -67,12 +67,13 @@ class Named(Protocol):
 
 @runtime_checkable
 class Quantizes(Protocol):
-    """A source of a model that can load its weights in few bits.
+    """A module's `source` that can load the model's weights quantised.
 
-    `CausalLMModule` asks before the weights are loaded, to refuse what does not go with them.
+    `CausalLMModule` reads the attribute before the weights are loaded, to refuse settings that do
+    not work with quantised weights.
 
     Attributes:
-        quantization_config: A configuration of transformers, or None for weights as they are.
+        quantization_config: A quantization config of transformers, or None for unquantised weights.
     """
 
     quantization_config: Any
@@ -80,10 +81,10 @@ class Quantizes(Protocol):
 
 @runtime_checkable
 class ShardsModel(Protocol):
-    """A module that spreads its model over ranks in a method of its own.
+    """A module that shards its model over the ranks in its method `shard_model`.
 
-    `GaLore` injects its layers when the method is called, just before it runs: layers cannot be
-    changed once they are sharded.
+    When the method is called, `GaLore` injects its layers just before it runs, because layers
+    cannot be replaced once they are sharded.
     """
 
     def shard_model(self) -> None:
@@ -94,17 +95,18 @@ class ShardsModel(Protocol):
 class LoadsAfterSharding(Protocol):
     """A module that shards its model on the meta device, and reads the weights after that.
 
-    `GaLore` then injects into weights without values, which it refuses of other modules.
+    `GaLore` may then inject its layers while the weights have no values. With other modules it
+    refuses to do so.
 
     Attributes:
-        loads_after_sharding: Whether the weights come after `shard_model`.
+        loads_after_sharding: Whether the weights are read after `shard_model`.
     """
 
     loads_after_sharding: bool
 
 
 class SumsLoss(Protocol):
-    """A module that computes the loss of any batch, outside a training step too.
+    """A module that can compute the loss of a batch outside a training step.
 
     `AutoBatchSize` measures the memory that this takes.
     """
@@ -115,21 +117,21 @@ class SumsLoss(Protocol):
 
 @runtime_checkable
 class PlansAhead(Protocol):
-    """A module or callback that knows before the model is loaded what it will do.
+    """A module or callback that can say what it will do before the model is loaded.
 
-    `lit_ft.distributed.plan` asks, so that what does not go together is refused at once.
+    `lit_ft.distributed.plan` calls it, so that combinations that cannot work are refused early.
     """
 
     def plan_facts(self, trainer: Any, module: Any) -> Mapping[str, Any]:
-        """Return fields of `lit_ft.compat.plan.Plan` by name."""
+        """Return values for fields of `lit_ft.compat.plan.Plan`, keyed by field name."""
 
 
 def clips_as_lightning_does(hook: Hook) -> Hook:
     """Mark a `configure_gradient_clipping` that clips by the trainer's settings and logs the norm.
 
-    `LayerwiseUpdate` may take the hook's place: it clips in backward, and logs `grad_norm`. It
-    refuses a hook without the mark, which may clip in another way. The mark is on the function and
-    not on the module, so that a subclass with a hook of its own does not inherit it.
+    `LayerwiseUpdate` may replace a marked hook: it clips during backward and logs `grad_norm`
+    itself. It refuses a hook without the mark, which may clip in another way. The mark is on the
+    function and not on the module, so a subclass that overrides the hook does not inherit it.
     """
     hook.clips_as_lightning_does = True  # type: ignore[attr-defined]
     return hook
@@ -145,7 +147,7 @@ def is_usual_clipping(hook: Callable[..., Any]) -> bool:
 
 @runtime_checkable
 class OffersPrompts(Protocol):
-    """A data module that chooses prompts. `SampleGenerations` asks where it was given none."""
+    """A data module that offers prompts, which `SampleGenerations` uses if it was given none."""
 
     def sample_prompts(self, n: int) -> list[Any]:
         """Return up to n prompts: texts, or chats as lists of `{"role": ..., "content": ...}`."""
@@ -153,10 +155,10 @@ class OffersPrompts(Protocol):
 
 @runtime_checkable
 class ReportsData(Protocol):
-    """A data module that says what it has read. `StartTable` shows it.
+    """A data module that reports what it has read, for `StartTable` to show.
 
     Attributes:
-        reports: By the name of a split, anything that prints.
+        reports: The report of each split, keyed by the split's name; `str` of it is shown.
     """
 
     reports: Mapping[str, Any]
@@ -166,19 +168,19 @@ class ReportsData(Protocol):
 class CountsRows(Protocol):
     """A data module with batches of one size.
 
-    `StartTable` says with it how far a run goes through the data.
+    `StartTable` uses the size to show how much of the data a run will read.
 
     Attributes:
-        batch_size: The rows of a micro-batch on one rank.
+        batch_size: The number of rows in a micro-batch on one rank.
     """
 
     batch_size: int
 
 
 class BoundsBatches(CountsRows, Protocol):
-    """A data module that takes another batch size, and knows how long a row can be.
+    """A data module whose batch size can be changed, and that knows how long a row can be.
 
-    `AutoBatchSize` measures batches of the longest rows, and sets the size that fits.
+    `AutoBatchSize` measures batches of the longest rows, and sets `batch_size` to what fits.
 
     Attributes:
         max_length: The largest number of tokens in a row.
@@ -188,18 +190,19 @@ class BoundsBatches(CountsRows, Protocol):
 
 
 class TokenBatch(TypedDict, total=False):
-    """A batch of token ids: what `Collator` makes, and `CausalLMModule` and the monitors read.
+    """A batch of token ids, as `Collator` makes it and `CausalLMModule` and the monitors read it.
 
-    `ThroughputMonitor` takes the counts from the tensors where a batch does not bring them, and
-    `CausalLMModule` needs `input_ids` and `labels` only.
+    `CausalLMModule` needs only `input_ids` and `labels`. `ThroughputMonitor` counts the tokens in
+    the tensors if the batch has no `num_tokens`.
 
     Attributes:
-        input_ids: [B, T].
-        labels: [B, T], not shifted; -100 is no target.
-        attention_mask: [B, T], 1 for tokens and 0 for padding; left out where nothing is padded.
-        position_ids: [B, T], from 0 in each example of a packed row.
-        num_tokens: The tokens that are not padding.
-        num_targets: The labels that count after the shift.
+        input_ids: The token ids [B, T].
+        labels: The token ids to predict [B, T], not shifted; -100 marks positions without a target.
+        attention_mask: The mask [B, T], 1 for tokens and 0 for padding; absent if nothing is
+            padded.
+        position_ids: The positions [B, T], which start from 0 in each example of a packed row.
+        num_tokens: The number of tokens that are not padding.
+        num_targets: The number of targets after the shift.
     """
 
     input_ids: Tensor
@@ -214,12 +217,12 @@ class TokenBatch(TypedDict, total=False):
 
 
 class WrapsOptimizer(Protocol):
-    """A class of optimizers that wraps another.
+    """An optimizer class that wraps another optimizer class.
 
-    `lit_ft.compat.optimizers` looks up the wrapped class for what a step depends on.
+    `lit_ft.compat.optimizers` looks up the properties of the wrapped class.
 
     Attributes:
-        wrapped_class: The class that the optimizer had before.
+        wrapped_class: The optimizer class that is wrapped.
     """
 
     wrapped_class: ClassVar[type]
@@ -227,16 +230,16 @@ class WrapsOptimizer(Protocol):
 
 @runtime_checkable
 class SumsCrossEntropy(Protocol):
-    """An output head that computes the loss from hidden states itself, as one in a subspace does.
+    """An output head that computes the loss from hidden states itself, as heads in subspaces do.
 
-    `ChunkedCrossEntropy` asks, so that no tensor of the size [vocabulary, d] is formed.
+    `ChunkedCrossEntropy` calls it, so that no gradient of size [vocabulary, d] is formed.
     """
 
     def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
         """Return the next-token cross-entropy, summed over the target positions.
 
         Args:
-            hidden: The last hidden states [B, T, d].
-            labels: The token ids [B, T], not shifted; -100 is no target.
-            chunk_tokens: The largest number of target tokens whose logits exist at a time.
+            hidden: The hidden states of the last layer [B, T, d].
+            labels: The token ids [B, T], not shifted; -100 marks positions without a target.
+            chunk_tokens: The largest number of target tokens whose logits are in memory at once.
         """

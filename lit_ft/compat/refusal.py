@@ -12,10 +12,10 @@ class Remedy:
 
     Attributes:
         python: The change in Python, as an imperative phrase ("use FSDP2Strategy()").
-        settings: The change on the command line, as values by the names of settings
-            (`{"strategy": "fsdp"}`); empty if the phrase for Python serves there too.
-        advice: The change on the command line, as an imperative phrase, where it is not one value
-            ("lower optim.lr"); None makes the phrase from `settings`.
+        settings: The change on the command line, as setting names mapped to values
+            (`{"strategy": "fsdp"}`); empty if the Python phrase suits the command line too.
+        advice: The change on the command line, as an imperative phrase, if no fixed value expresses
+            it ("lower optim.lr"); None makes the phrase from `settings`.
     """
 
     python: str
@@ -35,13 +35,13 @@ class Remedy:
 class Refusal(ValueError):
     """The error for a request that cannot work.
 
-    The text of the error speaks to users of Python; `on_command_line` speaks to users of
-    `train.py`. Code that has a trainer raises it as `lit_ft.distributed.plan.Misconfiguration`,
-    which Lightning's users know.
+    The error's text gives remedies in Python; `on_command_line` gives them for users of `train.py`.
+    Code that has a trainer raises the subclass `lit_ft.distributed.plan.Misconfiguration`, which is
+    also Lightning's `MisconfigurationException`.
 
     Args:
-        why: The reason, a sentence without its full stop.
-        *remedies: The changes that would work, the nearest first.
+        why: The reason for the refusal, as a sentence without its full stop.
+        *remedies: The changes after which the request would work, the closest to the request first.
     """
 
     def __init__(self, why: str, *remedies: Remedy) -> None:
@@ -60,11 +60,11 @@ class Refusal(ValueError):
 
 
 def located(error: Exception, place: str) -> ValueError:
-    """Return `error` with a place in front of its message; a refusal keeps its remedies.
+    """Return `error` with a location in front of its message; a refusal keeps its remedies.
 
     Args:
-        error: The error as it was raised, without a place.
-        place: The place where the error was found, such as `my.jsonl:57`.
+        error: The original error, whose message has no location.
+        place: The location of the error, such as `my.jsonl:57`.
     """
     if isinstance(error, Refusal):
         return Refusal(f"{place}: {error.why}", *error.remedies)
@@ -78,7 +78,7 @@ def message_on_command_line(error: BaseException) -> str:
 
 def _sentence(why: str, phrases: Sequence[str]) -> str:
     """Add the alternatives to the reason, as in "It is wrong. Use a, b, or leave c out."."""
-    # A verb that repeats is said once.
+    # Repeated "use " is written once.
     said = [
         phrase.removeprefix("use ") if before.startswith("use ") else phrase
         for before, phrase in zip(["", *phrases], phrases, strict=False)

@@ -30,9 +30,10 @@ def refusals(plan: Plan, *, parts: Collection[Part] = PARTS) -> Iterator[Refusal
     """Yield every reason why the plan cannot work.
 
     Args:
-        plan: The plan to judge.
-        parts: The parts whose rules apply: the module, and the callbacks for GaLore, layerwise
-            updates and the batch size. A callback in another project checks its own part alone.
+        plan: The plan to check.
+        parts: The parts of lit_ft whose rules to apply: its module, and its callbacks for GaLore,
+            layerwise updates and the batch size. If one of these callbacks runs with another
+            project's module, it checks only its own part.
     """
     for rule in _RULES:
         if rule.part in parts and (refusal := rule.ask(plan)) is not None:
@@ -40,14 +41,14 @@ def refusals(plan: Plan, *, parts: Collection[Part] = PARTS) -> Iterator[Refusal
 
 
 def check(plan: Plan, *, parts: Collection[Part] = PARTS) -> None:
-    """Raise the first `Refusal` of the plan, if there is one.
+    """Raise the first reason why the plan cannot work, if there is one.
 
     Args:
-        plan: The plan to judge.
-        parts: The parts whose rules apply; see `refusals`.
+        plan: The plan to check.
+        parts: The parts of lit_ft whose rules to apply; see `refusals`.
 
     Raises:
-        Refusal: A rule refuses the plan; the error holds the remedies.
+        Refusal: If a rule refuses the plan. The error carries the remedies.
     """
     for refusal in refusals(plan, parts=parts):
         raise refusal
@@ -59,7 +60,7 @@ def goes(plan: Plan) -> bool:
 
 
 def _cures(rule: _Rule, plan: Plan, usual: Sequence[Remedy]) -> Sequence[Remedy]:
-    """Leave out the usual remedies after which the same rule would refuse this plan again."""
+    """Leave out remedies after which the rule would refuse the plan again, unless none is left."""
     cures = [
         remedy
         for remedy in usual
@@ -69,7 +70,7 @@ def _cures(rule: _Rule, plan: Plan, usual: Sequence[Remedy]) -> Sequence[Remedy]
 
 
 def after(plan: Plan, remedy: Remedy) -> Plan:
-    """Return the plan with the settings of a remedy; those that no plan has change nothing."""
+    """Return the plan with a remedy's settings; settings that no plan has are ignored."""
     changes: dict[str, Any] = {}
     for name, value in remedy.settings.items():
         if name == "optim":
@@ -115,7 +116,7 @@ def _about(
 
 
 def _others(plan: Plan) -> list[Remedy]:
-    """Return the optimizers that have what this one lacks, with the run's GaLore."""
+    """Return remedies that switch to a suitable optimizer and keep the run's choice of GaLore."""
     galore = plan.basis.choice if plan.basis else None
     return [remedies.optimizer(choice, galore=galore) for choice in plan.traits.instead]
 

@@ -1,4 +1,4 @@
-"""The training and the validation side of one or more sources."""
+"""Split one or more sources into training and validation examples."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Splits:
 
     Args:
         train: The mixed training examples, as a table or a stream.
-        val: The table of validation examples, in which each occurs once.
-        reports: The counts of `train` and `val`; those of a stream grow while it is read.
+        val: The table of validation examples, each of which occurs once.
+        reports: The counts of "train" and "val". Those of a stream grow while it is read.
     """
 
     train: Dataset | IterableDataset
@@ -70,12 +70,13 @@ def weighted_sources(
     Args:
         choices: The sources, each as `{path, weight?, format?, ...}`; other entries are passed to
             `open_source`.
-        format: The format, or its name ("alpaca"), of sources that name none; None detects it.
-        streaming: Whether to stream hub datasets.
+        format: The format of sources that name none, as an object or a name such as "alpaca"; None
+            detects it.
+        streaming: Whether to stream datasets from the Hugging Face Hub.
 
     Raises:
-        ValueError: If there is no source, if a source is unknown or occurs twice, or if a weight
-            is not positive.
+        ValueError: If there is no source, if a source has no path, is unknown or occurs twice, or
+            if a weight is not positive.
     """
     sources = []
     seen: list[dict[str, Any]] = []
@@ -100,7 +101,7 @@ def weighted_sources(
 
 
 def rows_of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a choice that determine its rows, without `weight` and `format`."""
+    """Return the entries of a source's choice that determine its rows: not `weight` or `format`."""
     rows = {name: value for name, value in choice.items() if name not in ("weight", "format")}
     local = Path(str(rows.get("path"))).expanduser()
     return {**rows, "path": str(local.resolve())} if local.exists() else rows
@@ -120,12 +121,13 @@ def load_tables(
         train: The sources to train on.
         val: The source to validate on; None splits each of the training sources.
         encoder: The encoder of the rows.
-        val_fraction: The share of each source's rows to validate on, between 0 and 1, if neither
-            `val` nor the source decides.
+        val_fraction: The fraction of each source's rows to validate on, between 0 and 1. It is used
+            if `val` is None and the source has no split of its own.
         seed: The seed of the mixture.
 
     Raises:
-        ValueError: If a row cannot be read, or if a source or a side has no example.
+        ValueError: If a row cannot be read, or if a training source or the validation has no usable
+            example.
     """
     tables = [one.table(encoder) for one in train]
     if val is None:
@@ -154,13 +156,14 @@ def open_streams(
     val_rows: int | None,
     seed: int,
 ) -> Splits:
-    """Open and mix the sources as streams. The rows validated on are not trained on.
+    """Open and mix the sources as streams. Rows that are validated on are not trained on.
 
     Args:
         train: The sources to train on.
         val: The source to validate on; None takes the first rows of the training sources.
         encoder: The encoder of the rows.
-        val_rows: The number of rows to validate on, over all sources together, if `val` is None.
+        val_rows: The number of rows to validate on, over all sources together. It is used if `val`
+            is None.
         seed: The seed of the mixture.
 
     Raises:

@@ -26,8 +26,8 @@ from lit_ft.tensors.sharding import is_model_sharded
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all ranks data-parallel, and FSDP2's options.
 
-    Each rank holds 1 / ranks of the bytes of weights, gradients and optimizer state. With replicas
-    (HSDP), only the ranks of one replica count. With `precision="bf16-mixed"`, the parts are
+    Each rank holds 1 / ranks of the weights, gradients and optimizer state. With replicas (HSDP),
+    `ranks` is the number of ranks in one replica. With `precision="bf16-mixed"`, the shards are
     float32 and blocks are gathered in bfloat16.
 
     Args:
@@ -35,13 +35,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             on each node. Each replica is sharded over neighbouring ranks. Weights are gathered
             within a replica; gradients are reduced within it, and then over the replicas.
         reshard_after_forward: Whether to free a block's gathered weights between forward and
-            backward, which takes less memory and one more gathering.
-        cpu_offload: Whether to keep the parts in host memory. A block's weights are on the device
+            backward, which saves memory but gathers them once more.
+        cpu_offload: Whether to keep the shards in host memory. A block's weights are on the device
             only while it computes, and the optimizer steps on the host.
         save_distributed_checkpoint: Whether a checkpoint is a folder to which each rank writes its
-            part, on a file system that all ranks see. Otherwise it is one file, and rank 0 gathers
-            the whole model and optimizer state in host memory. Any number of ranks can load either.
-        **options: The options `process_group_backend` and `timeout` of `ModelParallelStrategy`.
+            part, on a file system that all ranks see. Otherwise it is one file, for which rank 0
+            gathers the whole model and optimizer state in host memory. Any number of ranks can load
+            either kind.
+        **options: The options `process_group_backend` and `timeout` to pass on to
+            `ModelParallelStrategy`.
 
     Raises:
         Misconfiguration: If `data_parallel_replicate_size` is neither a positive integer nor
@@ -101,15 +103,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Prepare the module, and make validation, test and prediction run under `no_grad`.
 
-        Under `inference_mode`, Lightning's default on NCCL, training could not write again to the
-        tensors into which FSDP2 gathers weights. On one rank FSDP2 fails at once.
+        FSDP2 gathers weights into tensors that it reuses. If they were made under `inference_mode`,
+        which is Lightning's default on NCCL, training could not write to them again. With a single
+        rank, FSDP2 fails at once under `inference_mode`.
         """
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Move the module to the device; if it is offloaded, move only what is not sharded."""
+        """Move the module to the device; with `cpu_offload`, move only what is not sharded."""
         if not self.cpu_offload:
             super().model_to_device()
             return
@@ -141,9 +144,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the weights to save: this rank's parts, or all weights on rank 0.
+        """Return the weights to save: this rank's shards, or for one file all weights on rank 0.
 
-        The parts stay on their device. Lightning's own method copies all of them to the host before
+        Shards stay on their device. Lightning's own method copies all of them to the host before
         the first is written.
         """
         if not self._save_distributed_checkpoint:
@@ -152,7 +155,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return get_model_state_dict(self.model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state of an optimizer to save: this rank's parts, or all of it on rank 0."""
+        """Return the optimizer state to save: this rank's part, or for one file all on rank 0."""
         if not self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         assert self.model is not None
@@ -164,7 +167,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Save on all ranks; the earlier checkpoint at `filepath` stays until this is complete.
 
         Raises:
-            OSError: On all ranks, if one of them could not write; gives the reason.
+            OSError: On all ranks, if one of them could not write. The message gives the reason.
         """
         if self._save_distributed_checkpoint:
             save_parts(checkpoint, Path(self.broadcast(filepath)))
@@ -177,9 +180,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load a file or folder on all ranks, however many ranks saved it.
 
         Raises:
-            KeyError: If the checkpoint holds only weights, and there are optimizers.
-            RuntimeError: If it is of another model or optimizer.
-            ValueError: If it is broken, or holds objects other than plain values.
+            KeyError: If there are optimizers, and the checkpoint holds only weights.
+            RuntimeError: If the checkpoint belongs to another model or optimizer.
+            ValueError: If the checkpoint is broken, or holds objects other than tensors and plain
+                values.
         """
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None

@@ -18,26 +18,27 @@ from lit_ft.tensors.sharding import local
 
 
 class RowwiseAdamW8bit(Optimizer):
-    """torchao's AdamW8bit, the same bit for bit on any number of ranks.
+    """torchao's AdamW8bit, with bit-for-bit the same results on any number of ranks.
 
-    A moment is one byte an element and a float32 scale for each block (Dettmers et al.,
-    arXiv:2110.02861). torchao's class cuts what a rank holds into blocks of 256 elements, wherever
-    rows end. Another number of ranks has other blocks, and a rank whose part is not made of whole
-    blocks keeps float32 where other ranks keep 8 bits. Here blocks end with their rows, and the
-    state is plain tensors, which any checkpoint holds. The update itself is torchao's, in float32.
+    A moment takes one byte per element, and one float32 scale per block (Dettmers et al.,
+    arXiv:2110.02861). torchao's class cuts each rank's shard into blocks of 256 elements that may
+    cross rows, so the blocks change with the number of ranks. If a shard does not divide into whole
+    blocks, its rank keeps float32 while other ranks keep 8 bits. Here no block crosses the end of a
+    row, and the state is plain tensors, which any checkpoint can hold. The update itself is
+    torchao's, in float32.
 
     Args:
-        params: The parameters, named parameters or groups.
+        params: The parameters to step, as tensors, named tensors or groups.
         lr: The learning rate.
-        betas: The decay rates of the first and the second moment.
-        eps: The number added to the root of the second moment.
+        betas: The decay rates of the first and second moments.
+        eps: The number added to the square root of the second moment.
         weight_decay: The decoupled weight decay, which is multiplied by the learning rate.
-        compiled: Whether torch.compile compiles the update, which takes seconds for each shape and
-            replaces about fifty kernels by a few. It needs Triton, or a C++ compiler for parameters
-            on the CPU. None compiles where there is a GPU.
+        compiled: Whether to compile the update with torch.compile. This takes seconds for each
+            shape, and replaces about fifty kernels with a few. It needs Triton, or a C++ compiler
+            for parameters on the CPU. None compiles if there is a GPU.
 
     Raises:
-        ValueError: An option is out of range; or, while stepping, ranks share a parameter by its
+        ValueError: An option is out of range; or, while stepping, a parameter is sharded by its
             columns.
         ModuleNotFoundError: torchao is not installed.
     """

@@ -25,8 +25,8 @@ class LayerwiseStep:
     the rest of `optimizer.step`, and so do its hooks and everything that counts steps. The result
     equals the ordinary step bit for bit. LOMO (arXiv:2306.09782) does this for SGD.
 
-    A window of several backward passes keeps its gradients until the last pass and takes the
-    ordinary step. So does a step without a closure.
+    If gradients accumulate over several backward passes, they are kept until the last pass, and the
+    optimizer takes its ordinary step. A step without a closure is an ordinary one too.
 
     With `max_norm`, call `backward(loss)` in place of `loss.backward()`. The norm over all
     parameters must be known before the first one moves, so backward runs twice over the same graph,
@@ -34,17 +34,20 @@ class LayerwiseStep:
 
     Args:
         optimizer: The optimizer, which must step each parameter from its gradient and state alone.
-        parameters: The parameters to step in backward, the large ones; the optimizer's others wait.
-        max_norm: The norm to clip the gradient of all the optimizer's parameters to; None does not
-            clip.
-        max_value: The largest absolute value of an element of the gradients that are used in
-            backward; None does not clip.
+        parameters: The parameters to step during backward, usually the large ones. The optimizer's
+            other parameters are stepped after backward.
+        max_norm: The largest norm of the gradient of all the optimizer's parameters together; None
+            does not clip by norm.
+        max_value: The largest absolute value of any gradient element of the parameters stepped
+            during backward; None does not clip by value. With `max_norm` it applies to all
+            parameters.
 
     Raises:
         Refusal: The optimizer needs more than one parameter at a time.
-        RuntimeError: While stepping: the optimizer counts steps in its groups, or a gradient comes
-            in parts.
-        FloatingPointError: While stepping with `max_norm`: the norm is not finite. Nothing moved.
+        RuntimeError: While stepping: the optimizer counts steps in its groups, or a parameter
+            receives its gradient in several parts.
+        FloatingPointError: While stepping with `max_norm`: the norm is not finite. No parameter has
+            moved.
     """
 
     def __init__(
@@ -80,8 +83,8 @@ class LayerwiseStep:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Back-propagate the scalar `loss`, twice with `max_norm`.
 
-        The first pass sets `grad_norm`, the norm before clipping. After the second pass the
-        gradients of the parameters that wait are clipped too.
+        The first pass sets `grad_norm`, the norm before clipping. After the second pass, the
+        gradients of the parameters that are stepped after backward are clipped too.
         """
         held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
         if any(p.grad is not None for p in held):  # an earlier pass of the window
@@ -125,7 +128,7 @@ class LayerwiseStep:
                 return None
 
             def run() -> Any:
-                # A gradient that exists already is from an earlier pass: all are in memory then.
+                # A gradient that already exists is from an earlier pass; then all are in memory.
                 self._steps_now = all(p.grad is None for p in self._large)
                 self._stepped.clear()
                 self.grad_norm = None

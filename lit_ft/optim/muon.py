@@ -17,22 +17,26 @@ class MuonAdamW(Optimizer):
     steps see one optimizer. The weights equal those of the two optimizers run separately, bit for
     bit. Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon).
     Its update is scaled to AdamW's usual root mean square, so that AdamW's learning rate and decay
-    carry over (arXiv:2502.16982). Embeddings, output heads and all that is not a matrix belong to
-    AdamW.
+    carry over (arXiv:2502.16982). Embeddings and output heads should be in AdamW's groups;
+    parameters that are not matrices must be.
 
     Args:
-        params: The groups, each with `use_muon` (False if absent); any option may vary by group.
+        params: The parameter groups, each with `use_muon` (False if absent). Any option may vary by
+            group.
         lr: The learning rate of both optimizers.
-        weight_decay: The decoupled weight decay of both optimizers, multiplied by their rate.
-        momentum: The momentum of Muon.
-        nesterov: Whether Muon's momentum is Nesterov's.
-        ns_steps: The number of Newton-Schulz iterations of Muon.
-        betas: The decay rates of AdamW's first and second moment.
-        eps: The number that AdamW adds to the root of the second moment; Muon's is fixed.
-        fused: Whether AdamW runs as one kernel; None leaves it to torch.
+        weight_decay: The decoupled weight decay of both optimizers, which is multiplied by the
+            learning rate.
+        momentum: Muon's momentum.
+        nesterov: Whether Muon uses Nesterov momentum.
+        ns_steps: The number of Newton-Schulz iterations in a Muon step.
+        betas: The decay rates of AdamW's first and second moments.
+        eps: The number that AdamW adds to the square root of the second moment. Muon's own eps is
+            not affected.
+        fused: Whether to use torch's fused AdamW; None lets torch decide.
 
     Raises:
-        ValueError: No group uses Muon, or one that does holds a parameter that is not a matrix.
+        ValueError: No group uses Muon, or a group that uses it holds a parameter that is not a
+            matrix.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class MuonAdamW(Optimizer):
         """Add a group, for Muon if it has `use_muon: True` and for AdamW otherwise.
 
         Raises:
-            ValueError: Muon is to take a parameter that is not a matrix.
+            ValueError: A group for Muon holds a parameter that is not a matrix.
         """
         options = self._options[bool(param_group.get("use_muon", False))]
         super().add_param_group({**options, **param_group})

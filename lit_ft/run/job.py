@@ -49,22 +49,22 @@ def fine_tune(
         module: The module to train, whose `configure_model` has not been called yet.
         datamodule: The data. Validation is limited to as many examples as training reads, so that a
             short trial stays short.
-        trainer: The trainer, with any callbacks. Those of lit_ft are put in the order that they
-            need, and fill their part of the summary.
-        summary: The summary, entered as a context manager. Its fields are filled as they become
-            known.
-        resume: The checkpoint of the full state to resume; None starts from the model's own
-            weights.
-        validate_only: Whether to stop after the first validation, which is of `resume`'s weights if
-            it is given.
+        trainer: The trainer, with any callbacks. They are sorted into the order that lit_ft's
+            callbacks need, and lit_ft's fill in their parts of the summary.
+        summary: The run summary, already entered as a context manager. Its fields are filled as
+            they become known.
+        resume: The full-state checkpoint to resume from; None starts from the model's own weights.
+        validate_only: Whether to stop after the first validation. It validates the weights of
+            `resume` if that is given.
 
     Returns:
         The validation loss at the end.
 
     Raises:
-        Misconfiguration: If the settings do not work together, or the checkpoint is of another run.
-        torch.OutOfMemoryError: If the device has too little memory; it names settings that need
-            less.
+        Misconfiguration: If the settings do not work together, or the checkpoint has another
+            model, adapter or set of subspaces.
+        torch.OutOfMemoryError: If the device has too little memory; the message names settings that
+            need less.
     """
     if (version := newer_torch()) is not None:
         rank_zero_warn(
@@ -105,8 +105,9 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
     """Return the checkpoint that `resume` names; None to start from the model's own weights.
 
     Args:
-        resume: The path of a checkpoint, "auto" for the last one of `run_dir`, or None.
-        run_dir: The folder of the run.
+        resume: The path of a checkpoint; "auto" for the last one in `run_dir`, if there is one; or
+            None to resume nothing.
+        run_dir: The folder of the run, in which "auto" looks for a checkpoint.
 
     Raises:
         ValueError: If the path does not exist.
@@ -137,15 +138,15 @@ def available_accelerator(accelerator: str) -> str:
 
 
 def sensible_precision(accelerator: str, strategy: object = "auto") -> str:
-    """Return the precision for a device: bfloat16 if the GPU computes in it.
+    """Return the precision for a device: bfloat16 on a GPU that supports it.
 
     A GPU without bfloat16 gets "16-mixed", or "32-true" if the weights are sharded; a CPU gets
-    "32-true". Weights in bfloat16 learn here, because they are rounded stochastically. If each rank
-    holds a part of the weights, the weights are float32 and the computation is in bfloat16.
+    "32-true". bfloat16 weights can learn from small updates because they are rounded
+    stochastically. Sharded weights are float32, and the computation is in bfloat16.
 
     Args:
         accelerator: Lightning's name of the device, such as "auto", "gpu" or "cpu".
-        strategy: The strategy that the trainer is given, or Lightning's name for it.
+        strategy: The trainer's strategy, as an object or by Lightning's name.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         sharded = _shards_weights(strategy)

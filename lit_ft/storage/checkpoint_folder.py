@@ -52,7 +52,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 
 
 def write_parts(state: dict[str, Any], folder: Path) -> None:
-    """Write `state`, and each rank its part of sharded tensors; call it on every rank.
+    """Write `state`, with each rank writing its part of sharded tensors; call it on every rank.
 
     Tensors on a GPU are copied to the host one by one.
 
@@ -66,7 +66,7 @@ def write_parts(state: dict[str, Any], folder: Path) -> None:
 
 
 def write_rest(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Write everything that is in no rank's part; call it on one rank."""
+    """Write `checkpoint`, which holds all that `write_parts` does not; call it on one rank."""
     with (folder / META).open("wb") as file:
         torch.save(checkpoint, file)
         file.flush()
@@ -80,7 +80,7 @@ class CheckpointFolder:
         path: The folder of the checkpoint.
 
     Raises:
-        ValueError: If `path` is not a complete checkpoint folder, or if its list of contents is
+        ValueError: If `path` is not a complete checkpoint folder, or if its `.metadata` file is
             broken or names a class that no checkpoint needs.
     """
 
@@ -101,7 +101,7 @@ class CheckpointFolder:
 
     @property
     def has_optimizers(self) -> bool:
-        """Whether it holds optimizer state, from which training can resume."""
+        """Whether the checkpoint holds optimizer state, which training needs to resume."""
         return any(name.startswith("optimizer_0.") for name in self._saved)
 
     def tensors(self, prefix: str) -> dict[str, TensorStorageMetadata]:
@@ -118,11 +118,11 @@ class CheckpointFolder:
         Args:
             state: Any part of the saved state, nested or flat with names joined by dots. Each rank
                 reads its part of a sharded tensor.
-            alone: Whether this process reads by itself. Otherwise all ranks must call.
+            alone: Whether this process reads by itself. Otherwise every rank must call this method.
 
         Raises:
-            RuntimeError: If `state` is of another model or optimizer.
-            ValueError: If a file is broken, or holds objects other than plain values.
+            RuntimeError: If `state` belongs to another model or optimizer.
+            ValueError: If a file is broken, or holds objects other than tensors and plain values.
         """
         if told := self._differences(state):
             raise RuntimeError(f"Error in loading state_dict for {self.path}: {'; '.join(told)}")
@@ -134,7 +134,7 @@ class CheckpointFolder:
             raise ValueError(f"Refusing to read {self.path}: {_first_reason(error)}") from error
 
     def load_whole(self) -> dict[str, Any]:
-        """Return the whole checkpoint in this process's memory, as if it had been one file."""
+        """Load the whole checkpoint into this process's memory, as if it were a single file."""
         flat = {name: _room_for(entry) for name, entry in self._saved.items()}
         self.load(flat, alone=True)
         nested = unflatten_state_dict(flat, self.metadata.planner_data)
@@ -144,11 +144,11 @@ class CheckpointFolder:
         return checkpoint
 
     def load_rest(self, *, weights_only: bool = True) -> dict[str, Any]:
-        """Return everything that is in no rank's part: the state of callbacks, loops, schedules.
+        """Return all but weights and optimizer state, such as the states of callbacks and loops.
 
         Args:
-            weights_only: Whether to refuse objects other than plain values. Without it, code from
-                the file may run.
+            weights_only: Whether to refuse objects other than tensors and plain values. If False,
+                loading may run code from the file.
 
         Raises:
             ValueError: If the file is broken, or holds objects that are refused.
@@ -177,7 +177,7 @@ class CheckpointFolder:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the classes that a list of contents is made of, and no others."""
+    """Unpickles the classes that a `.metadata` file needs, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
@@ -186,7 +186,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """Uses the list of contents that is already read; torch's own reader unpickles anything."""
+    """Uses the metadata that is already loaded; torch's own reader unpickles anything."""
 
     def __init__(self, folder: CheckpointFolder) -> None:
         super().__init__(folder.path)
@@ -197,7 +197,7 @@ class _Reader(FileSystemReader):
 
 
 class _PlainValues(DefaultLoadPlanner):
-    """Loads plain values only, apart from tensors; torch's own planner unpickles anything."""
+    """Loads only tensors and plain values; torch's own planner unpickles anything."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         place = self.mappings[read_item.dest_index.fqn]

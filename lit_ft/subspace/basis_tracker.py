@@ -23,15 +23,15 @@ from lit_ft.tensors.stochastic_rounding import keyed_generator
 
 log = logging.getLogger(__name__)
 
-# A layer's first moves, one a step: rounds of power iteration that fit a random basis to the data.
+# A layer's first moves, one per step: power iteration that fits a random basis to the data.
 _START_ROUNDS = 3
 
 
 class BasisTracker:
-    """Moves bases step by step.
+    """Moves each layer's basis at the steps when it is due.
 
     The arguments are those of `SubspaceUpdater`, and `stats`, which records the moves. In every
-    method `step` is the optimizer step that is being taken or comes next, counted from 0.
+    method, `step` is the current or next optimizer step, counted from 0.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class BasisTracker:
         self._said: set[type] = set()
 
     def reschedule(self, refresh: Refresh, *, step: int) -> None:
-        """Follow `refresh` from `step` on; the same settings leave each layer's turn as it is."""
+        """Follow `refresh` from `step` on; unchanged settings do not move any layer's turn."""
         schedule = self._schedule_for(refresh, step=step)
         if schedule.refresh != self.schedule.refresh:
             self.schedule = schedule
 
     def prepare(self, step: int) -> None:
-        """Let the backward passes of `step` record the inputs that its moves need."""
+        """Make the backward passes of `step` record what the moves at that step need."""
         for name, layer in self.layers.items():
             frozen = not (layer.delta.requires_grad or layer.weight.requires_grad)
             basis_input = BasisInput.NOTHING if frozen else self.basis_input(name, step)
@@ -95,7 +95,7 @@ class BasisTracker:
     def move_to_gradient(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, gradient: Tensor, *, step: int
     ) -> None:
-        """Compute the layer's basis from its whole gradient [rows, cols], before a step."""
+        """Compute the layer's basis from its whole gradient [rows, cols], before the step."""
         rule: Projector = SVD()  # for the first basis of a rule that starts from an SVD
         if self.projector.basis_input is BasisInput.GRADIENT:
             rule = self.projector
@@ -104,13 +104,16 @@ class BasisTracker:
     def move_if_due(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, *, step: int
     ) -> None:
-        """Move the layer's basis after a step, if its rule needs no gradient, and clear its inputs.
+        """Move the layer's basis after a step, if it is due, and drop what backward has recorded.
+
+        Moves that need the whole gradient are left to `move_to_gradient`, before the step.
 
         Args:
-            optimizer: The optimizer whose moments follow the basis.
-            group: The optimizer's group that holds the layer's delta.
+            optimizer: The optimizer that steps the layer's delta, and whose moments turn with the
+                basis.
+            group: The optimizer's parameter group that holds the layer's delta.
             name: The name of the layer.
-            step: The optimizer step that was taken.
+            step: The optimizer step that was just taken.
         """
         basis_input, layer = self.basis_input(name, step), self.layers[name]
         if basis_input is BasisInput.SKETCH and layer.basis.grad is not None:
@@ -122,7 +125,7 @@ class BasisTracker:
         layer.clear_basis_input()
 
     def advance(self, step: int) -> None:
-        """End `step`: layers that moved wait for their next turn; the others keep theirs."""
+        """End `step`: give each layer that moved its next turn; the others keep theirs."""
         overlaps = {name: seen for name, seen in self._moved.items() if seen is not None}
         starting = any(self._starts[name] for name in self._moved)
         rests: dict[str, float] = dict.fromkeys(self._moved, 0.0)

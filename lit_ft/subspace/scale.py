@@ -16,14 +16,14 @@ def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, 
 
     - AdamW, and other optimizers whose updates have RMS 1: √(cols / r), so that an update of RMS 1
       in S has RMS 1 in α S P too. It is 1 for layers whose rows are tokens.
-    - SGD: 1. Its step in S, times P, is its step on W, projected.
-    - Muon, whose updates have a spectral norm that depends on the shape: the ratio of the two
-      norms; AdamW's α where Muon itself matches AdamW ("match_rms_adamw").
+    - SGD: 1. Its step on S, times P, is its step on W projected onto the subspace.
+    - Muon, whose updates have a spectral norm that depends on the shape: the norm for W's shape
+      divided by the norm for S's; but AdamW's α if Muon itself matches AdamW ("match_rms_adamw").
 
     Args:
-        layer: The layer that S belongs to.
+        layer: The layer whose weight is W and whose trained parameter `delta` is S.
         optimizer: The optimizer that steps S.
-        group: The optimizer's group that holds S.
+        group: The optimizer's parameter group that holds S.
     """
     step_size = traits_of(type(optimizer)).step_size
     if step_size == "gradient":

@@ -16,12 +16,13 @@ from lit_ft.tensors.sharding import full_tensor
 def overlap(old: Tensor, new: Tensor) -> Tensor:
     """Return how much of the span of `old` lies in the span of `new`: tr(Π_old Π_new) / r.
 
-    This scalar is the mean squared cosine of their principal angles: 1 for the same span, about
-    r / n for random ones. Where the rows are orthonormal it is ||P_old P_newᵀ||² / r.
+    Π projects orthogonally onto a span. The result is a scalar, the mean squared cosine of the
+    principal angles between the two spans: 1 for the same span, about r / n for random ones. For
+    orthonormal rows it is ||P_old P_newᵀ||² / r.
 
     Args:
-        old: The old basis P_old [r, n].
-        new: The new basis P_new [r, n].
+        old: The old basis P_old [r, n], with linearly independent rows.
+        new: The new basis P_new [r, n], with linearly independent rows.
     """
     crossed = old @ new.T
     # Not `solve`, which waits for the device to report success.
@@ -38,13 +39,14 @@ def squared_update(delta: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The measurements since the last snapshot, as plain numbers by layer.
+    """The measurements since the last snapshot, as plain numbers, keyed by layer where they vary.
 
     Attributes:
-        energies: The energy of the gradients that the basis captured at the last step, and their
-            total energy; see `energy.captured_and_total_energy`.
-        overlaps: The overlap of a layer's last two bases, for each layer whose basis moved.
-        seconds: The time of a layer's last move on this process, in seconds, including its moments.
+        energies: For each layer, the gradient energy that its basis captured at the last step, and
+            the total gradient energy; see `energy.captured_and_total_energy`.
+        overlaps: The overlap of the last two bases of each layer whose basis moved.
+        seconds: The time that the last move of each such layer took on this process, in seconds,
+            including the change to the optimizer's moments.
         step_rms: The root mean square of what the last step added to the weights, without weight
             decay, divided by the learning rate; None if nothing was stepped.
     """
@@ -58,8 +60,9 @@ class Snapshot:
 class SubspaceStats:
     """Collects measurements on the device until `snapshot` returns them.
 
-    Only the last step before a snapshot measures the size of its update and the energies of its
-    gradients, which cost products of tokens with tokens. Only the last move of a layer is measured.
+    The size of the update and the gradient energies are measured only at the last step before a
+    snapshot, because the energies need products of [tokens, tokens] matrices. Only the last move of
+    each layer is measured.
 
     Args:
         layers: The layers to measure, by name.
@@ -78,17 +81,17 @@ class SubspaceStats:
         self._num_weights = 0
 
     def await_snapshot(self, steps: int | None) -> None:
-        """Expect the next snapshot after `steps` more optimizer steps, at least 1; None: never."""
+        """Expect the next snapshot after `steps` >= 1 more optimizer steps; None expects none."""
         self.steps_to_snapshot = steps
         for layer in self._layers.values():
             layer.energy.requires_grad_(steps == 1)
 
     def record_step(self, name: str, *, scale: float, lr: float) -> None:
-        """Measure a step in one layer, before it is folded, if it is the last before a snapshot.
+        """Measure one layer's step if it is the last before a snapshot; call it before the fold.
 
         Args:
             name: The name of the layer.
-            scale: The scale α of the fold.
+            scale: The scale α with which the step is folded into the weight.
             lr: The learning rate of the step.
         """
         if self.steps_to_snapshot != 1:
@@ -109,7 +112,7 @@ class SubspaceStats:
         Args:
             name: The name of the layer.
             turned: The overlap of the old and the new basis, a scalar.
-            move: The timer of the move.
+            move: The timer that timed the move, already ended.
         """
         self._overlaps[name], self._moves[name] = turned, move
 
@@ -119,11 +122,11 @@ class SubspaceStats:
             self.await_snapshot(self.steps_to_snapshot - 1 or None)
 
     def snapshot(self, all_reduce: Callable[[Sequence[Tensor]], None] | None) -> Snapshot:
-        """Return the measurements since the last snapshot; waits for the device once.
+        """Return the measurements since the last snapshot, after waiting for the device once.
 
         Args:
-            all_reduce: The function that averages tensors over the ranks, in place, for which every
-                rank must call this method; None for one process.
+            all_reduce: The function that averages tensors over the ranks in place, so every rank
+                must call this method; None for one process.
         """
         tensors = [*self._energies.values(), *self._overlaps.values(), *self._squared_steps]
         values: list[float] = []
@@ -165,7 +168,7 @@ class DeviceTimer:
         return self
 
     def seconds(self) -> float:
-        """Return the measured time in seconds; the device must have passed the end."""
+        """Return the measured time in seconds, once the device has finished the timed work."""
         if self._events is None:
             return self._ended - self._began
         begin, end = self._events

@@ -23,17 +23,18 @@ _MIN_BLOCK = 16
 def zeros_8bit(name: str, like: Tensor) -> dict[str, Tensor]:
     """Return the state entries of a moment that is zero, in the shape of `like`.
 
-    They are `name`, codes in uint8, and `<name>_scale`, float32 [..., columns / block]. Blocks end
-    with their rows, so it does not matter how ranks share the rows: both tensors are sharded as
-    `like` is, and each rank holds its part of the same values. Small tensors, and those whose rows
-    do not divide into blocks of 16 to 256, are kept in float32, without a scale.
+    The entries are `name`, uint8 codes in the shape of `like`, and `<name>_scale`, float32 scales
+    [..., columns / block]. Both are sharded as `like` is. No block crosses the end of a row, so the
+    values do not depend on how the rows are sharded. Small tensors, and tensors whose rows do not
+    divide into blocks of 16 to 256 elements, are kept in float32, without a scale.
 
     Args:
-        name: The name of the moment in the optimizer's state; that of squares ends in "_sq".
+        name: The name of the moment in the optimizer's state. A name that ends in "_sq" is that of
+            a second moment, whose codes are unsigned.
         like: The parameter [..., columns], sharded by rows or not at all.
 
     Raises:
-        ValueError: Ranks share `like` by its columns.
+        ValueError: `like` is sharded by its columns.
     """
     if not holds_whole_rows(like):
         raise ValueError(
@@ -51,11 +52,11 @@ def zeros_8bit(name: str, like: Tensor) -> dict[str, Tensor]:
 
 
 def as_float(name: str, state: Mapping[str, Any]) -> Tensor | OptimState8bit:
-    """Return this rank's part of a moment, [rows, ...], which reads and writes as float32.
+    """Return this rank's part of a moment [rows, ...], which can be read and written as float32.
 
     Args:
-        name: The name of the moment in `state`.
-        state: The optimizer's state of one parameter, or of some of its rows.
+        name: The name of the moment in `state`, which ends in "_sq" for a second moment.
+        state: The optimizer's state for one parameter, or for some of its rows.
     """
     moment = local(state[name])
     if f"{name}_scale" not in state:

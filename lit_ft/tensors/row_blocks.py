@@ -24,7 +24,7 @@ def row_blocks(matrix: Tensor) -> list[slice]:
         return [slice(None)]
     rows, columns = len(matrix), matrix.numel() // len(matrix)
     size = rows_per_block(columns, matrix.device)
-    # A short rest joins the last piece: bitsandbytes keeps other state for tiny tensors.
+    # A short remainder joins the last piece: bitsandbytes treats the state of tiny tensors apart.
     starts = range(0, max(rows - size // 2, 1), size)
     return [slice(start, start + size) for start in starts[:-1]] + [slice(starts[-1], rows)]
 
@@ -38,13 +38,13 @@ def rows_per_block(columns: int, device: torch.device) -> int:
 def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> dict[str, Any]:
     """Return the part of an optimizer's state that belongs to some rows of a parameter.
 
-    Tensors of the parameter's shape and the scales of quantised blocks come as views. Other
-    entries, such as counters and code books, come as they are.
+    Tensors of the parameter's shape and the scales of quantised blocks are returned as views. Other
+    entries, such as counters and code books, are returned unchanged.
 
     Args:
-        state: The optimizer's state of the whole parameter.
-        shape: The shape of the parameter.
-        rows: The rows, one of the parameter's `row_blocks`.
+        state: The optimizer's state for the whole parameter.
+        shape: The shape of the whole parameter.
+        rows: The rows of the parameter to return the state of, as a slice from `row_blocks`.
     """
     parts = {key: _part(key, value, shape, rows) for key, value in state.items()}
     return {key: state[key] if part is None else state[key][part] for key, part in parts.items()}
@@ -53,16 +53,16 @@ def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> di
 def put_rows(
     state: dict[str, Any], part: Mapping[str, Any], shape: tuple[int, ...], rows: slice
 ) -> None:
-    """Write the state of some rows into that of the whole parameter: the inverse of `rows_of`.
+    """Write the state of some rows back into the state of the whole parameter.
 
-    Entries that the whole does not have yet are created for all rows. Entries that are not kept by
-    row are replaced.
+    This is the inverse of `rows_of`. Entries missing from `state` are created with room for all
+    rows. Entries that are not kept by row are replaced.
 
     Args:
-        state: The optimizer's state of the whole parameter, changed in place.
-        part: The state of the rows.
-        shape: The shape of the parameter.
-        rows: The rows, one of the parameter's `row_blocks`.
+        state: The optimizer's state for the whole parameter, changed in place.
+        part: The optimizer's state for the rows in `rows`.
+        shape: The shape of the whole parameter.
+        rows: The rows of the parameter that `part` belongs to, as a slice from `row_blocks`.
     """
     size = len(range(*rows.indices(shape[0]))), *shape[1:]
     for key, value in part.items():

@@ -34,20 +34,21 @@ def export_model(
 ) -> Path:
     """Write `model` and its tokenizer to `folder`, and return the folder.
 
-    A model with an adapter is written merged, and the adapter also by itself to `folder/adapter`.
-    With `merge=False`, only the adapter is written, to `folder` itself. A sharded model is written
-    by all ranks: call this on every rank. `model` is not changed.
+    A model with an adapter is written with the adapter merged, and the adapter is also written by
+    itself to `folder/adapter`. With `merge=False`, only the adapter is written, to `folder` itself.
+    All ranks write a sharded model together, so call this on every rank. `model` is not changed.
 
     Args:
         model: The trained model, on any device.
         tokenizer: The tokenizer to write to the same folder; None writes none.
-        folder: The folder to write to, made if it is missing.
-        merge: Whether to fold the adapter into the weights that it is attached to.
-        dtype: The type of the written weights ("bfloat16"); None keeps the model's.
+        folder: The folder to write to, created if it is missing.
+        merge: Whether to merge the adapter into the model's weights.
+        dtype: The dtype of the written weights, such as "bfloat16"; None keeps the model's own.
 
     Raises:
-        ValueError: If `dtype` is not one of torch's floating-point types, or if an adapter alone
-            would be written to a folder that holds a model, to which transformers would add it.
+        ValueError: If `dtype` is not one of torch's floating-point types. Also if only the adapter
+            would be written and `folder` already holds a model, because transformers would then
+            load that model with the adapter.
     """
     target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)

@@ -22,7 +22,7 @@ class SubspaceLayer(nn.Module):
     `delta` is the parameter S [rows, r], which is zero whenever the model runs. Its gradient is the
     weight's gradient in the coordinates of `basis`, the buffer P [r, cols] with orthonormal rows.
     If `basis.requires_grad`, a backward pass leaves the sketch H [r, cols] in `basis.grad`. If
-    `energy.requires_grad`, it leaves the energy that P captures of the gradient, and the total
+    `energy.requires_grad`, it leaves the gradient energy that P captures, and the total gradient
     energy, in `energy.grad` [2]. On the right side the rows are W's outputs and P spans its inputs;
     on the left side it is the other way round. Tied layers share `delta`, `basis` and `energy`.
     """
@@ -38,9 +38,9 @@ class SubspaceLayer(nn.Module):
     def side_of(self, sides: Sides, rank: int) -> Side:
         """Return this layer's side; "std" is the shorter one (right if equal), as in galore-torch.
 
-        On the shorter side a basis of the same rank captures more, and `delta` is larger. A basis
-        that fills the shorter side is placed there whatever `sides` says, and captures everything.
-        Layers whose rows are tokens are always on the right side.
+        On the shorter side, a basis of the same rank captures more of the gradient, and `delta` is
+        larger. A basis whose rank fills the shorter side goes there whatever `sides` says, and
+        captures the whole gradient. Layers whose rows are tokens are always on the right side.
         """
         if self.rows_are_tokens:
             return "right"
@@ -114,20 +114,20 @@ class SubspaceLayer(nn.Module):
         return self.basis.shape[0]
 
     def clear_basis_input(self) -> None:
-        """Drop the gradients that backward passes have left for a move of the basis."""
+        """Drop what backward passes have left in `grad` for moves and measurements of the basis."""
         self.basis.grad = self.weight.grad = self.energy.grad = None
 
     @torch.no_grad()
     def fold(self, *, scale: float, decay: float, rounding_key: tuple[int, ...] = ()) -> None:
         """Set W ← (1 − decay) W + scale · S P, then S ← 0 (arXiv:2403.03507, eq. 4).
 
-        If the weight is sharded, each rank moves the rows that it holds.
+        If the weight is sharded, each rank updates the rows that it holds.
 
         Args:
-            scale: The scale α of the step.
-            decay: The learning rate times the weight decay.
-            rounding_key: The key of the random bits that round 16-bit weights, such as (seed, step,
-                layer).
+            scale: The scale α of the step S P.
+            decay: The fraction by which W shrinks: the learning rate times the weight decay.
+            rounding_key: The integers that seed the stochastic rounding of 16-bit weights, such as
+                (seed, step, layer).
         """
         weight, first = local(self.weight), first_row(self.weight)
         basis = self.basis.to(weight.device)  # FSDP2 offloads parameters, not buffers
