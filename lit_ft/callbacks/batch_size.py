@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits, at the same global batch."""
+"""Find the largest micro-batch that fits in memory, and keep the global batch the same."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ class AutoBatchSize(Callback):
     """Set `datamodule.batch_size` to the largest micro-batch that fits, before training starts.
 
     The product `batch_size * accumulate_grad_batches` does not change: micro-batches become larger
-    and fewer. The divisors of this product are tried, smallest first. Each trial runs two forward
-    and backward passes over rows of `datamodule.max_length` random tokens, the longest rows that
-    can occur. The search stops before a size that, by the growth so far, would need more memory
-    than is free without the part that the optimizer's state will take.
+    and fewer. The callback tries the divisors of this product, smallest first. Each trial runs two
+    forward and backward passes over rows of `datamodule.max_length` random tokens, the longest rows
+    that can occur. Part of the free memory is set aside: `headroom`, and the bytes that the
+    optimizer's state will take. The search stops at the first size that does not fit in the rest.
+    Before each trial, the memory that it needs is extrapolated from the smaller sizes, and a size
+    that cannot fit is not tried.
 
     The module must have a method `loss_sum(batch)`, and the data module the attributes `batch_size`
     and `max_length`.
 
     Args:
-        headroom: The fraction of the free memory that stays unused, for fragmentation and for other
-            processes on the device.
+        headroom: The fraction of the free memory to leave unused, between 0 and 1. It is kept for
+            fragmentation and for other processes on the device.
 
     Example:
         >>> import lightning as L
@@ -48,7 +50,7 @@ class AutoBatchSize(Callback):
         self.headroom = headroom
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several devices, because their trials could disagree."""
+        """Refuse a run on several devices, because their trials could disagree."""
         if stage == "fit":
             own = self.plan_facts(trainer, pl_module)
             check_run(trainer, pl_module, parts=["batch size"], **own)
@@ -86,8 +88,8 @@ class AutoBatchSize(Callback):
             )
         reserved = sum(n or 0 for n in states)
         free = int(_free_bytes(device) * (1 - self.headroom)) - reserved
-        # One baseline for all: a CPU's allocator keeps the memory that a smaller batch freed, which
-        # would make the growth of the next one alone look small.
+        # All trials share one baseline. On a CPU, the allocator keeps the memory that a smaller
+        # batch freed, so the growth from one trial to the next would look too small.
         baseline = current_bytes(device).value
         needed: dict[int, int] = {}
         for size in (n for n in range(1, rows + 1) if rows % n == 0):
@@ -121,11 +123,11 @@ class AutoBatchSize(Callback):
 def _peak_of(
     trainer: Trainer, module: LightningModule, size: int, length: int, device: torch.device
 ) -> int:
-    """Return the bytes in use at the peak of two micro-batches of `size` rows."""
+    """Return the peak of the bytes in use during two micro-batches of `size` rows."""
     vocabulary = module.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, operator]
     reset_peak(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for _ in range(2):  # gradients of the first are in memory, as under accumulation
+        for _ in range(2):  # the first pass leaves gradients in memory, as accumulation does
             tokens: Tensor = torch.randint(vocabulary, (size, length), device=device)
             with trainer.precision_plugin.forward_context():
                 batch = {"input_ids": tokens, "labels": tokens}
@@ -135,7 +137,10 @@ def _peak_of(
 
 
 def _extrapolated(needed: dict[int, int], size: int) -> float:
-    """Extend the line through the last two measurements (at first through one and the origin)."""
+    """Return the bytes that a batch of `size` rows should need, by linear extrapolation.
+
+    The line goes through the last two measurements, or through the origin and the only one.
+    """
     sizes = sorted(needed)[-2:]
     if len(sizes) == 1:
         return needed[sizes[0]] * size / sizes[0]

@@ -22,7 +22,7 @@ class LastCheckpoint(ModelCheckpoint):
     larger `max_steps` therefore continues inside the epoch.
 
     Args:
-        dirpath: The folder that `last.ckpt` is written to.
+        dirpath: The folder in which `last.ckpt` is written.
         every_n_steps: The number of optimizer steps between two saves.
 
     Example:
@@ -55,7 +55,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The key in a checkpoint. It omits the interval, which may change between runs."""
+        """The callback's key in a checkpoint, without the interval, which may change later."""
         return type(self).__name__
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,7 +67,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if the interval is over, or at the last planned step."""
+        """Save after every `every_n_steps` steps, and after the last planned step."""
         due = self._every_n.due(trainer)
         if due or trainer.global_step == trainer.estimated_stepping_batches:
             self._save_once(trainer)
@@ -93,12 +93,13 @@ class LastCheckpoint(ModelCheckpoint):
 class BestCheckpoint(ModelCheckpoint):
     """Save the weights of the best validation to `best.ckpt`, and its result to `best.json`.
 
-    A validation whose result is not finite is never the best. A run that resumes in the same folder
-    continues from the best so far, even if that one came after the resumed state.
+    A result that is not finite is never the best. A run that resumes in the same folder keeps the
+    best result in that folder, even if it was reached after the checkpoint that the run resumes
+    from.
 
     Args:
-        dirpath: The folder that `best.ckpt` and `best.json` are written to.
-        monitor: The name of the logged metric to compare.
+        dirpath: The folder in which `best.ckpt` and `best.json` are written.
+        monitor: The name of the logged metric that is the result of a validation.
         mode: Whether the smallest ("min") or the largest ("max") value is the best.
 
     Example:
@@ -127,13 +128,16 @@ class BestCheckpoint(ModelCheckpoint):
         return super().check_monitor_top_k(trainer, current)
 
     def keep_if_best(self, trainer: Trainer) -> None:
-        """Compare the result of `trainer.validate` after `fit`, which Lightning ignores."""
+        """Save the weights if the last `trainer.validate` gave the best result.
+
+        Call it after a validation outside `fit`, after which Lightning itself saves nothing.
+        """
         candidates = self._monitor_candidates(trainer)
         if self.monitor in candidates:
             self._save_monitor_checkpoint(trainer, candidates)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the best so far."""
+        """Continue with the best result so far, read from `best.json` if the folder is the same."""
         found = self._found()
         best = json.loads(found.read_text()) if found.is_file() else {}
         if state_dict.get("dirpath") == self.dirpath and self.monitor in best:

@@ -59,7 +59,7 @@ class ExportHF(Callback):
         self.export_path: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before training, a model that could not be written or uploaded after it."""
+        """Before training, refuse a model that could not be written or uploaded after training."""
         self.export_path = None
         if not hasattr(getattr(pl_module, "model", None), "save_pretrained"):
             raise MisconfigurationException(
@@ -70,8 +70,8 @@ class ExportHF(Callback):
             _check_hub(self.push_to_hub)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder."""
-        # Ranks started by torchrun may have different times in the names of their run folders.
+        """Write the model to the folder, and upload it if `push_to_hub` is given."""
+        # Ranks that torchrun starts may name their run folders by different times: use rank 0's.
         folder = Path(trainer.strategy.broadcast(str(self.folder)))
         if not trainer.is_global_zero and not is_model_sharded(pl_module.model):
             return  # only ranks that hold a part of the model write

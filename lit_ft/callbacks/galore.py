@@ -1,4 +1,4 @@
-"""GaLore for any LightningModule: the optimizer trains whole weights in subspaces."""
+"""GaLore for any LightningModule: its optimizer trains whole weights in subspaces."""
 
 from __future__ import annotations
 
@@ -45,29 +45,34 @@ from lit_ft.tensors.sharding import is_sharded
 class GaLore(Callback):
     """Turn the module's optimizer into its GaLore version: full-parameter training in subspaces.
 
-    The matrices of the targeted layers are frozen for autograd. Small parameters take their place
-    in the optimizer that the module builds. After each step the small parameters are folded into
-    the weights. The learning rate has the same meaning as without GaLore.
+    The matrices of the targeted layers are frozen for autograd. In the optimizer that the module
+    builds, a small parameter takes the place of each matrix. After each step, the small parameter
+    is added to its matrix through the basis, and set back to zero. The learning rate has the same
+    meaning as without GaLore.
 
-    A module that shards its model (`ModelParallelStrategy`) must do so in a method `shard_model`,
-    which its `configure_model` calls: the layers are injected before that call. Alternatively, the
-    module calls `lit_ft.subspace.inject` itself, before `fully_shard`.
+    A module that shards its model (under `ModelParallelStrategy`) must do so in a method named
+    `shard_model`, and call it from `configure_model`. The callback then injects its layers just
+    before `shard_model` runs. Alternatively, the module can call `lit_ft.subspace.inject` itself,
+    before `fully_shard`.
 
-    Checkpoints hold the complete weights, and the small parameters and their bases in addition. A
-    module without the callback loads them with `strict=False` and continues as an ordinary module.
-    A weight gets no gradient from a use outside its layer, such as a head that is tied by hand in
-    `F.linear(x, embedding.weight)`.
+    A checkpoint holds the complete weights, and also the small parameters and their bases. A module
+    without this callback can load it with `strict=False`, and then continues as an ordinary module.
+
+    A weight gets a gradient only where its layer is called. It gets none where it is used directly,
+    for example by a head that is tied by hand with `F.linear(x, embedding.weight)`.
 
     Args:
         rank: The rank of the subspaces, usually a quarter of the hidden size or less.
         projector: The rule that moves the bases; None for `Oja()`, online subspace descent.
         targets: The layers to train in subspaces: "all", any of "attention", "mlp", "embeddings"
-            and "head", or regular expressions that are searched in a layer's name.
-        side: The side that a basis spans: a layer's inputs ("right"), its outputs ("left") or the
-            shorter of the two ("std"), which captures more and takes more memory.
-        scale: The scale α: a number (0.25 in GaLore's paper), or "match_adamw". The latter is
-            √(cols / rank), and 1 for embeddings, for layers tied to them and for the head of a
-            transformers model. It is 1 for SGD, and the ratio of the updates' norms for Muon.
+            and "head", or regular expressions to search for in the names of layers.
+        side: The side of a matrix that a basis spans: the layer's inputs ("right"), its outputs
+            ("left") or the shorter of the two ("std"). The shorter side captures more of the
+            gradient and takes more memory.
+        scale: The factor α by which a step in the subspace is multiplied: a number (0.25 in
+            GaLore's paper), or "match_adamw" to choose it for each layer. That choice is
+            √(cols / rank), but 1 for embeddings, for layers tied to them and for the head of a
+            transformers model. With SGD it is 1, and with Muon the ratio of the updates' norms.
         seed: The seed of the bases that training starts from, and of stochastic rounding.
 
     Example:
@@ -102,8 +107,8 @@ class GaLore(Callback):
         self.updater: SubspaceUpdater | None = None
         self._refresh: Refresh | None = None
         self._handle: RemovableHandle | None = None
-        self._module: LightningModule | None = None  # whose layers are injected
-        self._wrapped: dict[str, Callable[..., Any]] = {}  # the module's methods, by name
+        self._module: LightningModule | None = None  # the one whose layers are injected
+        self._wrapped: dict[str, Callable[..., Any]] = {}  # what replaces its methods, by name
 
     def reschedule(self, refresh: Refresh) -> None:
         """Move the bases at the steps that `refresh` sets; call this before training starts."""
@@ -112,7 +117,10 @@ class GaLore(Callback):
             self.updater.reschedule(refresh)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject as soon as the model exists: now, after `configure_model` or before `shard_model`.
+        """Inject the layers now, or arrange for it if the model does not exist yet.
+
+        In the second case, the layers are injected just before `shard_model`, or else after
+        `configure_model`.
 
         Raises:
             Misconfiguration: If the module, the strategy or another callback does not work with
@@ -124,7 +132,7 @@ class GaLore(Callback):
             assert self.updater is not None
             self.updater.freeze_weights()
             return
-        self.updater = None  # the callback has trained another module
+        self.updater = None  # it may be that of another module, trained before
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             self._inject(pl_module)
             return
@@ -153,7 +161,7 @@ class GaLore(Callback):
             targets=self.targets,
             side=self.side,
             seed=self.seed,
-            # CausalLMModule loads its weights one by one, after the model is sharded.
+            # CausalLMModule, for example, loads its weights one by one after sharding.
             allow_meta=isinstance(module, LoadsAfterSharding) and module.loads_after_sharding,
         )
         keep_out_of_broadcasts(module)
@@ -166,7 +174,7 @@ class GaLore(Callback):
             seed=self.seed,
             all_reduce=_average,
         )
-        self.updater.freeze_weights()  # which an earlier callback may have unfrozen
+        self.updater.freeze_weights()  # an earlier callback may have unfrozen them
         self._module = module
         small = sum(layer.delta.numel() for layer in layers.values())
         whole = sum(layer.weight.numel() for layer in layers.values())
@@ -176,11 +184,14 @@ class GaLore(Callback):
         )
 
     def _compare(self, model: torch.nn.Module, found: Mapping[str, SubspaceLayer]) -> None:
-        """Raise Refusal if the module has injected layers with other settings than this callback's.
+        """Raise Misconfiguration if what the module has done does not fit this callback.
+
+        The module may have injected layers with other settings, or sharded the model before any
+        layer was injected.
 
         Args:
-            model: The model as its module has made it.
-            found: The layers, by name, that the module has injected itself.
+            model: The model, as its module has built it.
+            found: The layers that the module has injected itself, keyed by name.
         """
         if not found and any(is_sharded(weight) for weight in model.parameters()):
             raise Misconfiguration(
@@ -205,7 +216,7 @@ class GaLore(Callback):
             )
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return what the projector needs, and what there is that does not work with GaLore."""
+        """Return what the projector needs, and facts of the run that may rule out GaLore."""
         callbacks = callbacks_of(trainer)
         ahead = takewhile(lambda callback: callback is not self, callbacks)
         copies = (c for c in ahead if isinstance(c, WeightAveraging | StochasticWeightAveraging))
@@ -213,7 +224,7 @@ class GaLore(Callback):
         mesh = module.device_mesh
         cuts_layers = isinstance(mesh, DeviceMesh) and mesh["tensor_parallel"].size() > 1
         return {
-            # Lightning's own strategy leaves open what a module cuts; its mesh says it.
+            # Lightning's ModelParallelStrategy does not say how the module is split. Its mesh does.
             **({"parallel": "tensor"} if cuts_layers else {}),
             "basis": Basis(type(self.projector).__name__, self.projector.forms_gradients),
             "copied_before_galore": None if copied is None else type(copied).__name__,
@@ -229,7 +240,10 @@ class GaLore(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Begin a window under manual optimization, where no hook tells of zeroed gradients."""
+        """Under manual optimization, begin a new accumulation if the gradients were zeroed.
+
+        Lightning has no hook for zeroing there, so this looks at the gradients themselves.
+        """
         assert self.updater is not None
         layers = self.updater.layers.values()
         if not pl_module.automatic_optimization and all(x.delta.grad is None for x in layers):
@@ -238,14 +252,14 @@ class GaLore(Callback):
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Begin a window of micro-batches."""
+        """Begin a new accumulation of gradients over micro-batches."""
         assert self.updater is not None
         self.updater.begin_accumulation()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Check the gradients of this step, and compute the bases that come from them."""
+        """Check the gradients of this step, and move the bases that are computed from them."""
         assert self.updater is not None
         self.updater.before_step(optimizer, skips_overflow=loss_scaler(trainer) is not None)
 
@@ -260,7 +274,7 @@ class GaLore(Callback):
         self._detach(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that resuming needs in addition to the model's own tensors."""
+        """Return what resuming needs in addition to the model's own tensors."""
         made_with = {"rank": self.rank, "side": self.side, "projector": self._rule}
         steps = None if self.updater is None else self.updater.state_dict()
         return {"made_with": made_with, "steps": steps}
@@ -269,7 +283,7 @@ class GaLore(Callback):
         """Continue from a checkpoint.
 
         Raises:
-            Misconfiguration: If it was made with another rank, side or projector.
+            Misconfiguration: If the checkpoint was made with another rank, side or projector.
         """
         for name, saved in state_dict["made_with"].items():
             current = self._rule if name == "projector" else getattr(self, name)
@@ -285,7 +299,7 @@ class GaLore(Callback):
 
     @property
     def _rule(self) -> str:
-        """The projector without its interval: a new interval only starts the turns again."""
+        """The projector as text, without its interval. A new interval only restarts the turns."""
         settings = {k: v for k, v in vars(self.projector).items() if k != "every"}
         listed = ", ".join(f"{name}={value}" for name, value in settings.items())
         return f"{type(self.projector).__name__}({listed})"
@@ -311,7 +325,7 @@ def _after(first: Callable[[], None], hook: Callable[..., Any]) -> Any:
 
 
 def _is_compiled(module: LightningModule) -> bool:
-    """Return whether torch.compile runs the module or a part; torch has no public flag for it."""
+    """Return whether torch.compile runs the module or a part of it. Torch has no public flag."""
     return module._compiler_ctx is not None or any(
         part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
         for part in module.modules()
@@ -320,7 +334,7 @@ def _is_compiled(module: LightningModule) -> bool:
 
 def _average(tensors: Sequence[Tensor]) -> None:
     if dist.is_available() and dist.is_initialized():
-        # All reductions run at once, because the tensors are small and many.
+        # All reductions run at once, because there are many small tensors.
         works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
         for tensor, work in zip(tensors, works, strict=True):
             assert work is not None

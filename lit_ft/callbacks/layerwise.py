@@ -28,23 +28,26 @@ log = logging.getLogger(__name__)
 class LayerwiseUpdate(Callback):
     """Update each large parameter inside the backward pass, and free its gradient at once.
 
-    Steps, schedules, checkpoints and metrics are the same as without it, and so are the weights,
-    bit for bit. Hooks that read gradients after backward (`on_after_backward`,
-    `on_before_optimizer_step`) see only the small ones, and cannot prevent a step.
+    The weights are bit for bit the same as without this callback, and so are steps, schedules,
+    checkpoints and metrics. Hooks that read gradients after backward (`on_after_backward`,
+    `on_before_optimizer_step`) see only the small gradients. They cannot prevent a step, because
+    the large parameters have already been updated.
 
-    Windows of several micro-batches must keep their gradients, so they step as usual. Clipping by
-    norm needs a second backward pass. GaLore's layers have small gradients, which wait for the
-    step. Under float16's loss scaler, which checks all gradients before a step, updates are not
-    layerwise, and a message says so.
+    Not every step frees its gradients early. If gradients accumulate over several micro-batches,
+    they must be kept, and the step is an ordinary one. The same holds under float16's loss scaler,
+    which checks all gradients before a step; a message then says so. The gradients of GaLore's
+    layers are small and always wait for the step. Clipping by norm needs a second backward pass.
 
     Args:
-        min_grad_bytes: The smallest gradient, in bytes, that is freed in backward; 0 frees all.
+        min_grad_bytes: The size in bytes of the smallest gradient that is freed during backward; 0
+            frees all gradients.
 
     Raises:
-        Misconfiguration: If layerwise updates would be wrong: under DDP or another strategy for
-            several devices that is not FSDP2, for clipping by norm under FSDP2, for manual
-            optimization, for an optimizer that needs all gradients at once, for a module that clips
-            in its own way, or for clipping in a module with its own `backward`.
+        Misconfiguration: If layerwise updates would be wrong. They work on one device, and under
+            FSDP2 and tensor parallelism without clipping by norm. They do not work with manual
+            optimization, with an optimizer that needs all gradients at once, or in a module that
+            clips in its own way. Clipping by norm also fails in a module with its own `backward`,
+            and with a GaLore projector that needs whole gradients.
 
     Example:
         >>> import lightning as L
@@ -71,7 +74,7 @@ class LayerwiseUpdate(Callback):
             check_run(trainer, pl_module, parts=["layerwise"], **own)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return how the module steps, clips and back-propagates."""
+        """Return whether the module steps, clips or back-propagates in its own way."""
         clips = is_overridden("configure_gradient_clipping", module, LightningModule)
         usual = is_usual_clipping(module.configure_gradient_clipping)
         return {
@@ -82,7 +85,7 @@ class LayerwiseUpdate(Callback):
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach to the optimizer, and replace the module's backward and clipping."""
+        """Attach to the optimizer, and replace the module's clipping and, if needed, backward."""
         optimizer = only_optimizer(trainer, self)
         layers = subspace_layers(pl_module).values()
         in_subspaces = {p for layer in layers for p in (layer.delta, layer.weight)}
@@ -106,7 +109,7 @@ class LayerwiseUpdate(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Raise FloatingPointError before a loss that is not finite reaches a weight."""
+        """Raise FloatingPointError if the loss is not finite, before it can reach a weight."""
         if self._step is not None and not loss.isfinite():
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {trainer.global_step}: lower the learning "
@@ -139,8 +142,8 @@ class LayerwiseUpdate(Callback):
             loss.repeatable = True
 
     def _replace(self, module: LightningModule, name: str, own: Callable[..., Any]) -> None:
-        """Replace the module's method `name` by `own` until the fit ends."""
-        before = vars(module).get(name)  # set on the instance by a user
+        """Replace the module's method `name` with `own` until the fit ends."""
+        before = vars(module).get(name)  # a user may have set one on the instance
 
         def put_back() -> None:
             if vars(module).get(name) is not own:
@@ -175,7 +178,7 @@ class LayerwiseUpdate(Callback):
 
 
 def _clipping(trainer: Trainer) -> tuple[float | None, float | None]:
-    """Return the trainer's limits for the norm and for the values of gradients."""
+    """Return the trainer's limits for the norm and the values of gradients; None for no limit."""
     threshold = trainer.gradient_clip_val or None
     by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
     return (None, threshold) if by_value else (threshold, None)

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor as LightningLearning
 class LearningRateMonitor(LightningLearningRateMonitor):
     """Lightning's monitor, extended to groups without a learning rate and runs without a logger.
 
-    Adafactor with `relative_step=True` chooses its own step size and has `lr=None`. Lightning's
-    monitor stops the run there; this one leaves the group out. The arguments are those
-    of Lightning's `LearningRateMonitor`.
+    Adafactor with `relative_step=True` chooses its own step size, so its groups have `lr=None`.
+    Lightning's monitor stops the run at such a group; this one leaves the group out. The arguments
+    are those of Lightning's `LearningRateMonitor`.
 
     Example:
         >>> import lightning as L

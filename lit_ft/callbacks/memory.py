@@ -1,4 +1,4 @@
-"""Show memory in the logs and in the progress bar."""
+"""Show the memory in use in the logs and in the progress bar."""
 
 from __future__ import annotations
 

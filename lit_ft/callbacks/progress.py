@@ -21,10 +21,12 @@ class ProgressBar(LightningProgressBar):
     otherwise, just as `pathlib.Path()` picks the class for the operating system.
 
     Args:
-        every_n_steps: The number of optimizer steps between two lines of `LineProgress`; None
-            follows the Trainer's `log_every_n_steps`. `TerminalProgress` follows every batch.
-        every_n_seconds: The longest time in seconds between two lines of `LineProgress` while
-            batches pass, in training and in validation.
+        every_n_steps: The number of optimizer steps between two lines of `LineProgress`; None uses
+            the Trainer's `log_every_n_steps`. A `TerminalProgress` ignores it and shows every
+            batch.
+        every_n_seconds: The number of seconds without a line after which `LineProgress` prints one
+            at the end of the next batch, in training and in validation. A `TerminalProgress`
+            ignores it.
 
     Example:
         >>> import lightning as L
@@ -35,7 +37,7 @@ class ProgressBar(LightningProgressBar):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ProgressBar:
-        """Make the class that suits stdout."""
+        """Make an object of the class that suits stdout."""
         if cls is ProgressBar:
             cls = TerminalProgress if sys.stdout.isatty() else LineProgress
         return super().__new__(cls)
@@ -47,15 +49,14 @@ class ProgressBar(LightningProgressBar):
 
 
 class TerminalProgress(ProgressBar, RichProgressBar):
-    """Lightning's rich bar, which here ends at `max_steps` and shows the learning rate.
+    """Lightning's rich progress bar, which here ends at `max_steps` and shows the learning rate.
 
     Reading a metric waits for the GPU, so values are read at most twice a second.
 
     Args:
-        every_n_steps: The number of optimizer steps between two lines of `LineProgress`; without
-            effect here, because the bar follows every batch.
-        every_n_seconds: The longest time in seconds between two lines of `LineProgress`; without
-            effect here.
+        every_n_steps: Ignored, because the bar shows every batch. It is accepted so that the
+            arguments are those of `LineProgress`.
+        every_n_seconds: Ignored, for the same reason.
 
     Example:
         >>> import lightning as L
@@ -69,7 +70,7 @@ class TerminalProgress(ProgressBar, RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """The number of batches that this epoch trains on: fewer if `max_steps` ends it early."""
+        """The number of batches that this epoch trains on; `max_steps` may end it early."""
         trainer = self.trainer
         if trainer.max_steps == -1:
             return trainer.num_training_batches
@@ -90,7 +91,7 @@ class TerminalProgress(ProgressBar, RichProgressBar):
         return self._metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
-        # Without max_epochs, which is then -1, Lightning shows "Epoch 2/-2".
+        # If max_epochs is not set, it is -1, and Lightning shows "Epoch 2/-2".
         described = super()._get_train_description(current_epoch)
         return described.replace("/-2", "")
 
@@ -101,10 +102,10 @@ class LineProgress(ProgressBar):
     `step 20/100  loss 2.413  1,234 tok/s  3.1 GiB  lr 1.0e-04  eta 1m20s`
 
     Args:
-        every_n_steps: The number of optimizer steps between two lines; None follows the Trainer's
+        every_n_steps: The number of optimizer steps between two lines; None uses the Trainer's
             `log_every_n_steps`.
-        every_n_seconds: The longest time in seconds between two lines while batches pass, in
-            training and in validation.
+        every_n_seconds: The number of seconds without a line after which one is printed at the end
+            of the next batch, in training and in validation.
 
     Example:
         >>> import lightning as L
@@ -134,17 +135,17 @@ class LineProgress(ProgressBar):
         self._enabled = False
 
     def enable(self) -> None:
-        """Print again."""
+        """Print again after `disable`."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print a line immediately, even into a pipe."""
+        """Print a line and flush it at once, so that it also shows when stdout is a pipe."""
         if self._enabled:
             print(*args, **{"flush": True, **kwargs})
         self._printed_at = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock and the count of steps that the remaining time is computed from."""
+        """Start the clock and the count of steps, from which the remaining time is computed."""
         self._every_n.start(trainer)
         self._first_step = trainer.global_step
         self._started_at = time.monotonic()
@@ -152,7 +153,7 @@ class LineProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print if an interval is over, or at the last step."""
+        """Print if `every_n_steps` or `every_n_seconds` have passed, and at the last step."""
         step, total = trainer.global_step, _total_steps(trainer)
         if self._every_n.due(trainer) or step == total or self._is_overdue():
             parts = [f"step {step}/{total:,}" if math.isfinite(total) else f"step {step}"]
@@ -171,7 +172,7 @@ class LineProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Show that a long validation makes progress."""
+        """Print how far a long validation is, if `every_n_seconds` have passed."""
         if self._is_overdue():
             self.has_dataloader_changed(dataloader_idx)
             total = self.total_val_batches_current_dataloader
@@ -196,7 +197,7 @@ class LineProgress(ProgressBar):
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time in seconds as people write it.
+    """Return a time in seconds as readable text.
 
     >>> format_seconds(9), format_seconds(80), format_seconds(3700)
     ('9s', '1m20s', '1h01m')
@@ -209,7 +210,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _formatted(metrics: dict[str, Any]) -> list[str]:
-    """Return `name value` for each metric; those of lit_ft's callbacks end with their unit."""
+    """Return `name value` for each metric; for lit_ft's own metrics, the value and its unit."""
     parts = []
     for name, value in metrics.items():
         if name == "v_num" or not isinstance(value, int | float):

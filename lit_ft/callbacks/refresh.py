@@ -18,38 +18,41 @@ from lit_ft.subspace.stats import Snapshot
 class SubspaceRefresh(Callback):
     """Set when the subspaces of the `GaLore` callback move, and log metrics under `subspace/`.
 
-    `step_rms` is the effective step: the root mean square of a step's change to the weights that
-    move in subspaces, with α and without weight decay, over the learning rate. For AdamW on whole
-    weights it is 1 at the first step, and less where gradients disagree. Three more metrics exist
-    for each part of the model (`attention`, `mlp`, `embeddings`, `head`, `other`):
+    `step_rms` is the effective step size: the root mean square of what a step adds to the weights
+    in subspaces, divided by the learning rate. It includes the scale α but not weight decay. For
+    AdamW on whole weights it would be 1 at the first step, and later less, because gradients
+    disagree. Three more metrics exist for each part of the model (`attention`, `mlp`, `embeddings`,
+    `head`, `other`):
 
-    - `<part>/captured_energy`: the share of the gradients' energy that lies in the subspaces,
-      Σ ||G_s Pᵀ||² over Σ ||G_s||², where G_s is the gradient of one sequence of the logged step.
-      Only a logged step pays for it, with products of tokens with tokens.
-    - `<part>/overlap`: the share of the last subspace that the new one keeps, the mean over the
-      layers that have moved since the last log. Rules with small steps (`Oja`) always stay near 1.
+    - `<part>/captured_energy`: the share of the gradients' energy that lies in the subspaces. It is
+      Σ ||G_s Pᵀ||² divided by Σ ||G_s||², where G_s is the gradient of one sequence of the logged
+      step. It costs products of [tokens, tokens] matrices, on logged steps only.
+    - `<part>/overlap`: the share of a layer's last subspace that its new one keeps, averaged over
+      the layers that have moved since the last log. It always stays near 1 for rules that move in
+      small steps, such as `Oja`.
     - `<part>/refresh_seconds`: the mean time in seconds to move one layer's subspace.
 
-    Layers that share a weight count as one, in the part of the first. Without a logger nothing is
-    measured. Logging changes only the round-off in the head's gradient, whose chunks end with each
-    sequence on a logged step.
+    Layers that share a weight count as one layer, in the part to which the first of them belongs.
+    Without a logger, nothing is measured. Logging does not change training, except for the
+    round-off in the head's gradient: on a logged step, the head's chunks do not cross sequences.
 
     Args:
-        every: The optimizer steps between two moves of a layer's subspace; None for the projector's
-            interval.
-        stagger: Whether the layers' moves are spread over the interval, so that no single step pays
+        every: The number of optimizer steps between two moves of a layer's subspace; None uses the
+            projector's own interval.
+        stagger: Whether to spread the layers' moves over the interval, so that no single step pays
             for all of them.
-        adaptive: Whether a layer whose subspace has stopped moving waits twice as long each time
-            (see `lit_ft.subspace.Refresh`).
-        threshold: The overlap of a layer's last two subspaces from which on its subspace has
-            stopped moving.
-        longest: The longest wait between two moves, in multiples of the interval.
-        every_n_steps: The number of optimizer steps between two logs; None follows the Trainer's
+        adaptive: Whether to double a layer's wait each time its subspace turns out to have stopped
+            moving (see `lit_ft.subspace.Refresh`).
+        threshold: The smallest overlap of a layer's last two subspaces, above 0 and at most 1, at
+            which `adaptive` takes the subspace to have stopped moving.
+        longest: The longest wait with `adaptive`, as a multiple of the usual interval.
+        every_n_steps: The number of optimizer steps between two logs; None uses the Trainer's
             `log_every_n_steps`.
 
     Raises:
-        ValueError: If a number is out of its range.
-        MisconfigurationException: When training begins, if there is no `GaLore` callback.
+        ValueError: If `every`, `threshold` or `longest` is out of its range.
+        MisconfigurationException: If `every_n_steps` is below 1, or, when training begins, if there
+            is no `GaLore` callback.
 
     Example:
         >>> import lightning as L
@@ -75,7 +78,7 @@ class SubspaceRefresh(Callback):
         self._galore: GaLore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the settings to the GaLore callback."""
+        """Pass the settings on to the `GaLore` callback."""
         self._galore = find_callback(trainer, GaLore)
         if self._galore is None:
             raise MisconfigurationException(
@@ -91,14 +94,14 @@ class SubspaceRefresh(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the current step measure what will be logged after it."""
+        """Announce when the next log is due, so that the step before it takes measurements."""
         if trainer.loggers:
             self._updater.stats.await_snapshot(self._every_n.remaining(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log if the interval is over."""
+        """Log if `every_n_steps` steps have passed since the last log."""
         if not self._every_n.due(trainer) or not trainer.loggers:
             return
         updater = self._updater
@@ -114,11 +117,11 @@ class SubspaceRefresh(Callback):
 
 
 def metrics_of(snapshot: Snapshot, layers: dict[str, SubspaceLayer]) -> dict[str, float]:
-    """Return the metrics of a snapshot by the names that they are logged under.
+    """Return the metrics of a snapshot, keyed by the names under which they are logged.
 
     Args:
-        snapshot: The numbers that were measured for each layer.
-        layers: The layers by name, as `inject` returns them.
+        snapshot: The measurements since the last log.
+        layers: The layers, keyed by name, as `inject` returns them.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():

@@ -28,23 +28,29 @@ _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 class SampleGenerations(Callback):
     """Generate greedily on fixed prompts with `pl_module.model` and `pl_module.tokenizer`.
 
-    Training stays the same bit for bit: modes and random state are restored. Samples go to
-    `generations`, and as Markdown to every logger that takes text (TensorBoard). Rank 0 generates;
-    under FSDP2 and tensor parallelism all ranks take part. Under FSDP1 and DeepSpeed, which do not
-    allow this, and where generating fails, there is a warning and the run continues.
+    Training is bit for bit the same as without this callback, because the modules' modes and the
+    random state are restored. Samples are kept in `generations`, and written as Markdown to every
+    logger that takes text, such as TensorBoard. Rank 0 generates alone, except under FSDP2 and
+    tensor parallelism, where all ranks take part.
+
+    FSDP1 and DeepSpeed do not allow generation. There, and if generation fails, a warning is given
+    and the run continues without samples. Only a RuntimeError with a sharded model ends the run,
+    because the other ranks would wait forever.
 
     Args:
-        prompts: The texts, or chats as lists of `{"role": ..., "content": ...}`; None takes those
-            of the datamodule's `sample_prompts(num_prompts)`, if it has this method. A text is sent
-            as the user's message if the tokenizer has a chat template, and continued otherwise.
-        num_prompts: The number of prompts to take from the datamodule.
+        prompts: The prompts: texts, or chats as lists of `{"role": ..., "content": ...}`. None
+            takes them from the datamodule's `sample_prompts(num_prompts)`, and generates nothing if
+            it has no such method. A text is sent as the user's message if the tokenizer has a chat
+            template; otherwise the model continues it.
+        num_prompts: The number of prompts to take from the datamodule if `prompts` is None.
         max_new_tokens: The largest number of tokens in an answer, which ends earlier at an
             end-of-sequence token.
         every_n_steps: The number of optimizer steps between samples during training; None generates
             only before and after training.
 
     Attributes:
-        generations: The samples in order, each a mapping with "step", "prompt" and "text".
+        generations: The samples in the order in which they were generated, each a mapping with
+            "step", "prompt" and "text".
 
     Example:
         >>> import lightning as L
@@ -68,7 +74,7 @@ class SampleGenerations(Callback):
         self._sampled_at: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the prompts and generate before the first step."""
+        """Choose the prompts for the whole run, and generate before the first step."""
         self.generations = []
         self._sampled_at = None
         if self._every_n is not None:
@@ -80,13 +86,13 @@ class SampleGenerations(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Generate if the interval is over."""
+        """Generate if `every_n_steps` steps have passed since the last time."""
         if self._every_n is not None and self._every_n.due(trainer):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate with the trained model, unless the last step has just done so."""
-        if self._sampled_at != trainer.global_step:  # known to all ranks, unlike `generations`
+        """Generate with the trained model, unless this was done right after the last step."""
+        if self._sampled_at != trainer.global_step:  # ranks without `generations` know it too
             self._sample(trainer, pl_module)
 
     def _find_prompts(self, trainer: Trainer) -> list[Prompt]:
@@ -134,13 +140,15 @@ class SampleGenerations(Callback):
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int
 ) -> list[str]:
-    """Answer all prompts in one greedy batch, and leave the model and the random state unchanged.
+    """Return the model's answers to all prompts, generated greedily in one batch.
+
+    The modes of the model's modules and the random state are left unchanged.
 
     Args:
         model: The transformers model, or a peft model around one.
-        tokenizer: The model's tokenizer; it needs no padding token.
-        prompts: The texts, or chats as lists of `{"role": ..., "content": ...}`.
-        max_new_tokens: The largest number of tokens in an answer.
+        tokenizer: The model's tokenizer, which may lack a padding token.
+        prompts: The prompts: texts, or chats as lists of `{"role": ..., "content": ...}`.
+        max_new_tokens: The largest number of new tokens in an answer.
 
     Raises:
         ValueError: If a prompt is a chat and the tokenizer has no chat template.
@@ -178,14 +186,14 @@ def generate(
 
 
 def as_markdown(prompt: str, text: str) -> str:
-    """Return prompt and answer as literal blocks, with any backticks that they hold."""
+    """Return a prompt and its answer as fenced blocks, even if they contain backticks."""
     longest = max((len(run) for run in re.findall("`+", prompt + text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"**Prompt**\n\n{fence}\n{prompt}\n{fence}\n\n**Answer**\n\n{fence}\n{text}\n{fence}\n"
 
 
 def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    """Return why this run cannot generate, and warn of it; None if it can."""
+    """Return the reason why this run cannot generate, and give a warning; None if it can."""
     reason = None
     shared = is_model_sharded(getattr(pl_module, "model", None))
     if isinstance(trainer.strategy, _SHARDED) and not shared:
@@ -209,7 +217,7 @@ def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the end tokens of model and tokenizer; training teaches the tokenizer's."""
+    """Return the end tokens of the model, and that of the tokenizer, which training teaches."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
@@ -218,7 +226,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluate in the block, then restore each module's mode: some may be in eval on purpose."""
+    """Set eval mode in the block, then restore the mode of each module, which may be eval too."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

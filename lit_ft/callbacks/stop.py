@@ -20,15 +20,16 @@ _WARNING: Any = getattr(signal, "SIGUSR2", None)  # missing on Windows
 
 
 class StopOnSignal(Callback):
-    """Finish the current optimizer step on a signal, save `LastCheckpoint`'s file, and stop.
+    """On a signal, finish the current optimizer step, save `LastCheckpoint`'s file, and stop.
 
     Without this callback, Lightning stops within a step on Ctrl-C and after any micro-batch on
-    SIGTERM, and saves nothing. With it, a second signal stops immediately, and so does the first
-    one outside `fit`. All ranks stop at the same step, even if only one of them got the signal. The
-    callback works only in the main thread, where Python allows signal handlers.
+    SIGTERM, and saves nothing. With it, only a second signal, or a signal outside `fit`, stops the
+    run at once. All ranks stop at the same step, even if only one of them got the signal. The
+    callback works only in the main thread, because Python allows signal handlers nowhere else.
 
-    SIGUSR2 counts if it has a handler. Slurm sends it to submitit before a job's time limit, and
-    submitit's handler queues the job again. The handler runs after the step's state is saved.
+    SIGUSR2 is handled in the same way, if it has a handler when training starts. This is for jobs
+    that submitit starts under Slurm. Slurm sends SIGUSR2 shortly before the job's time limit, and
+    submitit's handler queues the job again. The callback runs that handler after it has saved.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C; Lightning turns it into SystemExit.
@@ -51,12 +52,15 @@ class StopOnSignal(Callback):
         self._saves = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let SIGTERM end a validation outside `fit`; Lightning misses it in the last batch."""
+        """Let SIGTERM end a validation outside `fit` at once.
+
+        Lightning's own handler misses a signal that comes during the last batch.
+        """
         if trainer.state.fn != TrainerFn.FITTING:
             _handle(signal.SIGTERM, _stop_at_once)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle the signals; Lightning restores the earlier handlers when `fit` ends."""
+        """Set the signal handlers; Lightning restores the earlier ones when `fit` ends."""
         self._received = None
         self._step_is_complete = False
         self._global_step = trainer.global_step
@@ -71,7 +75,7 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if this batch completed an optimizer step."""
+        """Stop if a signal has come and this batch completed an optimizer step."""
         self._step_is_complete = trainer.global_step > self._global_step
         self._global_step = trainer.global_step
         self._stop_if_asked(trainer, pl_module)
@@ -79,12 +83,12 @@ class StopOnSignal(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Stop if the validation does not interrupt an optimizer step."""
+        """Stop if a signal has come, unless the validation runs in the middle of a step."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_if_asked(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop if a signal came during the last step, and let later ones stop immediately."""
+        """Stop if a signal came during the last step, and let later signals stop at once."""
         self._step_is_complete = True
         self._stop_if_asked(trainer, pl_module)
         self._let_signals_through()
@@ -108,7 +112,7 @@ class StopOnSignal(Callback):
         if not self._step_is_complete:
             return
         own = torch.tensor(self._received or 0, device=trainer.strategy.root_device)
-        # All ranks must agree, or those without a signal would wait for the others forever.
+        # All ranks must stop together, or those without a signal would wait forever.
         received = int(trainer.strategy.reduce(own, reduce_op="max"))
         if not received:
             return

@@ -26,8 +26,9 @@ class StartTable(Callback):
     """Print the model, the optimizer's groups and the data once, before the first step.
 
     The bytes of optimizer state are an estimate (`lit_ft.measure.estimate_state_bytes`). Under a
-    sharded strategy, weights and state are those of this rank. The data counts come from the
-    datamodule's `reports`, if it has them: a mapping from a split's name to anything that prints.
+    sharded strategy, the bytes of weights and state are those of rank 0. What is shown of the data
+    comes from the datamodule's `reports`, if it has this attribute: a mapping from the name of a
+    split to anything that prints.
 
     Example:
         >>> import lightning as L
@@ -50,15 +51,15 @@ class StartTable(Callback):
         self._printed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Allow one table for this fit."""
+        """Note that nothing has been printed in this fit."""
         self._printed = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print as soon as the optimizer exists."""
+        """Print before the sanity check, when the optimizer already exists."""
         self._print(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print, unless the sanity check came first."""
+        """Print before training, unless it was done before the sanity check."""
         if not self._printed:
             self._print(trainer, pl_module)
 
@@ -75,11 +76,13 @@ class StartTable(Callback):
 
 
 def model_table(model: nn.Module, name: str | None = None) -> Table:
-    """Return a table of the model: name, parameters (tied ones once, packed ones unpacked), bytes.
+    """Return a table of the model's name, numbers of parameters, bytes and dtypes.
+
+    Tied parameters count once. A packed parameter counts as the number of weights that it holds.
 
     Args:
         model: The model to describe.
-        name: The name to show; None for the model's own name or the name of its class.
+        name: The name to show; None shows the model's own name, or else the name of its class.
     """
     size = model_size(model)
     share = size.trainable_parameters / max(size.parameters, 1)
@@ -119,12 +122,12 @@ def optimizer_table(optimizer: Optimizer) -> Table:
 
 
 def final_panel(summary: Mapping[str, Any]) -> Panel:
-    """Return the box that ends a run, from the contents of its summary.json.
+    """Return the box to show at the end of a run, made from the contents of its summary.json.
 
     Args:
-        summary: The contents of summary.json, with any part of it null or absent. An additional
-            list `samples` of `{"step", "prompt", "text"}` shows the first prompt's first and last
-            answer.
+        summary: The contents of summary.json, in which any entry may be null or absent. It may also
+            have a list `samples` of `{"step", "prompt", "text"}`, from which the box shows the
+            first and the last answer to the first prompt.
     """
     peak = summary.get("peak_bytes") or {}
     steps = summary.get("step_seconds") or {}
@@ -153,7 +156,7 @@ def final_panel(summary: Mapping[str, Any]) -> Panel:
 
 
 def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
-    """Return how often the run goes through the data; empty if there is no `batch_size`."""
+    """Return a row that says how often the run goes through the data; empty if it is unknown."""
     rows = datamodule.batch_size if isinstance(datamodule, CountsRows) else None
     steps, batches = trainer.max_steps, trainer.num_training_batches
     if rows is None:
@@ -188,7 +191,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str | None:
 
 
 def _error(error: Any) -> str | None:
-    """Return the message of summary.json's error, a text or a mapping with `type`, `message`."""
+    """Return summary.json's error as text; it may be a mapping with `type` and `message`."""
     if isinstance(error, Mapping):
         return f"{error.get('type')}: {error.get('message')}"
     return None if error is None else str(error)

@@ -1,4 +1,4 @@
-"""Measure tokens per second of training alone, and the share of the device's peak rate."""
+"""Measure the tokens per second of training alone, and the share of the device's peak rate."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lit_ft.measure.flops import TrainingFlops, training_flops
 
 
 class Stopwatch:
-    """Counts seconds while it runs, over several starts and stops."""
+    """Adds up the seconds during which it runs, over several starts and stops."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._started: float | None = None
 
     def start(self) -> None:
-        """Start or continue; do nothing if it is running."""
+        """Start or continue; do nothing if it is running already."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def stop(self, *, keep: bool = True) -> None:
-        """Stop; without `keep`, discard the time since the last start."""
+        """Stop; with `keep=False`, discard the time since the last start."""
         if self._started is not None and keep:
             self.seconds += time.perf_counter() - self._started
         self._started = None
@@ -38,28 +38,31 @@ class Stopwatch:
 class ThroughputMonitor(Callback):
     """Log the speed of training under `throughput/`.
 
-    `tokens_per_second`, `samples_per_second` and `step_seconds` cover the optimizer steps since the
-    last log, summed over all ranks. Padding tokens do not count. `mfu` (model FLOPs utilisation,
-    see `lit_ft.measure.flops`; the output head counts on target tokens) is logged if Lightning
-    knows the device's peak rate. The progress bar shows `tok/s`.
+    `tokens_per_second`, `samples_per_second` and `step_seconds` cover the timed optimizer steps
+    since the last log. Tokens and samples are summed over all ranks, and padding tokens do not
+    count. `step_seconds` is the mean over the steps of rank 0. `mfu` is the model FLOPs utilisation
+    (see `lit_ft.measure.flops`), with the output head counted for target tokens only. It is logged
+    if Lightning knows the device's peak rate. The progress bar shows `tok/s`.
 
-    **What is timed.** The clock runs for the wait for data, the training step and the module's own
-    hooks. It does not run for other callbacks: validation, checkpoints, generated samples. The
-    hooks of callbacks run one after another, so the clock stops in the first callback and starts
-    again in the last. For this, `setup` moves this callback to the front of `trainer.callbacks` and
-    appends a second one that starts the clock. The start of the next epoch's data workers is timed;
-    the end of an epoch is not. The first `skip_steps` optimizer steps (allocator, autotuning,
-    compilation) count in `tokens` only.
+    **What is timed.** The clock runs during the wait for data, the training step and the module's
+    own hooks. It does not run during validation or other callbacks, such as checkpoints and
+    generated samples. The hooks of callbacks run one after another, so the clock stops in the first
+    callback and starts again in the last. For this, `setup` moves this callback to the front of
+    `trainer.callbacks` and appends a second one that starts the clock. The time in which an epoch
+    starts its data workers is included; the end of an epoch is not. The first `skip_steps`
+    optimizer steps are not timed, because of allocation, autotuning and compilation. They count
+    only in `tokens`.
 
-    A GPU works asynchronously. The CPU waits for it before a log and before a validation, not at
-    each step, so single `step_seconds` are approximate there and sums are exact.
+    A GPU works asynchronously, and the CPU waits for it only before a log and before a validation.
+    So the time of a single step on a GPU is approximate, but the sum between two logs is exact.
 
     Args:
-        every_n_steps: The number of optimizer steps between two logs; None follows the Trainer's
+        every_n_steps: The number of optimizer steps between two logs; None uses the Trainer's
             `log_every_n_steps`.
         skip_steps: The number of optimizer steps at the start of `fit` that are not timed.
-        num_tokens: The function that counts a batch's tokens. None takes `batch["num_tokens"]`,
-            else the sum of `batch["attention_mask"]`, else the size of `batch["input_ids"]`.
+        num_tokens: A function that takes a batch and returns its number of tokens. None uses
+            `batch["num_tokens"]`; if that is absent, the sum of `batch["attention_mask"]`; and if
+            both are absent, the size of `batch["input_ids"]`.
 
     Raises:
         MisconfigurationException: On the first batch, if its tokens cannot be counted.
@@ -96,15 +99,15 @@ class ThroughputMonitor(Callback):
         self._step_seconds: list[float] = []
         self._logged_steps = 0  # the number of _step_seconds that are in the totals
         self._step = BatchCounts()  # of the current optimizer step
-        self._skipped = BatchCounts()  # not timed, since the last log (as is _window)
-        self._window = BatchCounts()
+        self._skipped = BatchCounts()  # of the untimed steps since the last log
+        self._window = BatchCounts()  # of the timed steps since the last log
         self._timed_total = self._skipped_total = BatchCounts()
         self._flops: TrainingFlops | None = None
         self._peak_flops: int | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The timed tokens of all ranks over `training_seconds`; None if no step was timed."""
+        """The timed tokens of all ranks per second of training; None if no step was timed."""
         return self._timed_total.tokens / self.training_seconds if self._logged_steps else None  # type: ignore[return-value]
 
     @property
@@ -121,16 +124,16 @@ class ThroughputMonitor(Callback):
 
     @property
     def tokens(self) -> int:
-        """The tokens of all ranks in this `fit`, including the first `skip_steps` steps."""
+        """The number of tokens of all ranks in this `fit`, with the first `skip_steps` steps."""
         return int(self._timed_total.tokens + self._skipped_total.tokens)
 
     @property
     def training_seconds(self) -> float:
-        """The seconds of the timed optimizer steps, which `tokens_per_second` divides by."""
+        """The total seconds of the timed optimizer steps, by which `tokens_per_second` divides."""
         return sum(self._step_seconds[: self._logged_steps])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the first and the last place among the callbacks."""
+        """Take the first place among the callbacks, and put the clock's starter in the last."""
         if stage == "fit":
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             callbacks.remove(self)
@@ -138,13 +141,13 @@ class ThroughputMonitor(Callback):
             callbacks.append(self._restart)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the last callback."""
+        """Remove the callback that `setup` has appended."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self._restart in callbacks:
             callbacks.remove(self._restart)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up the device's peak rate and the model's FLOPs."""
+        """Start anew, and look up the device's peak rate and the model's FLOPs."""
         self._reset()
         self._every_n.start(trainer)
         self._global_step = trainer.global_step
@@ -163,7 +166,7 @@ class ThroughputMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Close the optimizer step if this batch completed one, and log when it is time."""
+        """Record the optimizer step if this batch completed one, and log if a log is due."""
         due = self._every_n.due(trainer)
         if due:
             _wait_for(trainer.strategy.root_device)
@@ -175,7 +178,7 @@ class ThroughputMonitor(Callback):
             self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock, and discard the time since the last batch: it prepared the validation."""
+        """Stop the clock, and discard the time since the last batch, which prepared validation."""
         self._clock.stop(keep=False)
         if not trainer.sanity_checking:
             self._clock.start()
@@ -194,7 +197,7 @@ class ThroughputMonitor(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Keep the counts of a single process; other ranks may be gone."""
+        """Bring the totals up to date if there is one process; other ranks may have ended."""
         self._clock.stop(keep=False)
         self.teardown(trainer, pl_module, "fit")
         if trainer.world_size == 1 and trainer.state.fn == "fit":
@@ -230,7 +233,7 @@ class ThroughputMonitor(Callback):
         pl_module.log("tok/s", metrics["throughput/tokens_per_second"], prog_bar=True, logger=False)
 
     def _gather(self, trainer: Trainer) -> BatchCounts:
-        """Sum the window over all ranks, add it to the totals, and begin a new one."""
+        """Add the counts of all ranks since the last log to the totals; return the timed ones."""
         local = [*vars(self._window).values(), *vars(self._skipped).values()]
         device = trainer.strategy.root_device
         counts = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in local])
@@ -253,7 +256,7 @@ class ThroughputMonitor(Callback):
 
 
 class _StartClock(Callback):
-    """The last callback, which starts the clock: training continues after its hooks."""
+    """The last callback, whose hooks start the clock because training continues after them."""
 
     def __init__(self, clock: Stopwatch) -> None:
         self._clock = clock
@@ -281,7 +284,7 @@ def _flops_of(work: BatchCounts, flops: TrainingFlops) -> int:
 
 
 def _compute_dtype(trainer: Trainer, pl_module: LightningModule) -> torch.dtype:
-    """Return the dtype of the matrix products: the precision plugin's, or that of the weights."""
+    """Return the dtype of the matrix products, from the trainer's precision or else the weights."""
     if str(trainer.precision).startswith("bf16"):
         return torch.bfloat16
     if str(trainer.precision).startswith("16"):

@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups by rule, schedules, and narrowed, row-wise and rounded steps."""
+"""Optimizers, parameter groups, schedules, and functions that change how an optimizer steps."""
 
 from lit_ft.optim.adamw_8bit import RowwiseAdamW8bit
 from lit_ft.optim.groups import DECAY_MATRICES, GroupRule, build_optimizer, parameter_groups

@@ -18,21 +18,21 @@ from lit_ft.tensors.sharding import added_over_ranks, full_tensor, holds_whole_r
 class Adafactor(transformers.optimization.Adafactor):
     """transformers' Adafactor (Shazeer and Stern, arXiv:1804.04235), on sharded parameters too.
 
-    Each rank takes the row means of the rows that it holds. The column means, the size of the
-    update, by which it is clipped, and the size of the parameter depend on all rows. They come from
-    sums that the ranks exchange once a step, 2 columns + 2 numbers a matrix, in one message for all
-    parameters.
+    Each rank computes the row means of the rows that it holds. Three quantities depend on all rows:
+    the column means, the size of the update (which decides how it is clipped) and the size of the
+    parameter. They come from sums over the ranks: 2 · columns + 2 numbers for each matrix, sent for
+    all parameters in one message per step.
 
-    The size of the update is known before the update itself, which is gᵢⱼ / √(rᵢ cⱼ / r̄) with row
-    means r and column means c: its squares sum up to r̄ Σⱼ (Σᵢ gᵢⱼ² / rᵢ) / cⱼ.
+    The update is gᵢⱼ / √(rᵢ cⱼ / r̄), with row means r, their mean r̄ and column means c. Its
+    squares sum to r̄ Σⱼ (Σᵢ gᵢⱼ² / rᵢ) / cⱼ, so its size is known before the update is formed.
 
     Args:
-        params: The parameters, named parameters or groups.
+        params: The parameters to step, as tensors, named tensors or groups.
         **options: The options of transformers' Adafactor.
 
     Raises:
-        ValueError: While stepping: ranks share a parameter by its columns.
-        RuntimeError: While stepping: a gradient is sparse.
+        ValueError: While stepping, if a parameter is sharded by its columns.
+        RuntimeError: While stepping, if a gradient is sparse.
     """
 
     @torch.no_grad()
@@ -56,25 +56,25 @@ class Adafactor(transformers.optimization.Adafactor):
 
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
-        # torch.distributed.checkpoint sets 0 for a step that creates the state and moves nothing.
+        # torch.distributed.checkpoint sets 0, and steps only to create the state.
         if param_group["lr"] == 0:
             return 0.0
         rate = cast("Callable[..., Any]", transformers.optimization.Adafactor._get_lr)
         return rate(param_group, param_state)
 
     def _sums(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Update the state with the gradient, and return the sums to be added over the ranks, 1-D.
+        """Update the state with the gradient, and return the sums to add over the ranks, 1-D.
 
-        They are Σ parameter² (0 without `scale_parameter`), and
-        for a matrix Σ rᵢ, Σᵢ gᵢⱼ² [columns] and Σᵢ gᵢⱼ² / rᵢ [columns];
-        for other parameters, whose update depends on the rank's own part alone, Σ update².
+        The first sum is Σ parameter² (0 without `scale_parameter`). For a matrix, Σ rᵢ,
+        Σᵢ gᵢⱼ² [columns] and Σᵢ gᵢⱼ² / rᵢ [columns] follow. For any other parameter, Σ update²
+        follows, because its update depends only on the rank's own part.
         """
         state = self.state[parameter]
         gradient = _gradient(parameter)
         if "step" not in state:
             state.update(self._new_state(parameter, gradient, group))
         for name, value in state.items():
-            if isinstance(value, Tensor):  # Optimizer.load_state_dict casts it
+            if isinstance(value, Tensor):  # Optimizer.load_state_dict has cast it
                 state[name] = value.to(gradient.dtype)
         state["step"] += 1
         new, eps = state["step"] ** group["decay_rate"], group["eps"][0]
@@ -97,7 +97,7 @@ class Adafactor(transformers.optimization.Adafactor):
         return torch.cat([size, update.sum().view(1)])
 
     def _move(self, parameter: Tensor, group: dict[str, Any], total: Tensor) -> None:
-        """Step a parameter; `total` is its `_sums` over all ranks."""
+        """Step a parameter; `total` is the result of `_sums` added over all ranks."""
         state, gradient = self.state[parameter], _gradient(parameter)
         elements = parameter.numel()
         update_size = total[1]
@@ -156,24 +156,24 @@ class Adafactor(transformers.optimization.Adafactor):
 class RelativeStepAdafactor(Adafactor):
     """Adafactor with relative steps: no learning rate to choose.
 
-    Step t changes a parameter by ρ · RMS(parameter) · min(limit, 1/√t), where the limit is 1e-2, or
+    Step t changes a parameter by ρ · RMS(parameter) · min(limit, 1/√t). The limit is 1e-2, or
     1e-6 · t with `warmup_init` (Shazeer and Stern, arXiv:1804.04235, section 8). The paper's ρ = 1
     is meant for training from scratch.
 
-    `group["lr"]` is None upstream, which breaks learning-rate monitors. Here it holds the rate of
-    the last step, or of the first one before any is taken, with RMS(parameter) included and
-    averaged over the group's parameters. It only reports: writing it changes nothing, except that 0
-    stops the step. `sets_own_learning_rate` tells builders of schedulers to leave this optimizer
-    alone.
+    In transformers, `group["lr"]` is None, which breaks learning-rate monitors. Here it holds the
+    rate of the last step, averaged over the group's parameters and with RMS(parameter) included.
+    Before training, it holds the rate of the first step. It is only a report: setting it changes
+    nothing, except that 0 prevents the step. `sets_own_learning_rate` tells code that builds
+    schedulers to leave this optimizer alone.
 
     Args:
-        params: The parameters, named parameters or groups.
-        relative_size: The factor ρ of all steps, positive; 0.1 suits fine-tuning.
+        params: The parameters to step, as tensors, named tensors or groups.
+        relative_size: The positive factor ρ of all steps; 0.1 suits fine-tuning.
         **options: The options of transformers' Adafactor, except `lr`, `relative_step` and
             `scale_parameter`.
 
     Raises:
-        ValueError: `relative_size` is not positive.
+        ValueError: If `relative_size` is not positive.
     """
 
     sets_own_learning_rate = True

@@ -18,13 +18,13 @@ from lit_ft.tensors.sharding import local
 
 
 class RowwiseAdamW8bit(Optimizer):
-    """torchao's AdamW8bit, with bit-for-bit the same results on any number of ranks.
+    """torchao's AdamW8bit, with results that are the same bit for bit on any number of ranks.
 
     A moment takes one byte per element, and one float32 scale per block (Dettmers et al.,
-    arXiv:2110.02861). torchao's class cuts each rank's shard into blocks of 256 elements that may
-    cross rows, so the blocks change with the number of ranks. If a shard does not divide into whole
-    blocks, its rank keeps float32 while other ranks keep 8 bits. Here no block crosses the end of a
-    row, and the state is plain tensors, which any checkpoint can hold. The update itself is
+    arXiv:2110.02861). In torchao's class, each rank cuts its shard into blocks of 256 elements that
+    may cross rows, so the blocks change with the number of ranks. A rank whose shard does not
+    divide into whole blocks keeps its moments in float32. In this class, no block crosses the end
+    of a row, and the state is plain tensors, which any checkpoint can hold. The update itself is
     torchao's, in float32.
 
     Args:
@@ -33,14 +33,14 @@ class RowwiseAdamW8bit(Optimizer):
         betas: The decay rates of the first and second moments.
         eps: The number added to the square root of the second moment.
         weight_decay: The decoupled weight decay, which is multiplied by the learning rate.
-        compiled: Whether to compile the update with torch.compile. This takes seconds for each
-            shape, and replaces about fifty kernels with a few. It needs Triton, or a C++ compiler
-            for parameters on the CPU. None compiles if there is a GPU.
+        compiled: Whether to compile the update with torch.compile; None compiles if there is a GPU.
+            Compiling takes seconds for each shape, and replaces about fifty kernels with a few. It
+            needs Triton, or a C++ compiler for parameters on the CPU.
 
     Raises:
-        ValueError: An option is out of range; or, while stepping, a parameter is sharded by its
-            columns.
-        ModuleNotFoundError: torchao is not installed.
+        ValueError: If an option is out of range, or, while stepping, if a parameter is sharded by
+            its columns.
+        ModuleNotFoundError: If torchao is not installed.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RowwiseAdamW8bit(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient, large ones a few rows at a time."""
+        """Step every parameter that has a gradient; large parameters a few rows at a time."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -99,7 +99,7 @@ class RowwiseAdamW8bit(Optimizer):
                 as_float("exp_avg", part),
                 as_float("exp_avg_sq", part),
                 None,  # no amsgrad
-                torch.tensor(group["lr"]),  # else each new rate is a new graph
+                torch.tensor(group["lr"]),  # as a number, each new rate would need a new graph
                 *group["betas"],
                 group["weight_decay"],
                 group["eps"],
@@ -108,8 +108,8 @@ class RowwiseAdamW8bit(Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        # torch's method would cast the state, codes included, to the dtype of the parameter.
+        """Continue from what `state_dict` returned."""
+        # torch's method would cast the state, including its codes, to the parameter's dtype.
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         held = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -130,7 +130,7 @@ def _update(compiled: bool) -> Callable[..., None]:
         ) from error
     update: Callable[..., None] = single_param_adam
     if compiled:
-        # One graph for each shape: with dynamic sizes it is ten times slower.
+        # One graph for each shape, because dynamic sizes are ten times slower.
         options: dict[str, Any] = {"dynamic": False, "recompile_limit": 2**16}
         update = torch.compile(update, fullgraph=True, **options)
     return update

@@ -1,4 +1,4 @@
-"""The original GaLore package's optimizers, to compare with; with groups by rule, and resuming."""
+"""The optimizers of the original GaLore package, for comparison, with groups and resuming."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ _SIDES = ("std", "reverse_std", "right", "left", "full")
 
 
 class _OriginalGaLore(Optimizer):
-    """Projects the groups that have `galore: True`, and saves their bases.
+    """Projects the groups that have `galore: True`, and saves their bases as tensors.
 
-    Upstream keeps a basis in an object in the state, which `weights_only` checkpoints refuse.
+    The original keeps each basis in an object in the state. A checkpoint with such an object cannot
+    be loaded with `weights_only`.
 
     Args:
-        params: The parameters or groups; groups with `galore: True` hold the matrices to project.
+        params: The parameters or groups. Groups with `galore: True` hold the matrices to project.
         rank: The rank of the subspaces, at most a matrix's smaller side.
-        update_proj_gap: The optimizer steps between two SVDs of a matrix's gradient.
+        update_proj_gap: The number of optimizer steps between two SVDs of a matrix's gradient.
         scale: The scale α of the projected update.
-        proj_type: The side that is projected, named as upstream: "std", "reverse_std", "right",
-            "left" or "full".
-        **options: The options of the upstream optimizer.
+        proj_type: The side that is projected, by the original's name: "std", "reverse_std",
+            "right", "left" or "full".
+        **options: The options of the original optimizer.
 
     Raises:
-        ValueError: `rank` or `update_proj_gap` is not positive, or `proj_type` is unknown.
+        ValueError: If `rank` or `update_proj_gap` is not positive, or if `proj_type` is unknown.
     """
 
     def __init__(
@@ -53,12 +54,12 @@ class _OriginalGaLore(Optimizer):
         self.defaults["galore"] = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, which is projected if it has `galore: True`."""
+        """Add a group, whose parameters are projected if it has `galore: True`."""
         settings = self._settings if param_group.get("galore") else {}
         super().add_param_group({**settings, **param_group})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, with each basis in place of its projector."""
+        """Return torch's state dict, with the basis in place of each projector object."""
         saved = super().state_dict()
         saved["state"] = {
             index: {**state, "projector": state["projector"].ortho_matrix}
@@ -69,7 +70,7 @@ class _OriginalGaLore(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from what `state_dict` returned."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -88,7 +89,7 @@ class GaLoreTorchAdamW(_OriginalGaLore, galore_torch.GaLoreAdamW):  # type: igno
 
 
 class GaLoreTorchAdafactor(_OriginalGaLore, galore_torch.GaLoreAdafactor):  # type: ignore[misc]
-    """galore_torch.GaLoreAdafactor (arXiv:2403.03507), with a learning rate that is given."""
+    """galore_torch.GaLoreAdafactor (arXiv:2403.03507), with a given rate, not relative steps."""
 
     def __init__(self, params: ParamsT, **options: Any) -> None:
         super().__init__(params, scale_parameter=False, relative_step=False, **options)

@@ -14,20 +14,21 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Which parameters form a group, and the optimizer options of that group.
+    """Says which parameters form a group, and which optimizer options the group has.
 
     Attributes:
         name: The group's name in learning-rate monitors and checkpoints.
-        match: The regular expression that is searched in a parameter's name.
-        min_ndim: The fewest dimensions of a parameter in the group.
-        max_ndim: The most dimensions of a parameter in the group; None for no limit.
-        required: Whether it is an error that the rule takes no parameter.
-        options: The optimizer options of the group, such as `{"weight_decay": 0.0}`; the optimizer
-            sets the others.
+        match: The regular expression to search for in a parameter's name. An empty one matches all.
+        min_ndim: The smallest number of dimensions that a parameter of the group may have.
+        max_ndim: The largest number of dimensions that a parameter of the group may have; None sets
+            no limit.
+        required: Whether it is an error if the rule takes no parameter.
+        options: The optimizer options of the group, such as `{"weight_decay": 0.0}`. Other options
+            keep the optimizer's defaults.
 
     Raises:
-        ValueError: `match` is not a regular expression, no parameter can have the dimensions, or an
-            option has a name that torch uses for the group itself.
+        ValueError: If `match` is not a regular expression, if `max_ndim` is below `min_ndim`, or if
+            an option has a name that torch uses for the group itself.
     """
 
     name: str
@@ -78,19 +79,19 @@ def parameter_groups(
 
     Args:
         named_parameters: The parameters with their names, as from `module.named_parameters()`.
-            Frozen ones are left out; one with several names (tied weights) counts once, under the
-            first.
-        rules: The rules in the order in which they are tried; the first that matches a parameter
-            takes it.
+            Frozen parameters are left out. A parameter with several names (a tied weight) counts
+            once, under its first name.
+        rules: The rules in the order in which they are tried. The first rule that matches a
+            parameter takes it.
 
     Returns:
-        One group per rule, in the order of the rules and without empty groups: the rule's options,
-        `name`, and `params` as (name, parameter) pairs, which torch optimizers split into `params`
-        and `param_names`.
+        One group per rule, in the order of the rules, without empty groups. Each group has the
+        rule's options, its `name`, and `params` as (name, parameter) pairs. Torch's optimizers
+        split the pairs into `params` and `param_names`.
 
     Raises:
-        ValueError: Two rules share a name, a required rule takes nothing, a parameter is left over,
-            or nothing is trainable.
+        ValueError: If two rules share a name, if a required rule takes no parameter, if a parameter
+            fits no rule, or if no parameter is trainable.
     """
     trainable: dict[Tensor, str] = {}
     for name, parameter in named_parameters:
@@ -140,9 +141,9 @@ def build_optimizer(
         rules: The rules in the order in which they are tried; see `parameter_groups`.
 
     Raises:
-        ValueError: `parameter_groups` refuses the rules, or a rule sets an option that the
-            optimizer does not have: torch would keep it in the group and never read it.
-            `weight_decay: 0` passes, since an optimizer without decay does just that.
+        ValueError: If `parameter_groups` refuses the rules, or if a rule sets an option that the
+            optimizer does not have. (Torch would keep such an option in the group and never read
+            it.) `weight_decay: 0` is always allowed, since without this option there is no decay.
     """
     built = optimizer(parameter_groups(named_parameters, rules))
     for rule in rules:

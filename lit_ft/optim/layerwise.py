@@ -20,17 +20,18 @@ from lit_ft.optim.row_chunked import without_hooks
 class LayerwiseStep:
     """Makes `optimizer.step(closure)` step `parameters` inside the closure's backward pass.
 
-    There is only one optimizer. As soon as a parameter's gradient is complete, the optimizer,
-    narrowed to that parameter, steps it, and the gradient is freed. The other parameters wait for
-    the rest of `optimizer.step`, and so do its hooks and everything that counts steps. The result
-    equals the ordinary step bit for bit. LOMO (arXiv:2306.09782) does this for SGD.
+    There is only one optimizer. As soon as the gradient of one of these parameters is complete, the
+    optimizer is narrowed to that parameter and steps it, and the gradient is freed. All other
+    parameters are stepped after backward, in the rest of `optimizer.step`. Step hooks and step
+    counters run once per step, as usual. The result equals the ordinary step bit for bit. LOMO
+    (arXiv:2306.09782) does this for SGD.
 
     If gradients accumulate over several backward passes, they are kept until the last pass, and the
-    optimizer takes its ordinary step. A step without a closure is an ordinary one too.
+    optimizer takes its ordinary step. A step without a closure is an ordinary step too.
 
     With `max_norm`, call `backward(loss)` in place of `loss.backward()`. The norm over all
-    parameters must be known before the first one moves, so backward runs twice over the same graph,
-    the first time for the norm alone.
+    parameters must be known before the first one moves, so backward runs twice over the same graph.
+    The first pass only computes the norm.
 
     Args:
         optimizer: The optimizer, which must step each parameter from its gradient and state alone.
@@ -43,11 +44,11 @@ class LayerwiseStep:
             parameters.
 
     Raises:
-        Refusal: The optimizer needs more than one parameter at a time.
-        RuntimeError: While stepping: the optimizer counts steps in its groups, or a parameter
+        Refusal: If the optimizer needs more than one parameter at a time.
+        RuntimeError: While stepping, if the optimizer counts steps in its groups, or if a parameter
             receives its gradient in several parts.
-        FloatingPointError: While stepping with `max_norm`: the norm is not finite. No parameter has
-            moved.
+        FloatingPointError: While stepping with `max_norm`, if the norm is not finite. No parameter
+            has then moved.
     """
 
     def __init__(
@@ -77,24 +78,24 @@ class LayerwiseStep:
 
     @property
     def clips_now(self) -> bool:
-        """Whether the running closure steps parameters in backward and clips by norm itself."""
+        """Whether a closure is running that steps parameters during backward and clips by norm."""
         return self._steps_now and self.max_norm is not None
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Back-propagate the scalar `loss`, twice with `max_norm`.
+        """Back-propagate the scalar `loss`, in two passes if `clips_now`.
 
         The first pass sets `grad_norm`, the norm before clipping. After the second pass, the
         gradients of the parameters that are stepped after backward are clipped too.
         """
         held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
-        if any(p.grad is not None for p in held):  # an earlier pass of the window
+        if any(p.grad is not None for p in held):  # from an earlier pass of the same step
             self._steps_now = False
         if not self.clips_now:
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
             return
         self._norms = {}
         try:
-            # To the parameters alone: other leaves (GaLore's sketches) must not count twice.
+            # Only for the parameters: other leaves (GaLore's sketches) must not add up twice.
             norm_alone = {"retain_graph": True, "inputs": held}
             loss.backward(*args, **{**kwargs, **norm_alone})  # type: ignore[no-untyped-call]
             for parameter in held:
@@ -113,7 +114,7 @@ class LayerwiseStep:
         self._clip(held)
 
     def remove(self) -> None:
-        """Leave the optimizer and its parameters as they were."""
+        """Remove all hooks from the optimizer and its parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -121,14 +122,14 @@ class LayerwiseStep:
     def _arm(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let the closure, which runs the last backward pass of a window, step parameters."""
+        """Wrap the closure, which runs a step's last backward pass, so that it steps parameters."""
 
         def armed(closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
             if closure is None:
                 return None
 
             def run() -> Any:
-                # A gradient that already exists is from an earlier pass; then all are in memory.
+                # A gradient that exists already is from an earlier pass. Then all must be kept.
                 self._steps_now = all(p.grad is None for p in self._large)
                 self._stepped.clear()
                 self.grad_norm = None

@@ -11,18 +11,19 @@ from torch.optim.optimizer import ParamsT
 
 
 class MuonAdamW(Optimizer):
-    """torch's Muon on the groups with `use_muon: True`, torch's AdamW on the others.
+    """torch's Muon for the groups with `use_muon: True`, and torch's AdamW for the others.
 
     Both work on this optimizer's own group dicts and state, so schedulers, checkpoints and narrowed
-    steps see one optimizer. The weights equal those of the two optimizers run separately, bit for
-    bit. Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon).
-    Its update is scaled to AdamW's usual root mean square, so that AdamW's learning rate and decay
-    carry over (arXiv:2502.16982). Embeddings and output heads should be in AdamW's groups;
-    parameters that are not matrices must be.
+    steps see one optimizer. The weights are bit for bit the same as with two separate optimizers.
+
+    Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon). Its
+    update is scaled to AdamW's usual root mean square, so that AdamW's learning rate and weight
+    decay carry over (arXiv:2502.16982). Parameters that are not matrices must be in AdamW's groups,
+    and embeddings and output heads should be.
 
     Args:
-        params: The parameter groups, each with `use_muon` (False if absent). Any option may vary by
-            group.
+        params: The parameter groups, each with `use_muon` (False if absent). Any option may differ
+            between groups.
         lr: The learning rate of both optimizers.
         weight_decay: The decoupled weight decay of both optimizers, which is multiplied by the
             learning rate.
@@ -35,8 +36,8 @@ class MuonAdamW(Optimizer):
         fused: Whether to use torch's fused AdamW; None lets torch decide.
 
     Raises:
-        ValueError: No group uses Muon, or a group that uses it holds a parameter that is not a
-            matrix.
+        ValueError: If no group uses Muon, or if a group that uses it holds a parameter that is not
+            a matrix.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class MuonAdamW(Optimizer):
         """Add a group, for Muon if it has `use_muon: True` and for AdamW otherwise.
 
         Raises:
-            ValueError: A group for Muon holds a parameter that is not a matrix.
+            ValueError: If a group for Muon holds a parameter that is not a matrix.
         """
         options = self._options[bool(param_group.get("use_muon", False))]
         super().add_param_group({**options, **param_group})
@@ -97,8 +98,8 @@ class MuonAdamW(Optimizer):
         for optimizer_class, uses_muon in ((Muon, True), (AdamW, False)):
             groups = [group for group in self.param_groups if group["use_muon"] is uses_muon]
             if groups:
-                # torch's constructors take the dicts themselves and fill in missing options. They
-                # are cheap, and built at each step they cannot miss a reload or an added group.
+                # torch's constructors keep the dicts themselves and fill in missing options. They
+                # are cheap. Built anew at each step, no reload or added group can be missed.
                 optimizer: Optimizer = optimizer_class(groups)
                 optimizer.state = self.state
                 optimizer.step()

@@ -13,18 +13,18 @@ from torch.optim import Optimizer
 def narrowed(optimizer: Optimizer, *parameters: Tensor) -> Iterator[None]:
     """Let `optimizer.step()` inside the block touch `parameters` only.
 
-    Every group stays, with its options, and holds only its share of `parameters`; no state moves.
-    One narrowed step per parameter equals one whole step bit for bit, if the optimizer counts per
-    parameter. An optimizer that counts steps in its groups, as schedule-free ones do, would count
-    every parameter as a step.
+    Each group keeps its options, and holds only those of its parameters that are in `parameters`.
+    The state stays where it is. If the optimizer counts its steps for each parameter, one narrowed
+    step per parameter equals one whole step bit for bit. An optimizer that counts steps in its
+    groups, as schedule-free optimizers do, would instead count every narrowed step.
 
     Args:
         optimizer: The torch optimizer to narrow.
-        *parameters: The parameters of `optimizer` to step; without any, the step does nothing.
+        *parameters: The parameters of `optimizer` to step. If there are none, a step does nothing.
 
     Raises:
-        ValueError: A parameter is not in the optimizer, or the optimizer is one of bitsandbytes'
-            with overrides by module.
+        ValueError: If a parameter is not in the optimizer, or if the optimizer is one of
+            bitsandbytes' and has overrides by module.
     """
     kept = {id(parameter) for parameter in parameters}
     groups = list(optimizer.param_groups)
@@ -48,7 +48,7 @@ def narrowed(optimizer: Optimizer, *parameters: Tensor) -> Iterator[None]:
 
 
 def _initialise(optimizer: Optimizer) -> None:
-    # bitsandbytes does this in its first step, for the parameters that it sees there.
+    # bitsandbytes would do this in its first step, but only for the parameters that it sees there.
     if getattr(optimizer, "initialized", True) or not hasattr(optimizer, "check_overrides"):
         return
     optimizer.check_overrides()

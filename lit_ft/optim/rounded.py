@@ -1,9 +1,10 @@
-"""Keep bfloat16 weights learning: step them in float32, round the result stochastically.
+"""Keep bfloat16 weights learning: step them in float32, and round the result stochastically.
 
 Between 1 and 2, neighbouring bfloat16 numbers are 2^-7 apart. A norm weight at 1 therefore ignores
-every update below 2^-8: rounding to nearest takes it back to 1 each time. Rounding up with the
-probability of the remainder keeps the expectation (Gupta et al., arXiv:1502.02551; for language
-models Zamirai et al., arXiv:2010.06192), and needs no float32 copy of the weights.
+every update below 2^-8, because rounding to nearest takes it back to 1 each time. Stochastic
+rounding rounds up with a probability equal to the remainder. It keeps the expected value (Gupta et
+al., arXiv:1502.02551; for language models Zamirai et al., arXiv:2010.06192), and needs no float32
+copy of the weights.
 """
 
 from __future__ import annotations
@@ -31,26 +32,27 @@ _FLOAT16 = (
 def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimizer:
     """Give `optimizer`'s bfloat16 parameters float32 steps and stochastic rounding.
 
-    The optimizer stays the same object, with its groups, state and hooks; its class becomes a
-    subclass of its own. Each bfloat16 parameter is stepped by itself on a float32 copy, so its
-    state is float32 (8 bytes a weight for AdamW). The copy is of a few rows at a time, or of the
-    whole parameter where the optimizer needs all of it (Muon, Adafactor). Other parameters take the
-    ordinary step.
+    The optimizer stays the same object, with its groups, state and hooks. Its class is replaced by
+    a subclass. Each bfloat16 parameter is stepped by itself on a float32 copy, so its state is
+    float32 (8 bytes per weight for AdamW). The copy holds a few rows at a time, or the whole
+    parameter if the optimizer needs all of it (Muon, Adafactor). Other parameters take the ordinary
+    step.
 
-    The random bits depend on the seed, the parameter's position in the optimizer and the number of
-    times that it has been rounded. This number is saved with the state, so a resumed run repeats
-    the uninterrupted one bit for bit, and layerwise updates equal whole steps.
+    The random bits depend on the seed, on the parameter's position in the optimizer, and on the
+    number of times that it has been rounded. This number is saved with the state. So a resumed run
+    repeats the uninterrupted one bit for bit, and layerwise updates equal whole steps.
 
     Args:
-        optimizer: The optimizer, which must allow itself to be `narrowed` and need no closure. Wrap
-            it before a learning-rate scheduler sees it: schedulers hold on to the step they find.
+        optimizer: The optimizer to change. It must work with `narrowed`, and need no closure.
+            Change it before building a learning-rate scheduler, because a scheduler keeps the
+            `step` method that it finds.
         seed: The seed of the random bits, the same on every rank so that replicas stay equal.
 
     Returns:
-        `optimizer` itself; unchanged if it has no bfloat16 parameter.
+        `optimizer` itself. It is unchanged if it has no bfloat16 parameter.
 
     Raises:
-        ValueError: A parameter is float16, or a scheduler already holds the optimizer's step.
+        ValueError: If a parameter is float16, or if a scheduler already holds the optimizer's step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if _has_float16(parameters):
@@ -121,7 +123,7 @@ def _has_float16(parameters: list[Tensor]) -> bool:
 
 @contextmanager
 def _standing_in(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Let each value of `stand_ins` take its key's place in the groups and in the state."""
+    """In the block, put each value of `stand_ins` in its key's place in the groups and state."""
     _replace(optimizer, stand_ins)
     try:
         yield

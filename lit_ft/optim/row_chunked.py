@@ -19,11 +19,12 @@ AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
 def row_chunked(optimizer: AnyOptimizer) -> AnyOptimizer:
-    """Let bitsandbytes' 8-bit optimizers step a few rows at a time where they run on the CPU.
+    """Make bitsandbytes' 8-bit optimizers step a few rows at a time on the CPU.
 
-    Their CPU step holds about five float32 copies of a parameter at once. For the largest parameter
-    this is more than its gradient and state. Other optimizers are returned unchanged: fused steps
-    need no copies, and neither do bitsandbytes' on a GPU. The result is the same bit for bit.
+    Their step on the CPU holds about five float32 copies of a parameter at once. For the largest
+    parameter, this is more than its gradient and state. Stepping a few rows at a time gives the
+    same result bit for bit. All other optimizers are returned unchanged: fused steps need no
+    copies, and neither do bitsandbytes' steps on a GPU.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     in_copies = traits_of(type(optimizer)).copies_on_cpu and _steps_rows(optimizer)
@@ -34,10 +35,11 @@ def row_chunked(optimizer: AnyOptimizer) -> AnyOptimizer:
 
 
 class RowChunked(Optimizer):
-    """The class that `take_class` puts before an optimizer's own, to step some parameters alone.
+    """A mixin that `take_class` adds to an optimizer's class, to step some parameters one by one.
 
-    Each of these is stepped on a stand-in for each block of its rows: a float32 view here, a copy
-    in subclasses. The state stays that of the whole parameter.
+    Such a parameter is stepped one block of rows at a time, each through a stand-in: a view of the
+    rows in this class, a float32 copy of them in subclasses. The state stays that of the whole
+    parameter.
     """
 
     _own_step: Callable[[], Any]
@@ -45,7 +47,7 @@ class RowChunked(Optimizer):
     @Optimizer.profile_hook_step
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step most parameters together, then these one by one."""
+        """Step the parameters that need no stand-in together, then the others one by one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -79,7 +81,7 @@ class RowChunked(Optimizer):
 
     def _step_apart(self, parameter: Tensor) -> None:
         by_row = _steps_rows(self) and not is_sharded(parameter)
-        by_row &= not parameter.is_meta  # an estimate steps it whole, since memory is free there
+        by_row &= not parameter.is_meta  # an estimate steps it whole, since meta takes no memory
         pieces = row_blocks(parameter) if by_row else [slice(None)]
         if len(pieces) == 1:
             stand_in = self._stand_in(parameter, None)
@@ -111,15 +113,20 @@ class RowChunked(Optimizer):
 
 
 def at(tensor: Tensor, rows: slice | None) -> Tensor:
-    """Return a view of some rows of `tensor`; None stands for all of it, scalars included."""
+    """Return a view of some rows of `tensor`. None returns the whole tensor, even if a scalar."""
     return tensor if rows is None else tensor[rows]
 
 
 def take_class(optimizer: Optimizer, mixin: type[RowChunked], **attributes: Any) -> None:
-    """Change the class of `optimizer` in place, to a subclass of `mixin` and its own class.
+    """Change the class of `optimizer` in place, to a subclass of `mixin` and its present class.
+
+    Args:
+        optimizer: The optimizer whose class to change.
+        mixin: The class that comes first in the order of method resolution.
+        **attributes: The attributes to set on `optimizer`.
 
     Raises:
-        ValueError: A scheduler already holds the optimizer's step.
+        ValueError: If a scheduler already holds the optimizer's step.
     """
     if "step" in vars(optimizer):
         raise ValueError(
@@ -136,7 +143,7 @@ def take_class(optimizer: Optimizer, mixin: type[RowChunked], **attributes: Any)
 
 
 def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `step` without torch's hook wrapper, so that hooks run once, around our own step."""
+    """Return `step` without torch's wrapper for hooks, so that hooks run once per whole step."""
     plain: Callable[..., Any] = inspect.unwrap(
         step, stop=lambda function: not hasattr(function, "hooked")
     )

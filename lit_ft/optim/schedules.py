@@ -19,19 +19,19 @@ from lit_ft.compat.refusal import Refusal
 class WarmupSchedule:
     """Builds a scheduler for a run of a known length.
 
-    With w warm-up steps, step k (from 0) runs at (k + 1) / (w + 1) of the learning rate, step w at
-    the full rate, and later steps follow transformers' function. Used directly, these functions run
-    step 0 at a rate of zero, which wastes a batch.
+    With w warm-up steps, warm-up step k (counted from 0) runs at (k + 1) / (w + 1) of the learning
+    rate. Step w runs at the full rate, and later steps follow transformers' function. Used by
+    itself, such a function runs step 0 at a rate of zero, which wastes a batch.
 
     Attributes:
         schedule: A transformers schedule function with its options bound, such as
             `partial(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=0.1)`. It takes the
             optimizer, num_warmup_steps and perhaps num_training_steps, and returns a LambdaLR.
-        warmup: The length of the warm-up: below 1 a fraction of the run, from 1 on a number of
+        warmup: The length of the warm-up: a fraction of the run if below 1, otherwise a number of
             optimizer steps.
 
     Raises:
-        ValueError: `warmup` is negative, or above 1 and not a whole number.
+        ValueError: If `warmup` is negative, or if it is above 1 and not a whole number.
     """
 
     schedule: Callable[..., LambdaLR]
@@ -51,15 +51,15 @@ class WarmupSchedule:
         return int(self.warmup)
 
     def __call__(self, optimizer: Optimizer, num_training_steps: float) -> LambdaLR:
-        """Attach the schedule to `optimizer`; call `step()` after each optimizer step.
+        """Return a scheduler for `optimizer`; call its `step()` after each optimizer step.
 
         Args:
-            optimizer: The optimizer, whose groups' learning rates are the peaks.
-            num_training_steps: The optimizer steps of the whole run, including those before a
-                resume; Lightning's `trainer.estimated_stepping_batches`.
+            optimizer: The optimizer. The learning rates of its groups are the peaks.
+            num_training_steps: The number of optimizer steps in the whole run, including those
+                before a resume. Lightning gives it as `trainer.estimated_stepping_batches`.
 
         Raises:
-            ValueError: The length is unknown, or the warm-up does not end within it.
+            ValueError: If the number of steps is unknown, or if the warm-up does not end within it.
         """
         if not (math.isfinite(num_training_steps) and num_training_steps >= 1):
             raise Refusal(
@@ -73,7 +73,7 @@ class WarmupSchedule:
                 f"A warm-up of {warmup} steps does not end within {length} steps",
                 remedies.SHORTER_WARMUP,
             )
-        # Step 0 of the functions has rate zero: request one step more and start after it.
+        # These functions give step 0 a rate of zero: ask for one step more, and start after it.
         lengths = {"num_warmup_steps": warmup + 1, "num_training_steps": length + 1}
         accepted = inspect.signature(self.schedule).parameters
         curve = self.schedule(
@@ -83,10 +83,10 @@ class WarmupSchedule:
 
 
 class _OfThisLength(LambdaLR):
-    """A LambdaLR that resumes on its own curve: the saved rate belongs to the saved run's length.
+    """A LambdaLR that resumes at the rate of its own curve, not at the saved rate.
 
-    The restored optimizer holds the saved rate, which would rule the first resumed step (and be
-    zero after the end of a linear schedule).
+    The saved rate belongs to the length of the saved run. The restored optimizer holds it, so the
+    first resumed step would use it (and it is zero after the end of a linear schedule).
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""GaLore as parameters: whole weights move in subspaces that ordinary optimizers step.
+"""GaLore with ordinary optimizers: whole weights are trained through small parameters.
 
-A projected layer's weight gradient is never formed. Its gradient in the subspace is the `.grad` of
-a small parameter. An ordinary optimizer steps that parameter, and a fold adds the step to the
-weight.
+Each targeted layer has a small parameter, whose `.grad` is the weight's gradient in a subspace. An
+ordinary optimizer steps the small parameter, and a fold then adds the step to the weight. The
+weight's whole gradient is formed only if the projector computes a basis from it, as `SVD` does.
 """
 
 from lit_ft.subspace.checks import MATCH_ADAMW

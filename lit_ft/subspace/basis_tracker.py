@@ -1,4 +1,4 @@
-"""Move the layers' bases when their turn comes, and the optimizer's moments with them."""
+"""Move the layers' bases when they are due, and let the optimizer's moments follow."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lit_ft.tensors.stochastic_rounding import keyed_generator
 
 log = logging.getLogger(__name__)
 
-# A layer's first moves, one per step: power iteration that fits a random basis to the data.
+# The number of moves, one per step, in which power iteration fits a random basis to the data.
 _START_ROUNDS = 3
 
 
 class BasisTracker:
-    """Moves each layer's basis at the steps when it is due.
+    """Moves each layer's basis at the steps at which it is due.
 
-    The arguments are those of `SubspaceUpdater`, and `stats`, which records the moves. In every
+    The arguments are those of `SubspaceUpdater`, plus `stats`, which records the moves. In every
     method, `step` is the current or next optimizer step, counted from 0.
     """
 
@@ -55,18 +55,18 @@ class BasisTracker:
         self._indices = {name: index for index, name in enumerate(layers)}
         self._memory: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
         in_rounds = projector.basis_input is BasisInput.SKETCH
-        self._starts = dict.fromkeys(layers, _START_ROUNDS if in_rounds else 0)  # still to come
-        self._moved: dict[str, Tensor | None] = {}  # at this step; the overlap if it is measured
+        self._starts = dict.fromkeys(layers, _START_ROUNDS if in_rounds else 0)  # rounds to come
+        self._moved: dict[str, Tensor | None] = {}  # at this step, with the overlap if measured
         self._said: set[type] = set()
 
     def reschedule(self, refresh: Refresh, *, step: int) -> None:
-        """Follow `refresh` from `step` on; unchanged settings do not move any layer's turn."""
+        """Follow `refresh` from `step` on; if it changes nothing, each layer keeps its turn."""
         schedule = self._schedule_for(refresh, step=step)
         if schedule.refresh != self.schedule.refresh:
             self.schedule = schedule
 
     def prepare(self, step: int) -> None:
-        """Make the backward passes of `step` record what the moves at that step need."""
+        """Make the backward passes of `step` record what the moves of bases at that step need."""
         for name, layer in self.layers.items():
             frozen = not (layer.delta.requires_grad or layer.weight.requires_grad)
             basis_input = BasisInput.NOTHING if frozen else self.basis_input(name, step)
@@ -80,13 +80,13 @@ class BasisTracker:
         basis_input = []
         for layer in layers:
             if layer.basis.requires_grad:
-                if layer.basis.grad is None:  # no row of this rank passed through the layer
+                if layer.basis.grad is None:  # none of this rank's rows went through the layer
                     layer.basis.grad = torch.zeros_like(layer.basis)
                 basis_input.append(layer.basis.grad)
         self.all_reduce(basis_input)
 
     def basis_input(self, name: str, step: int) -> BasisInput:
-        """Return the input that the layer's move at `step` needs; NOTHING if it needs none."""
+        """Return what a move of the layer at `step` needs, or NOTHING if no move is due."""
         if self._starts[name] == _START_ROUNDS and self.projector.starts_from_svd:
             return BasisInput.GRADIENT
         due = self._starts[name] > 0 or self.schedule.is_due(name, step)
@@ -95,7 +95,7 @@ class BasisTracker:
     def move_to_gradient(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, gradient: Tensor, *, step: int
     ) -> None:
-        """Compute the layer's basis from its whole gradient [rows, cols], before the step."""
+        """Before a step, compute the layer's basis from its whole gradient [rows, cols]."""
         rule: Projector = SVD()  # for the first basis of a rule that starts from an SVD
         if self.projector.basis_input is BasisInput.GRADIENT:
             rule = self.projector
@@ -104,13 +104,13 @@ class BasisTracker:
     def move_if_due(
         self, optimizer: Optimizer, group: dict[str, Any], name: str, *, step: int
     ) -> None:
-        """Move the layer's basis after a step, if it is due, and drop what backward has recorded.
+        """After a step, move the layer's basis if it is due, and clear what backward has recorded.
 
-        Moves that need the whole gradient are left to `move_to_gradient`, before the step.
+        Moves that need the whole gradient are not made here, but by `move_to_gradient` before the
+        step.
 
         Args:
-            optimizer: The optimizer that steps the layer's delta, and whose moments turn with the
-                basis.
+            optimizer: The optimizer that steps the layer's delta. Its moments follow the basis.
             group: The optimizer's parameter group that holds the layer's delta.
             name: The name of the layer.
             step: The optimizer step that was just taken.
@@ -125,7 +125,7 @@ class BasisTracker:
         layer.clear_basis_input()
 
     def advance(self, step: int) -> None:
-        """End `step`: give each layer that moved its next turn; the others keep theirs."""
+        """End `step`, and set the next turn of each layer that moved in it."""
         overlaps = {name: seen for name, seen in self._moved.items() if seen is not None}
         starting = any(self._starts[name] for name in self._moved)
         rests: dict[str, float] = dict.fromkeys(self._moved, 0.0)
@@ -161,7 +161,7 @@ class BasisTracker:
         step: int,
     ) -> None:
         layer, memory = self.layers[name], self._memory[name]
-        # A resumed run loads it before Lightning moves the module to its device.
+        # When a run resumes, this memory is loaded before Lightning moves the module to its device.
         memory |= {k: v.to(layer.basis) for k, v in memory.items() if v.ndim}
         measured = self._is_measured(name, step)
         move = DeviceTimer(layer.basis.device) if measured else None
@@ -174,7 +174,7 @@ class BasisTracker:
         )
         if self.projector.rotates_moments:
             rotation = change_of_basis(layer.basis.detach(), moved)
-            rotation = rotation.to(layer.delta.device)  # where offloaded moments are
+            rotation = rotation.to(layer.delta.device)  # where the moments are, if offloaded
             moments = traits_of(type(optimizer)).moments
             state = optimizer.state[layer.delta]
             if not rotate_moments(state, group, rotation, moments=moments):
@@ -213,7 +213,7 @@ class BasisTracker:
             )
         if self.compiled:
             refresh = replace(refresh, stagger=False)
-        # Each gradient is projected with the basis that it gives, from step 0 on.
+        # Such rules project each gradient with the basis computed from it, from step 0 on.
         at_once = self.projector.basis_input is BasisInput.GRADIENT
         every = self.projector.every
         return RefreshSchedule(list(self.layers), refresh, every=every, at_once=at_once, step=step)
@@ -229,7 +229,7 @@ class BasisTracker:
 
 
 def _share_of_peak(group: dict[str, Any]) -> float:
-    """Return the group's learning rate as a fraction of the highest in its schedule."""
+    """Return the group's learning rate as a fraction of its schedule's peak."""
     # OneCycleLR starts from `initial_lr` and goes up to `max_lr`.
     peak = max(group["lr"], group.get("initial_lr", 0), group.get("max_lr", 0))
     return float(group["lr"] / peak) if peak else 0.0

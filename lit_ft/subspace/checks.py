@@ -1,4 +1,4 @@
-"""Refuse what cannot be trained in subspaces, by name and with the remedy."""
+"""Refuse what cannot be trained in subspaces, with errors that name it and the remedy."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def check_settings(*, every: object = 1, scale: object = MATCH_ADAMW) -> None:
     """Raise ValueError for an invalid interval or scale.
 
     Args:
-        every: The optimizer steps between two moves of a basis, a whole number of at least 1.
-        scale: The scale α, a positive number or "match_adamw".
+        every: The number of optimizer steps between two moves of a basis, an integer of at least 1.
+        scale: The scale α of steps in a subspace, a positive number or "match_adamw".
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every}: give a whole number of optimizer steps, at least 1.")
@@ -62,12 +62,13 @@ def check_steps_from_zero(optimizer: Optimizer) -> None:
 
 
 def check_layer(name: str, layer: SubspaceLayer, *, forms_gradients: bool) -> None:
-    """Raise ValueError for a layer that has changed since it entered its subspace.
+    """Raise ValueError for a layer that has changed so that its subspace no longer fits.
 
     Args:
         name: The name of the layer.
-        layer: The layer, whose weight may have been cast, resized or sharded since then.
-        forms_gradients: Whether bases are computed from whole gradients.
+        layer: The layer. Its weight may have been cast, resized or sharded since it entered its
+            subspace.
+        forms_gradients: Whether the projector computes bases from whole gradients.
     """
     check_dtype(name, layer.weight)
     rows, cols = layer.moving_weight.shape
@@ -106,7 +107,7 @@ def check_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
         step: The optimizer step that the gradients are for.
     """
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    # A sum over the ranks: the maximum of NaN and a number may be the number.
+    # The norm is a sum over the ranks. A maximum could lose NaN: that of NaN and 1 may be 1.
     norm = torch.nn.utils.get_total_norm(present.values())
     if full_tensor(norm).isfinite():  # the only time that the host waits for the device
         return

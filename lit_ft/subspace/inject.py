@@ -30,7 +30,7 @@ TARGETS = {
     "attention": r"(^|\.)\w*(attn|attention)\w*\.",
     "mlp": r"(^|\.)\w*(mlp|ffn|feed_forward|expert)\w*\.",
 }
-_LARGE_SHARE = 0.1  # of a model: above it GaLore saves little memory, and the log warns
+_LARGE_SHARE = 0.1  # of a model; if GaLore cannot train more than that, the log warns
 
 
 def inject(
@@ -44,28 +44,30 @@ def inject(
 ) -> dict[str, SubspaceLayer]:
     """Freeze the weights of the targeted layers and let them move in subspaces of `rank`.
 
-    Call it before the optimizer is built and before the model is sharded: the `delta` of each layer
-    replaces its weight among the trainable parameters. The model's outputs stay the same.
+    Call it before the optimizer is built and before the model is sharded, because the `delta` of
+    each layer replaces its weight among the trainable parameters. The model's outputs stay the
+    same.
 
     Args:
         model: The model, changed in place; its layers stay the same objects.
-        rank: The rank r of the subspaces. It is capped at a layer's shorter side, which is logged:
-            the layer's basis then spans the whole side and loses nothing.
+        rank: The rank r of the subspaces. In a layer whose shorter side is below r, the rank is
+            that side, which is logged. Its basis then spans the whole side and loses nothing.
         targets: The layers to train in subspaces: "all", any of "attention", "mlp", "embeddings"
-            and "head", or regular expressions that are searched in a layer's name.
-        side: The side that a basis spans: a layer's inputs ("right"), its outputs ("left") or the
-            shorter of the two ("std"). Embeddings and the head are always right.
+            and "head", or regular expressions to search for in the names of layers.
+        side: The side of a weight that a basis spans: the layer's inputs ("right"), its outputs
+            ("left") or the shorter of the two ("std"). Embeddings and the head always use "right".
         seed: The seed of the bases that training starts from.
-        allow_meta: Whether weights may be on the meta device. The loader must then fill them in one
-            by one and leave `delta` and `basis` alone, which `to_empty` does not.
+        allow_meta: Whether weights may still be on the meta device. If so, the loader must fill in
+            the weights one by one and not touch `delta` and `basis`, which `to_empty` would empty.
 
     Returns:
-        The layers by name; layers that share a weight appear once, under the first name.
+        The layers, keyed by name. Layers that share a weight appear once, under the first name.
 
     Raises:
-        ValueError: The rank is not a positive integer, a target matches nothing or is not a regular
-            expression, or a targeted layer is frozen, quantised, sharded, without values (on the
-            meta device), under an adapter, or shares its weight with a layer that is not targeted.
+        ValueError: If an argument is invalid, if a target matches no layer, if the model has an
+            adapter, or if a targeted layer cannot enter a subspace. The message gives the reason:
+            the layer may be frozen, float16, quantised, sharded or without values (on the meta
+            device), or share its weight with a layer that is not targeted.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank}: give a positive whole number, such as 128.")
@@ -108,8 +110,8 @@ def inject(
 def keep_out_of_broadcasts(model: nn.Module) -> None:
     """Exclude the bases from DDP's broadcasts; call it before DDP wraps `model`.
 
-    DDP would send all buffers of rank 0 before each forward pass. The bases take more bytes than
-    the gradients, and are the same on every rank anyway.
+    Otherwise DDP would send all buffers of rank 0 before each forward pass. The bases take more
+    bytes than the gradients, and they are the same on every rank anyway.
     """
     bases = {name for name in _small_tensors(model) if name.endswith("basis")}
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *bases}
@@ -117,7 +119,7 @@ def keep_out_of_broadcasts(model: nn.Module) -> None:
 
 
 def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
-    """Return the model's subspace layers by name; layers that share a weight appear once."""
+    """Return the model's subspace layers, keyed by name; layers with one weight appear once."""
     found: dict[nn.Parameter, tuple[str, SubspaceLayer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, SubspaceLayer):
@@ -126,7 +128,7 @@ def subspace_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
 
 
 def layer_group(name: str, layer: SubspaceLayer) -> str:
-    """Return the layer's part of the model: embeddings, head, attention, mlp or other."""
+    """Return the part of the model that has the layer: embeddings, head, attention, mlp, other."""
     if isinstance(layer, SubspaceEmbedding):
         return "embeddings"
     if isinstance(layer, SubspaceHead):
@@ -135,14 +137,14 @@ def layer_group(name: str, layer: SubspaceLayer) -> str:
 
 
 def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers that `targets` selects, by name, whether in a subspace or not.
+    """Return the layers that `targets` selects, keyed by name, whether in a subspace or not.
 
     Args:
-        model: The model whose layers are searched.
-        targets: The layers to select, in the words of `inject`.
+        model: The model whose layers to search.
+        targets: The layers to select, given as for `inject`.
 
     Raises:
-        ValueError: A target matches nothing, or is not a regular expression.
+        ValueError: If a target matches no layer, or is not a regular expression.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     embeddings, heads = _embeddings(model), _heads(model)
@@ -150,13 +152,13 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     known = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter)  # weight_norm's is a tensor
+        if isinstance(getattr(module, "weight", None), nn.Parameter)  # under weight_norm it is not
         and (
             type(module) is nn.Linear
             or isinstance(module, SubspaceLayer)
             or SubspaceConv1D.fits(module)
-            # In a transformer only the token embedding: positions are few, and are looked up once
-            # for all sequences of a batch, so no gradient per sequence exists.
+            # In a transformer, only the token embedding. Position embeddings have few rows, and are
+            # looked up once for all sequences of a batch, so no gradient per sequence exists.
             or (type(module) is nn.Embedding and (not embeddings or module in embeddings))
         )
     }
@@ -194,7 +196,7 @@ def _pattern(target: str) -> re.Pattern[str]:
 
 
 def _tell_of_unknown(model: nn.Module, known: dict[str, nn.Module]) -> None:
-    """Log the matrices that no target can select, as a warning if they are much of the model."""
+    """Log the matrices that no target can select; warn if they are a large share of the model."""
     seen = {_weight(module) for module in known.values()}
     unknown: dict[str, int] = {}
     for prefix, module in model.named_modules():
@@ -215,7 +217,7 @@ def _tell_of_unknown(model: nn.Module, known: dict[str, nn.Module]) -> None:
 
 
 def _check_targets(model: nn.Module, chosen: dict[str, nn.Module], *, allow_meta: bool) -> None:
-    """Raise ValueError for targets that cannot enter a subspace, or only with another layer."""
+    """Raise ValueError if a targeted layer cannot enter a subspace, or only with another layer."""
     weights = {_weight(module): name for name, module in chosen.items()}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -232,7 +234,7 @@ def _check_targets(model: nn.Module, chosen: dict[str, nn.Module], *, allow_meta
 
 
 def _obstacle(module: nn.Module, *, allow_meta: bool) -> str | None:
-    """Return why a layer cannot enter a subspace, and what to do; None if it can."""
+    """Return why a layer cannot enter a subspace and what to do about it; None if it can."""
     weight = _weight(module)
     if isinstance(module, SubspaceLayer):
         return "is in a subspace already: call inject once"
@@ -266,7 +268,7 @@ def _obstacle(module: nn.Module, *, allow_meta: bool) -> str | None:
 
 
 def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:
-    """Make `module` a subspace layer: the same object, so that every reference to it follows."""
+    """Turn `module` into a subspace layer in place, so that references to it stay valid."""
     kind: type[nn.Module]
     if isinstance(module, nn.Embedding):
         kind = SubspaceEmbedding
@@ -280,7 +282,7 @@ def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:
 
 
 def _keep_out_of_exports(model: nn.Module) -> None:
-    """Let `save_pretrained` of each part from transformers write nothing but the weights."""
+    """Make `save_pretrained` leave out deltas and bases, in each transformers model in `model`."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             ignored = {*(part._keys_to_ignore_on_save or ()), *_small_tensors(part)}
@@ -301,7 +303,7 @@ def _weight(module: nn.Module) -> nn.Parameter:
 
 
 def _embeddings(model: nn.Module) -> set[nn.Module]:
-    """Return the token embeddings of the transformers in `model`, itself included."""
+    """Return the token embeddings of each transformers model in `model`, itself included."""
     return _of_transformers(model, "get_input_embeddings")
 
 

@@ -1,4 +1,4 @@
-"""The optimizer's moments follow the basis: a change of coordinates for each kind of state."""
+"""Make the optimizer's moments follow the basis: a change of coordinates for each kind of state."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from lit_ft.tensors.sharding import local
 
 
 def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
-    """Return C [r, r] with S_new ≈ S_old C: the best fit of S_old P_old in the new basis.
+    """Return the matrix C [r, r] that takes coordinates in the old basis to the new one.
 
-    C = P_old P_newᵀ (P_new P_newᵀ)⁻¹; the last factor is I where the new rows are orthonormal.
+    S_old C is the best fit of S_old P_old in the new basis: C = P_old P_newᵀ (P_new P_newᵀ)⁻¹. The
+    last factor is the identity if the new rows are orthonormal.
 
     Args:
         old: The old basis P_old [r, n].
         new: The new basis P_new [r, n].
     """
     overlap, gram = old @ new.T, new @ new.T
-    # Not `solve`, which waits for the device to report success.
+    # `solve` would wait for the device to report success.
     solved: Tensor = torch.linalg.solve_ex(gram, overlap.T).result
     return solved.T
 
@@ -33,9 +34,10 @@ def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
 def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """Return bias-corrected first and second moments in the new coordinates.
 
-    The mean becomes m C. The square becomes |(v − m²) C∘² + (m C)²|: its variance, taken as
-    uncorrelated, goes through C∘², and its mean through C (LDAdam, arXiv:2410.16103, section 3.2).
-    The second moment that is expected in `unseen` directions is added to it.
+    The first moment m becomes m C. The second moment v becomes |(v − m²) C∘² + (m C)²|, where C∘²
+    has the squares of the elements of C. The variance v − m² is transformed as if the coordinates
+    were uncorrelated (LDAdam, arXiv:2410.16103, section 3.2). To this, `unseen` adds the second
+    moment that is expected outside the old basis.
 
     Args:
         mean: The bias-corrected first moment m̂ [rows, r].
@@ -51,10 +53,9 @@ def rotated(mean: Tensor, square: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
 def unseen(square: Tensor, rotation: Tensor) -> Tensor:
     """Return the second moment [..., r] to expect in directions that the old basis did not reach.
 
-    A share 1 − Σᵢ C²ᵢⱼ of new direction j is orthogonal to the old basis. The gradient there is
-    taken to be as large as in the old directions on average. With zero in its place, AdamW's steps
-    would be too large by the square root of the overlap until v has filled up, which takes hundreds
-    of steps.
+    A share 1 − Σᵢ C²ᵢⱼ of new direction j is orthogonal to the old basis. Its second moment is
+    assumed to be the mean over the old directions. If it were taken to be zero, AdamW's steps would
+    be too large by a factor of 1 / √overlap until v has filled up, which takes hundreds of steps.
 
     Args:
         square: The second moment v [..., r] in the old basis.
@@ -71,19 +72,19 @@ def rotate_moments(
     *,
     moments: tuple[Moment, ...],
 ) -> bool:
-    """Turn one parameter's optimizer state in place.
+    """Transform one parameter's optimizer state to a new basis, in place.
 
-    Each row turns by itself, so each rank turns the rows of sharded state that it holds.
+    The rows are independent. If the state is sharded, each rank transforms the rows that it holds.
 
     Args:
-        state: The optimizer's state of the parameter S [rows, r].
-        group: The optimizer's group that holds the parameter.
+        state: The optimizer's state for the parameter S [rows, r].
+        group: The optimizer's parameter group that holds S.
         rotation: The change of basis C [r, r], from `change_of_basis`.
-        moments: The kinds of the state's entries, from `Traits.moments`. If several rules read the
-            same entry, the first one counts.
+        moments: The rules for the entries of the state, from `Traits.moments`. If several rules
+            read the same entry, the first one applies.
 
     Returns:
-        True if every matrix in the state has a rule, or the state is empty; otherwise False, and
+        True if every matrix in the state has a rule, or if the state is empty. Otherwise False, and
         the state is unchanged.
     """
     rules, covered = [], set[str]()
@@ -105,13 +106,13 @@ def rotate_moments(
 
 
 def _covers(state: Mapping[str, Any], covered: Collection[str]) -> bool:
-    """Whether every matrix of the state, which must turn with the basis, has a rule."""
+    """Whether there is a rule for every matrix in the state, since all must follow the basis."""
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
         if is_traceable_wrapper_subclass(local(value)):
             return False
-        # A scale of 8-bit codes belongs to its codes; a code book and block maxima are 1-D.
+        # The scale of 8-bit codes follows the codes. Code books and block maxima are 1-D.
         if value.ndim > 1 and key.removesuffix("_scale") not in covered:
             return False
     return True
@@ -124,7 +125,7 @@ def _squares(square: Tensor, rotation: Tensor) -> Tensor:
 def _turn_pair(
     state: dict[str, Any], first: str, second: str, betas: tuple[float, ...], rotation: Tensor
 ) -> None:
-    # A few rows at a time: the moments of an embedding are the largest tensors that turn.
+    # A few rows at a time, because the moments of an embedding are large.
     held = {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}
     shape = tuple(held[first].shape)
     for rows in row_blocks(held[first]):
@@ -135,8 +136,8 @@ def _turn_rows(
     state: dict[str, Any], first: str, second: str, betas: tuple[float, ...], rotation: Tensor
 ) -> None:
     mean = _read(state, first)
-    # In raw moments √v̂ would come out too large while t is small: the two corrections differ.
-    # A fused optimizer counts on the device, and the host would wait for a Python number.
+    # With raw moments, √v̂ would come out too large while t is small: the two corrections differ.
+    # A fused optimizer counts steps on the device. The host would wait for a Python number.
     steps = torch.as_tensor(state["step"], dtype=mean.dtype)
     correct_mean, correct_square = 1 - betas[0] ** steps, 1 - betas[1] ** steps
     mean = mean / correct_mean

@@ -14,11 +14,11 @@ from lit_ft.subspace.layers.base import SubspaceLayer
 def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Return the α with which a learning rate has the same effect as on the whole weight W.
 
-    - AdamW, and other optimizers whose updates have RMS 1: √(cols / r), so that an update of RMS 1
-      in S has RMS 1 in α S P too. It is 1 for layers whose rows are tokens.
-    - SGD: 1. Its step on S, times P, is its step on W projected onto the subspace.
-    - Muon, whose updates have a spectral norm that depends on the shape: the norm for W's shape
-      divided by the norm for S's; but AdamW's α if Muon itself matches AdamW ("match_rms_adamw").
+    - For AdamW, and other optimizers whose updates have RMS 1, α is √(cols / r). An update of RMS 1
+      in S then has RMS 1 in α S P too. For layers whose rows are tokens, α is 1.
+    - For SGD, α is 1. Its step on S, times P, is its step on W, projected onto the subspace.
+    - For Muon, the spectral norm of an update depends on the shape, and α is the norm for W's shape
+      divided by the norm for S's. If Muon itself matches AdamW ("match_rms_adamw"), α is AdamW's.
 
     Args:
         layer: The layer whose weight is W and whose trained parameter `delta` is S.
@@ -33,6 +33,6 @@ def matching_scale(layer: SubspaceLayer, optimizer: Optimizer, group: dict[str, 
             math.sqrt(max(1, rows / cols)) for rows, cols in (layer.weight.shape, layer.delta.shape)
         )
         return of_weight / of_delta
-    # A batch says little about most tokens: their gradients are noise in most coordinates, and
-    # AdamW scales each to full size (benchmarks/results/quality_variants.jsonl).
+    # A batch says little about most tokens. Their gradients are noise in most coordinates, and
+    # AdamW scales this noise to full size (benchmarks/results/quality_variants.jsonl).
     return 1.0 if layer.rows_are_tokens else math.sqrt(layer.basis.shape[1] / layer.rank)

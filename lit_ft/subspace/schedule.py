@@ -1,4 +1,4 @@
-"""When bases move: the optimizer steps at which each layer has its turn."""
+"""Decide when bases move: the optimizer steps at which each layer has its turn."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ class Refresh:
     """How often bases move.
 
     Adaptive refreshes follow Q-GaLore (arXiv:2407.08296), which doubles a layer's interval while
-    its successive projections agree. There are two differences. Whole subspaces are compared, where
-    Q-GaLore's code compares first vectors (the mean of five, 0.4 or more). And a basis that moves
-    again gets its usual interval back. They suit rules that renew the basis: one step of `Oja` or
-    `Online` leaves an overlap near 1 (0.9999), so every layer would soon wait for `longest`.
+    its successive projections agree. There are two differences. First, this compares whole
+    subspaces. Q-GaLore's code compares first vectors, and requires a mean of at least 0.4 over
+    five comparisons. Second, a basis that moves again gets its usual interval back.
 
-    The threshold must leave room for chance. While the weights stand still, the bases that
-    `SubspaceIteration` computes from two batches of 12 short rows overlap by 0.55 on average, 0.35
-    to 0.8 by layer (SmolLM2-135M, rank 64). Larger batches agree more.
+    Adaptive refreshes suit only rules that can replace the whole basis in one move. One step of
+    `Oja` or `Online` leaves an overlap near 1 (0.9999), so every layer would soon wait as long as
+    `longest` allows.
+
+    The threshold must allow for the noise of batches. With the weights unchanged, the bases that
+    `SubspaceIteration` computes from two batches of 12 short rows overlap by 0.55 on average, and
+    by 0.35 to 0.8 in single layers (SmolLM2-135M, rank 64). With larger batches, the overlap is
+    larger.
 
     Attributes:
-        every: The optimizer steps between two turns of a layer; None for the projector's interval.
-        stagger: Whether the layers' turns are spread over the interval, so that no single step pays
+        every: The number of optimizer steps between two turns of a layer; None uses the projector's
+            own interval.
+        stagger: Whether to spread the layers' turns over the interval, so that no single step pays
             for all of them.
         adaptive: Whether a layer whose basis has stopped moving waits twice as long for its next
-            turn. It waits `every` steps again as soon as its basis moves.
-        threshold: The overlap of a layer's last two bases (see `stats.overlap`) from which on its
-            basis has stopped moving.
-        longest: The longest wait, in multiples of `every`.
+            turn. Once its basis moves again, it waits for `every` steps as before.
+        threshold: The smallest overlap of a layer's last two bases (see `stats.overlap`), above 0
+            and at most 1, at which its basis is taken to have stopped moving.
+        longest: The longest wait of an adaptive schedule, as a multiple of `every`.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: If `every`, `threshold` or `longest` is out of its range.
     """
 
     every: int | None = None
@@ -44,7 +49,7 @@ class Refresh:
     longest: int = 8
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are out of their range."""
+        """Raise ValueError for a number that is out of its range."""
         if self.every is not None:
             check_settings(every=self.every)
         if not 0 < self.threshold <= 1:
@@ -54,14 +59,14 @@ class Refresh:
 
 
 class RefreshSchedule:
-    """Each layer's next turn; the same on every rank, and continued by a resumed run.
+    """Keeps each layer's next turn, the same on every rank; a resumed run continues it.
 
     Args:
         names: The names of the layers, in the order in which they take turns.
         refresh: The settings for how often bases move.
         every: The projector's interval in optimizer steps, used if `refresh` sets none.
-        at_once: Whether the first turns are at step 0, for rules that move before a step, from its
-            gradient.
+        at_once: Whether all layers have their first turn at step 0. This is for rules that compute
+            the basis from a step's own gradient, before that step.
         step: The optimizer step that comes next, counted from 0.
     """
 
@@ -98,7 +103,7 @@ class RefreshSchedule:
         return self.next[name] <= step
 
     def after(self, name: str, step: int) -> int:
-        """Return the first turn of layer `name` after `step`, if its interval does not change."""
+        """Return layer `name`'s first turn after `step`, if its interval does not change."""
         if not self.is_due(name, step):
             return self.next[name]
         if self.at_once and step == 0:
@@ -106,12 +111,12 @@ class RefreshSchedule:
         return step + self.interval[name]
 
     def advance(self, step: int, overlaps: Mapping[str, float]) -> None:
-        """End `step`: each layer that moved in its turn gets its next one.
+        """End `step`, and set the next turn of each layer that moved in its turn.
 
         Args:
             step: The optimizer step that ends.
-            overlaps: The overlap of the last two bases of each layer that moved, by name. Only an
-                adaptive schedule uses the numbers.
+            overlaps: The overlap of the last two bases of each layer that moved, keyed by name. The
+                values matter only to an adaptive schedule.
         """
         for name in [name for name in overlaps if self.is_due(name, step)]:
             rests = overlaps[name] >= self.refresh.threshold
@@ -128,7 +133,7 @@ class RefreshSchedule:
         return {"made_with": self._made_with, "next": self.next, "interval": self.interval}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Continue from `state_dict`; start again at `step` if it is another schedule's."""
+        """Continue from `state`, or start anew at `step` if it was made with other settings."""
         if state.get("made_with") == self._made_with:
             self.next, self.interval = dict(state["next"]), dict(state["interval"])
         else:

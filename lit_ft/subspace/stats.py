@@ -16,16 +16,16 @@ from lit_ft.tensors.sharding import full_tensor
 def overlap(old: Tensor, new: Tensor) -> Tensor:
     """Return how much of the span of `old` lies in the span of `new`: tr(Π_old Π_new) / r.
 
-    Π projects orthogonally onto a span. The result is a scalar, the mean squared cosine of the
-    principal angles between the two spans: 1 for the same span, about r / n for random ones. For
-    orthonormal rows it is ||P_old P_newᵀ||² / r.
+    Π is the orthogonal projection onto a span. The result is a scalar, the mean squared cosine of
+    the principal angles between the two spans. It is 1 for equal spans and about r / n for random
+    ones. For orthonormal rows it equals ||P_old P_newᵀ||² / r.
 
     Args:
         old: The old basis P_old [r, n], with linearly independent rows.
         new: The new basis P_new [r, n], with linearly independent rows.
     """
     crossed = old @ new.T
-    # Not `solve`, which waits for the device to report success.
+    # `solve` would wait for the device to report success.
     in_old = torch.linalg.solve_ex(old @ old.T, crossed).result
     in_new = torch.linalg.solve_ex(new @ new.T, crossed.T).result
     share: Tensor = (in_old * in_new.T).sum() / len(old)
@@ -33,20 +33,21 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
 
 
 def squared_update(delta: Tensor, basis: Tensor) -> Tensor:
-    """Return ||S P||², a scalar, for S [rows, r] and P [r, n]; it is ||S||² for orthonormal P."""
+    """Return the scalar ||S P||² for S [rows, r] and P [r, n]; for orthonormal P it is ||S||²."""
     return (delta @ (basis @ basis.T) * delta).sum()
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The measurements since the last snapshot, as plain numbers, keyed by layer where they vary.
+    """The measurements since the last snapshot, as plain numbers, keyed by the names of layers.
 
     Attributes:
         energies: For each layer, the gradient energy that its basis captured at the last step, and
             the total gradient energy; see `energy.captured_and_total_energy`.
-        overlaps: The overlap of the last two bases of each layer whose basis moved.
-        seconds: The time that the last move of each such layer took on this process, in seconds,
-            including the change to the optimizer's moments.
+        overlaps: The overlap of the last two bases, for each layer whose basis moved.
+        seconds: The time in seconds of the last move of the basis, for each layer whose basis
+            moved. It is measured on this process, and includes the change of the optimizer's
+            moments.
         step_rms: The root mean square of what the last step added to the weights, without weight
             decay, divided by the learning rate; None if nothing was stepped.
     """
@@ -61,11 +62,11 @@ class SubspaceStats:
     """Collects measurements on the device until `snapshot` returns them.
 
     The size of the update and the gradient energies are measured only at the last step before a
-    snapshot, because the energies need products of [tokens, tokens] matrices. Only the last move of
-    each layer is measured.
+    snapshot, because the energies need products of [tokens, tokens] matrices. Of each layer's
+    moves, only the last one is kept.
 
     Args:
-        layers: The layers to measure, by name.
+        layers: The layers to measure, keyed by name.
     """
 
     def __init__(self, layers: Mapping[str, SubspaceLayer]) -> None:
@@ -81,13 +82,13 @@ class SubspaceStats:
         self._num_weights = 0
 
     def await_snapshot(self, steps: int | None) -> None:
-        """Expect the next snapshot after `steps` >= 1 more optimizer steps; None expects none."""
+        """Expect the next snapshot after `steps` more steps, at least 1; None expects none."""
         self.steps_to_snapshot = steps
         for layer in self._layers.values():
             layer.energy.requires_grad_(steps == 1)
 
     def record_step(self, name: str, *, scale: float, lr: float) -> None:
-        """Measure one layer's step if it is the last before a snapshot; call it before the fold.
+        """Measure one layer's step, before its fold, if it is the last step before a snapshot.
 
         Args:
             name: The name of the layer.
@@ -97,7 +98,7 @@ class SubspaceStats:
         if self.steps_to_snapshot != 1:
             return
         layer = self._layers[name]
-        # None: no row of this rank passed through the layer.
+        # It is None if none of this rank's rows went through the layer.
         energy = layer.energy.grad
         self._energies[name] = torch.zeros_like(layer.energy) if energy is None else energy
         if lr:
@@ -112,12 +113,12 @@ class SubspaceStats:
         Args:
             name: The name of the layer.
             turned: The overlap of the old and the new basis, a scalar.
-            move: The timer that timed the move, already ended.
+            move: The timer of the move, which has ended.
         """
         self._overlaps[name], self._moves[name] = turned, move
 
     def end_step(self) -> None:
-        """Count down to the snapshot."""
+        """Count down the steps to the next snapshot."""
         if self.steps_to_snapshot is not None:
             self.await_snapshot(self.steps_to_snapshot - 1 or None)
 
@@ -125,8 +126,8 @@ class SubspaceStats:
         """Return the measurements since the last snapshot, after waiting for the device once.
 
         Args:
-            all_reduce: The function that averages tensors over the ranks in place, so every rank
-                must call this method; None for one process.
+            all_reduce: A function that averages tensors over the ranks in place; None for one
+                process. With it, every rank must call this method.
         """
         tensors = [*self._energies.values(), *self._overlaps.values(), *self._squared_steps]
         values: list[float] = []
@@ -139,7 +140,7 @@ class SubspaceStats:
         snapshot = Snapshot(
             energies={name: (next(numbers), next(numbers)) for name in self._energies},
             overlaps={name: next(numbers) for name in self._overlaps},
-            # The moves ended before the values that the host has just waited for.
+            # These moves have ended, because the host has just waited for later values.
             seconds={name: move.seconds() for name, move in self._moves.items()},
             step_rms=(sum(numbers) / self._num_weights) ** 0.5 if self._num_weights else None,
         )
@@ -152,7 +153,7 @@ class DeviceTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._events: tuple[torch.Event, torch.Event] | None = None
-        if device.type != "cpu":  # it works while the host goes on
+        if device.type != "cpu":  # such devices work while the host goes on
             self._events = (
                 torch.Event(device, enable_timing=True),
                 torch.Event(device, enable_timing=True),

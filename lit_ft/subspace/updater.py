@@ -1,4 +1,4 @@
-"""The work around an optimizer step: the fold after it, and the moves of the bases."""
+"""Do the work around an optimizer step: fold the step into the weights, and move the bases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
-    """Run the method without autocast, under which Lightning's manual optimization steps."""
+    """Make the method run without autocast, which is on when manual optimization steps."""
 
     @wraps(method)
     def exact(self: SubspaceUpdater, *args: Any, **kwargs: Any) -> None:
@@ -44,27 +44,28 @@ def _without_autocast(method: Callable[..., None]) -> Callable[..., None]:
 class SubspaceUpdater:
     """Trains layers in subspaces with an ordinary optimizer.
 
-    After the optimizer has stepped S, the step is folded into W and S is zero again. Then the bases
-    whose turn it is move, and the optimizer's moments with them. A layer that is frozen after
-    `inject` (`layer.requires_grad_(False)`) does not change, and neither does its basis.
+    The optimizer steps each layer's small parameter S. After its step, S is folded into the weight
+    W and is zero again. Then the bases that are due move. The optimizer's moments follow them, if
+    the projector says so. A layer that is frozen after `inject` (`layer.requires_grad_(False)`)
+    does not change, and neither does its basis.
 
     Args:
-        layers: The layers by name, as `inject` returns them.
+        layers: The layers, keyed by name, as `inject` returns them.
         projector: The rule that moves the bases.
         scale: The scale α: a positive number, or "match_adamw" for `matching_scale`, with which a
             learning rate has the same effect as on whole weights.
-        refresh: The settings for when bases move; None for every `projector.every` optimizer steps,
-            staggered.
-        compiled: Whether torch.compile runs the model. It makes one graph for each set of layers
-            whose bases move at the same step, so moves are not staggered: two graphs remain, and as
-            many again for the steps that are logged.
+        refresh: The settings for when bases move; None moves each basis every `projector.every`
+            optimizer steps, with the layers spread over this interval.
+        compiled: Whether torch.compile runs the model. If so, all bases move at the same steps,
+            because each set of layers that move together needs a graph of its own. This leaves two
+            graphs, and two more for the steps that are logged.
         seed: The seed of random bases and of stochastic rounding.
-        all_reduce: The function that averages tensors over the data-parallel ranks, in place; None
+        all_reduce: A function that averages tensors over the data-parallel ranks, in place; None
             for one process.
 
     Raises:
-        ValueError: The scale or the interval is invalid, or an adaptive `refresh` does not go with
-            the projector or a compiled model.
+        ValueError: If the scale or the interval is invalid, or if `refresh` is adaptive and the
+            projector or a compiled model does not allow it.
     """
 
     def __init__(
@@ -99,17 +100,17 @@ class SubspaceUpdater:
         self._attached = False
 
     def reschedule(self, refresh: Refresh) -> None:
-        """Let the bases move when `refresh` says; call it outside of training."""
+        """Move the bases from now on as `refresh` says; call this outside of training."""
         self.tracker.reschedule(refresh, step=self.step)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Follow the steps of `optimizer` until the returned handle is removed.
 
         Raises:
-            ValueError: The optimizer does not hold the layers' deltas (it was built before
-                `inject`), or cannot step parameters that are zero; another optimizer is followed
-                already; the projector needs whole gradients of a sharded weight; or a weight has
-                become float16 or changed its shape.
+            ValueError: If an optimizer is attached already; if this one does not hold the layers'
+                deltas, because it was built before `inject`; if it cannot step parameters that are
+                zero; if the projector needs the whole gradient of a sharded weight; or if a weight
+                has become float16, changed its shape or been sharded by columns.
         """
         if self._attached:
             raise ValueError(
@@ -133,24 +134,25 @@ class SubspaceUpdater:
         return optimizer.register_step_post_hook(self._after_step)
 
     def begin_accumulation(self) -> None:
-        """Clear the basis inputs of a skipped step; call it where gradients are zeroed."""
+        """Clear what backward recorded for a skipped step; call it where gradients are zeroed."""
         for layer in self.layers.values():
             layer.clear_basis_input()
 
     @_without_autocast
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *, skips_overflow: bool = False) -> None:
-        """Check the gradients, and move the bases that are computed from G itself.
+        """Check the gradients, and move the bases that are computed from whole gradients.
 
-        Call it when the gradients are complete, and unscaled if a grad scaler scales them.
+        Call it when the gradients are complete. If a grad scaler scales them, unscale them first.
 
         Args:
             optimizer: The optimizer whose step comes next.
-            skips_overflow: Whether a grad scaler skips the step if a gradient is not finite.
+            skips_overflow: Whether a grad scaler skips the step if a gradient is not finite. The
+                gradients are then not checked here.
 
         Raises:
-            FloatingPointError: A gradient is not finite. The message names the layers, none of
-                which has moved.
+            FloatingPointError: If a gradient is not finite. The message names the layers. No layer
+                has moved.
         """
         if not skips_overflow:
             check_finite(
@@ -159,7 +161,7 @@ class SubspaceUpdater:
         for group, name, layer in self._stepped(optimizer):
             gradient, layer.weight.grad = layer.weight.grad, None
             if self.tracker.basis_input(name, self.step) is not BasisInput.GRADIENT:
-                continue  # a callback that unfreezes the model let it be computed
+                continue  # any gradient is there only because a callback unfroze the model
             if gradient is None and self.all_reduce is not None:
                 gradient = torch.zeros_like(layer.weight)
             if gradient is None:
@@ -174,7 +176,7 @@ class SubspaceUpdater:
     @_without_autocast
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        # After an overflow a grad scaler leaves it to a fused optimizer to skip the step.
+        # After an overflow, a grad scaler still calls a fused optimizer, which skips the step.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and overflow.item():
             self.begin_accumulation()
@@ -209,12 +211,12 @@ class SubspaceUpdater:
         """Continue from what `state_dict` returned."""
         self.step = state["step"]
         self.tracker.load_state_dict(state, step=self.step)
-        # Not before: an optimizer that is built later would hold all that requires a gradient.
+        # Not before attaching: an optimizer built later would hold all that requires a gradient.
         if self._attached:
             self.tracker.prepare(self.step)
 
     def stop(self) -> None:
-        """Compute no more sketches, and make the weights trainable in place of the deltas."""
+        """Stop computing sketches, and make the weights trainable in place of the deltas."""
         self._attached = False
         self.stats.await_snapshot(None)
         for layer in self.layers.values():

@@ -1,4 +1,4 @@
-"""Count optimizer steps, however many batches each of them accumulates."""
+"""Count intervals of optimizer steps, however many batches a step accumulates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class EveryNSteps:
     """Tells a callback's `on_train_batch_end` when `every_n_steps` optimizer steps have passed.
 
     Args:
-        every_n_steps: The number of optimizer steps in an interval; None follows the Trainer's
+        every_n_steps: The number of optimizer steps in an interval; None uses the Trainer's
             `log_every_n_steps`.
 
     Raises:
@@ -30,15 +30,18 @@ class EveryNSteps:
         self._seen = trainer.global_step
 
     def remaining(self, trainer: Trainer) -> int | None:
-        """Return the steps left in the interval, 1 for its last step; None if it never ends."""
+        """Return how many steps are left in the interval, or None if it never ends.
+
+        The current step counts too, so the result is 1 for the last step of the interval.
+        """
         every = self._every(trainer)
         return every - trainer.global_step % every if every > 0 else None
 
     def due(self, trainer: Trainer) -> bool:
-        """Return whether this batch completes a multiple of `every_n_steps`; True once for each.
+        """Return whether this batch completed an interval; call it once after each batch.
 
-        With several optimizers, Lightning's step advances by more than one a batch. A multiple that
-        is stepped over still counts.
+        With several optimizers, Lightning's `global_step` grows by more than one per batch. An
+        interval that ends in between still counts.
         """
         step, seen = trainer.global_step, self._seen
         self._seen = step

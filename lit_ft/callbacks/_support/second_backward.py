@@ -12,16 +12,16 @@ import torch.compiler.config
 
 @contextmanager
 def compiled_for_two_backward_passes() -> Iterator[None]:
-    """Let code that is compiled in the block keep its saved tensors for a second backward pass.
+    """Make code that is compiled in the block keep its saved tensors for a second backward pass.
 
-    Compiled code overwrites the tensors that it saved for backward ("donated" buffers). The switch
-    that prevents this also turns off torch's check. Neither the graphs in memory nor those in
-    torch's cache on disk record how they were compiled, so the second pass of an older graph would
-    silently give wrong gradients. Graphs in memory are therefore discarded, and those on disk get
-    their own cache key.
+    In backward, compiled code overwrites the tensors that it saved ("donated buffers"). This
+    function switches that off, which also switches off torch's check against a second pass. A graph
+    that was compiled earlier does not record the setting, neither in memory nor in torch's cache on
+    disk: a second pass over it would silently give wrong gradients. So graphs in memory are
+    discarded, and graphs compiled in the block get a cache key of their own on disk.
 
-    A step may compile something (a loss function, flex attention) that no module announces, so the
-    settings apply to every module.
+    The settings apply to all code, because a step may also compile parts that no module reveals,
+    such as a loss function or flex attention.
     """
     functorch, compiler = torch._functorch.config, torch.compiler.config
     before = functorch.donated_buffer, compiler.cache_key_tag

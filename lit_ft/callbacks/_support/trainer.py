@@ -1,4 +1,4 @@
-"""Look-ups that callbacks make in their trainer."""
+"""Look up what callbacks need in their trainer and its module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Return the trainer's own list of callbacks."""
+    """Return the trainer's list of callbacks itself, not a copy."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set outside __init__
 
 
@@ -35,17 +35,17 @@ def only_optimizer(trainer: Trainer, follower: Callback) -> Optimizer:
 
 
 def network_of(module: LightningModule) -> nn.Module:
-    """Return the module's `model`, see `HasModel`; the module itself where there is none."""
+    """Return the module's `model` (see `HasModel`), or the module itself if it has none."""
     model = getattr(module, "model", None)
     return model if isinstance(model, nn.Module) else module
 
 
 def source_name(module: LightningModule) -> str | None:
-    """Return what the source of the module's model is called, None if there is none with a name."""
+    """Return the name of the source of the module's model; None if there is no named source."""
     source = getattr(module, "source", None)
     return source.name if isinstance(source, Named) else None
 
 
 def loss_scaler(trainer: Trainer) -> Any:
-    """Return float16's gradient scaler, which may skip steps; None if there is none."""
+    """Return the gradient scaler of float16, which may skip steps; None if there is no scaler."""
     return getattr(trainer.precision_plugin, "scaler", None)

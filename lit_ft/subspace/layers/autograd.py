@@ -14,11 +14,12 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def thin_backward(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorate the `backward` of an autograd Function that computes R in place of G.
+    """Decorate the `backward` of an autograd Function that computes R instead of G.
 
-    Its products keep the gradient's dtype even where the caller has autocast on, as Lightning does
-    in manual optimization. A second derivative raises RuntimeError: the saved tensors do not
-    determine it.
+    R is the gradient in the subspace, and G the whole gradient of the weight. The decorated
+    `backward` runs without autocast, so its products keep the gradient's dtype. (In manual
+    optimization, Lightning runs backward under autocast.) A second derivative raises RuntimeError,
+    because the saved tensors do not determine it.
     """
 
     @wraps(backward)

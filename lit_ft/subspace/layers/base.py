@@ -17,14 +17,18 @@ Sides = Literal["right", "left", "std"]
 
 
 class SubspaceLayer(nn.Module):
-    """A layer whose frozen weight W moves by α S P, where S alone is trained.
+    """A layer whose frozen weight W moves by α S P, where only S is trained.
 
-    `delta` is the parameter S [rows, r], which is zero whenever the model runs. Its gradient is the
-    weight's gradient in the coordinates of `basis`, the buffer P [r, cols] with orthonormal rows.
+    `delta` is the parameter S [rows, r], which is zero whenever the model runs. `basis` is the
+    buffer P [r, cols]. Its rows are orthonormal, except under the projector `Online`. The gradient
+    of `delta` is the weight's gradient in the coordinates of P.
+
     If `basis.requires_grad`, a backward pass leaves the sketch H [r, cols] in `basis.grad`. If
-    `energy.requires_grad`, it leaves the gradient energy that P captures, and the total gradient
-    energy, in `energy.grad` [2]. On the right side the rows are W's outputs and P spans its inputs;
-    on the left side it is the other way round. Tied layers share `delta`, `basis` and `energy`.
+    `energy.requires_grad`, it leaves two gradient energies in `energy.grad` [2]: the energy that P
+    captures, and the total.
+
+    On the right side, the rows of S are W's outputs, and P spans W's inputs. On the left side, it
+    is the other way round. Tied layers share `delta`, `basis` and `energy`.
     """
 
     weight: Tensor
@@ -39,7 +43,7 @@ class SubspaceLayer(nn.Module):
         """Return this layer's side; "std" is the shorter one (right if equal), as in galore-torch.
 
         On the shorter side, a basis of the same rank captures more of the gradient, and `delta` is
-        larger. A basis whose rank fills the shorter side goes there whatever `sides` says, and
+        larger. If the rank fills the shorter side, the basis goes there whatever `sides` says, and
         captures the whole gradient. Layers whose rows are tokens are always on the right side.
         """
         if self.rows_are_tokens:
@@ -58,19 +62,19 @@ class SubspaceLayer(nn.Module):
         rows, cols = self.moving_weight.shape
         # float32 even for 16-bit weights: the tensors are small, and so are the optimizer's steps.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        # Not on the meta device: loading fills in the weights, and not these.
+        # Never on the meta device: loading fills in the weights, but not these tensors.
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         self.weight.requires_grad_(False)
         self.delta = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
-        # On the CPU, where the generator is: Lightning makes a GPU the default while it builds.
+        # On the generator's device: while Lightning builds a model, the default may be a GPU.
         start = torch.randn(cols, rank, dtype=dtype, generator=generator, device="cpu")
         basis = torch.linalg.qr(start).Q.T.clone(memory_format=torch.contiguous_format)
         self.register_buffer("basis", basis.to(device))
         self.energy = torch.zeros(2, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # In place, as for parameters, so that tied layers keep sharing one basis. And never below
-        # float32: casting a model to bfloat16 (Lightning's bf16-true) is meant for its weights.
+        # The basis changes in place, as parameters do, so that tied layers keep sharing it. No
+        # tensor here goes below float32: a cast to bfloat16 (bf16-true) is meant for the weights.
         small: dict[str, Any] = {
             "delta": self._parameters.pop("delta"),
             "basis": self._buffers.pop("basis"),
@@ -105,7 +109,7 @@ class SubspaceLayer(nn.Module):
 
     @property
     def moving_weight(self) -> Tensor:
-        """The weight W as [rows, cols]: a view, so that writes change the weight."""
+        """The weight W as [rows, cols]. It is a view, so writing to it changes the weight."""
         return self.weight.data.mT if self.views_transposed else self.weight.data
 
     @property
@@ -114,7 +118,7 @@ class SubspaceLayer(nn.Module):
         return self.basis.shape[0]
 
     def clear_basis_input(self) -> None:
-        """Drop what backward passes have left in `grad` for moves and measurements of the basis."""
+        """Clear what backward passes have left in `grad` to move or measure the basis."""
         self.basis.grad = self.weight.grad = self.energy.grad = None
 
     @torch.no_grad()
@@ -124,7 +128,7 @@ class SubspaceLayer(nn.Module):
         If the weight is sharded, each rank updates the rows that it holds.
 
         Args:
-            scale: The scale α of the step S P.
+            scale: The scale α, by which the step S P is multiplied.
             decay: The fraction by which W shrinks: the learning rate times the weight decay.
             rounding_key: The integers that seed the stochastic rounding of 16-bit weights, such as
                 (seed, step, layer).
@@ -141,7 +145,7 @@ class SubspaceLayer(nn.Module):
             return
         rows_a_block = rows_per_block(weight.shape[1], weight.device)
         left = left * scale
-        if weight.is_cuda and torch.version.cuda:  # loses little compared with the rounding
+        if weight.is_cuda and torch.version.cuda:  # the loss is small next to the rounding
             left, right = left.to(weight.dtype), right.to(weight.dtype)
         for begin in range(first - first % rows_a_block, first + len(weight), rows_a_block):
             end = min(begin + rows_a_block, len(self.weight))

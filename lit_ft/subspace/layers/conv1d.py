@@ -18,7 +18,7 @@ class SubspaceConv1D(SubspaceLayer, nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether `module` is transformers' Conv1D, which is known by the name of its class."""
+        """Whether `module` is transformers' Conv1D, recognised by the name of its class."""
         kind = type(module)
         return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 

@@ -14,10 +14,10 @@ from lit_ft.subspace.layers.energy import captured_and_total_energy
 
 
 class SubspaceEmbedding(SubspaceLayer, nn.Embedding):
-    """`nn.Embedding` whose weight [V, d] moves in a subspace of d, always the right side."""
+    """`nn.Embedding` whose weight [V, d] moves in a subspace. The basis always spans d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows [..., T, d] of W that the ids `input` [..., T] name."""
+        """Return the rows of W [..., T, d] for the token ids `input` [..., T]."""
         if not torch.is_grad_enabled():
             return F.embedding(input, self.weight)
         return _Embedding.apply(  # type: ignore[no-any-return, no-untyped-call]
@@ -54,7 +54,7 @@ class _Embedding(torch.autograd.Function):
         in_basis = grad @ basis.T
         gradient = _scatter(ids, in_basis, ctx.num_rows)
         weight_gradient = sketch = energy = None
-        # Without sequences each id is a sample.
+        # If there are no sequences, each id is a sample.
         sequences = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
         if ctx.needs_sketch:
             of_ids = _sums_of_ids(sequences, in_basis.reshape(*sequences.shape, -1))  # R_s[id_t]
@@ -68,18 +68,21 @@ class _Embedding(torch.autograd.Function):
 
 
 def _scatter(ids: Tensor, values: Tensor, num_rows: int) -> Tensor:
-    """Return [num_rows, k], the sum of `values` [..., k] at the rows that `ids` [...] name."""
+    """Return [num_rows, k]: row i is the sum of the `values` [..., k] whose id in `ids` is i."""
     flat = values.reshape(-1, values.shape[-1])
     return flat.new_zeros(num_rows, flat.shape[1]).index_add_(0, ids.reshape(-1), flat)
 
 
 def _sums_of_ids(ids: Tensor, values: Tensor) -> Tensor:
-    """Return [S, T, k]: for each token the sum of `values` over its id's places in the sequence.
+    """Return, for each token, the sum of `values` over all tokens of its sequence with that id.
 
     Args:
         ids: The token ids [S, T].
-        values: The values to sum, [S, T, k].
+        values: The values to sum [S, T, k].
+
+    Returns:
+        The sums [S, T, k].
     """
-    # Each id becomes its first place among the sorted ones, a number below T.
+    # Each id is replaced by its first position in the sorted sequence, a number below T.
     places = torch.searchsorted(ids.sort(-1).values, ids)[..., None].expand_as(values)
     return torch.zeros_like(values).scatter_add_(1, places, values).gather(1, places)

@@ -1,4 +1,4 @@
-"""The output head in a subspace: the loss without the logits of all tokens and without G [V, d]."""
+"""The output head in a subspace: its loss forms neither G [V, d] nor the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from lit_ft.subspace.layers.products import projected_gradient, projected_gradie
 
 
 class SubspaceHead(SubspaceLinear):
-    """A `SubspaceLinear` that can turn hidden states into the loss, a chunk at a time."""
+    """A `SubspaceLinear` that can turn hidden states into the loss, a chunk of tokens at a time."""
 
     def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
-        """Sum the next-token cross-entropy over the target positions; gradients are recorded.
+        """Return the next-token cross-entropy, summed over the target positions.
 
-        The forward pass computes the loss, the input gradient, R, the sketch and the energies from
-        the logits of at most `chunk_tokens` tokens at a time. The backward pass scales them. For
-        the sketch and the energies a chunk never crosses sequences: each chunk is a sample, however
-        the batch was cut.
+        The forward pass already computes all gradients: the input's, R, the sketch and the
+        energies. It holds the logits of at most `chunk_tokens` tokens at a time. The backward pass
+        only scales the gradients. If the sketch or the energies are needed, a chunk never crosses
+        sequences. Each chunk is then one sample, so that the samples do not depend on how the batch
+        is cut.
 
         Args:
-            hidden: The last hidden states [B, T, d].
-            labels: The labels [B, T], unshifted; -100 is ignored.
-            chunk_tokens: The most target tokens in a chunk.
+            hidden: The hidden states of the last layer [B, T, d].
+            labels: The token ids [B, T], not shifted; -100 marks positions without a target.
+            chunk_tokens: The largest number of target tokens in a chunk.
 
         Returns:
             The sum in nats, a scalar in at least float32.
@@ -38,7 +39,7 @@ class SubspaceHead(SubspaceLinear):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        # Otherwise products that are in float32 on purpose would be cast again.
+        # Under autocast, products that are in float32 on purpose would be cast again.
         with torch.autocast(device, enabled=False):
             return _CrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
                 states,
@@ -71,7 +72,7 @@ class _CrossEntropy(torch.autograd.Function):
         accumulated = torch.promote_types(dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=accumulated)
         grad_hidden = torch.zeros_like(states)
-        # FSDP2 may gather the delta in bfloat16, in which a sum loses small summands.
+        # FSDP2 may gather the delta in bfloat16, in which a sum would lose small terms.
         gradient = torch.zeros_like(delta, dtype=torch.promote_types(delta.dtype, torch.float32))
         sketch = torch.zeros_like(basis) if basis.requires_grad else None
         energies = torch.zeros_like(energy) if energy.requires_grad else None
@@ -88,11 +89,11 @@ class _CrossEntropy(torch.autograd.Function):
             logits = logits.to(accumulated)
             chosen = torch.arange(len(goal), device=goal.device), goal
             loss, slope = loss - logits[chosen].sum(), logits
-            # In place: a second [tokens, vocabulary] tensor would be the largest of a step.
+            # In place, because a second [tokens, vocabulary] tensor would be the largest of a step.
             top = slope.amax(1, keepdim=True)
             total = slope.sub_(top).exp_().sum(1, keepdim=True)
             loss = loss + (total.log() + top).sum()
-            slope.div_(total)[chosen] -= 1  # softmax, and minus one at the target
+            slope.div_(total)[chosen] -= 1  # the softmax, minus one at the target
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(dtype)
@@ -121,7 +122,7 @@ class _CrossEntropy(torch.autograd.Function):
     @thin_backward
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias, gradient, sketch, energies = ctx.saved_tensors
-        # The sketch and the energies are products of two gradients.
+        # The sketch and the energies are products of two gradients, so they scale by the square.
         scaled = [
             tensor if tensor is None else (tensor * factor).to(dtype or tensor.dtype)
             for tensor, factor, dtype in (
@@ -138,7 +139,16 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _pieces(targets: Tensor, size: int, *, by_sequence: bool) -> list[tuple[Tensor, Tensor]]:
-    """Return indices into [B, T] that cover the positions with a target, at most `size` each."""
+    """Cut the positions in [B, T] that have a target into pieces of at most `size` positions.
+
+    Args:
+        targets: The targets [B, T], with the ignored index where there is none.
+        size: The largest number of positions in a piece.
+        by_sequence: Whether each piece must lie within one sequence.
+
+    Returns:
+        The pieces, each as a pair of indices of rows and columns.
+    """
     rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(targets)).tolist() if by_sequence else [len(rows)]
     sizes = [min(size, n - begin) for n in counts for begin in range(0, n, size)]

@@ -42,15 +42,16 @@ def subspace_linear(
     energy: Tensor,
     side: Side,
 ) -> Tensor:
-    """Return x Wᵀ + b [..., out]; backward computes R and what else requires a gradient.
+    """Return x Wᵀ + b [..., out]; backward computes R and all other gradients that are required.
 
     Args:
         x: The input [..., in].
-        weight: The weight W [out, in]; receives its whole gradient if it requires one.
-        bias: The bias [out], or None.
-        delta: The parameter S [rows, r], which is zero; receives R.
-        basis: The basis P [r, cols]; receives the sketch H if it requires a gradient.
-        energy: A tensor [2]; receives the captured and the total energy if it requires a gradient.
+        weight: The weight W [out, in]. It receives its whole gradient if it requires one.
+        bias: The bias [out], or None for a layer without bias.
+        delta: The parameter S [rows, r], which is zero. It receives R as its gradient.
+        basis: The basis P [r, cols]. It receives the sketch H if it requires a gradient.
+        energy: A tensor [2]. It receives the captured and the total energy if it requires a
+            gradient.
         side: The side that P spans; see `SubspaceLayer`.
     """
     return _Linear.apply(x, weight, bias, delta, basis, energy, side)  # type: ignore[no-any-return, no-untyped-call]
@@ -71,7 +72,7 @@ class _Linear(torch.autograd.Function):
         out = F.linear(x, weight, bias)
         ctx.side, ctx.dtypes = side, (x.dtype, delta.dtype)
         ctx.needs_sketch, ctx.needs_weight = basis.requires_grad, weight.requires_grad
-        # On the right side X Pᵀ [..., r] is all that R needs of X [..., n].
+        # On the right side, all that R needs of X [..., n] is X Pᵀ [..., r].
         x_in_basis = x.to(out.dtype) @ basis.T.to(out.dtype) if side == "right" else None
         ctx.needs_energy = energy.requires_grad
         keep_x = side == "left" or ctx.needs_sketch or ctx.needs_energy or ctx.needs_weight
@@ -83,7 +84,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x: Any  # None where it is not needed
         x, x_in_basis, weight, basis = ctx.saved_tensors
-        dtype = grad.dtype  # the one that the forward product was computed in
+        dtype = grad.dtype  # that of the forward product
         x_dtype, delta_dtype = ctx.dtypes
         x = x if x is None else x.to(dtype)
         rows: Any

@@ -10,10 +10,10 @@ def projected_gradient(rows: Tensor, cols_in_basis: Tensor) -> Tensor:
     """Return R = Σ_t rows_t ⊗ cols_in_basis_t, the gradient in the coordinates of the basis.
 
     Args:
-        rows: The row factors of the tokens, [..., m]: the output gradients Y where the basis spans
-            the inputs.
-        cols_in_basis: The column factors of the same tokens in the basis, [..., r]: X Pᵀ where the
-            basis spans the inputs.
+        rows: The row factors of the tokens [..., m]. If the basis spans the inputs, these are the
+            output gradients Y.
+        cols_in_basis: The column factors of the same tokens in the basis [..., r]. If the basis
+            spans the inputs, these are X Pᵀ.
 
     Returns:
         The projected gradient R [m, r], in the dtype of the arguments.
@@ -26,20 +26,22 @@ def projected_gradient_and_sketch(
 ) -> tuple[Tensor, Tensor]:
     """Return R and the sketch H = Σ_s R_sᵀ G_s over the samples s of the batch.
 
-    Rules that track the data move the basis by H. With one gradient per sample it is a plain sum:
-    it accumulates over micro-batches and ranks however the batch is cut. RᵀG of the summed
-    gradients would not. H Pᵀ = Σ_s R_sᵀ R_s, so its trace is the energy that the basis captures.
+    Projectors that follow the data move the basis by H. It is a sum over samples, so it adds up
+    over micro-batches and ranks in the same way however the batch is cut. This would not hold for
+    RᵀG of the summed gradients. Since H Pᵀ = Σ_s R_sᵀ R_s, the trace of H Pᵀ is the energy that the
+    basis captures.
 
     Args:
-        rows: The row factors of the tokens, [..., T, m]; leading dimensions enumerate sequences,
-            each of which is a sample. [S, m], without sequences, is S samples; [m] is one.
-        cols: The column factors of the same tokens, [..., T, n] or [S, n].
-        cols_in_basis: The column factors in the basis, `cols` Pᵀ [..., T, r] or [S, r].
+        rows: The row factors of the tokens [..., T, m]. The leading dimensions enumerate sequences,
+            each of which is one sample. If there are no sequences, [S, m] is S samples, and [m] is
+            one.
+        cols: The column factors of the same tokens, [..., T, n], [S, n] or [n].
+        cols_in_basis: The column factors in the basis, `cols` Pᵀ, [..., T, r], [S, r] or [r].
 
     Returns:
-        R [m, r] in the dtype of the arguments, and H [r, n] summed over samples in float32 or
-        wider. For float16, whose range the square of a scaled loss exceeds, H's products are taken
-        in float32 too.
+        R [m, r] in the dtype of the arguments, and H [r, n], summed over samples in float32 or
+        wider. With float16 arguments, the products for H are taken in float32 too, because the
+        square of a scaled loss exceeds the range of float16.
     """
     wide = torch.float32 if rows.dtype is torch.float16 else rows.dtype
     if rows.ndim < 3:  # R_s = y_s ⊗ P x_s, hence R_sᵀ G_s = ||y_s||² P x_s ⊗ x_s
@@ -47,7 +49,7 @@ def projected_gradient_and_sketch(
         sketch = projected_gradient(cols_in_basis.to(wide) * energy, cols.to(wide))
         return projected_gradient(rows, cols_in_basis), sketch
     rows, cols, cols_in_basis = (t.reshape(-1, *t.shape[-2:]) for t in (rows, cols, cols_in_basis))
-    # So many samples at a time that R_s [S, m, r] stays below a quarter of G [m, n].
+    # Few enough samples at a time that R_s [S, m, r] takes at most a quarter of G [m, n].
     size = max(1, cols.shape[-1] // (4 * cols_in_basis.shape[-1]))
     summed = torch.promote_types(rows.dtype, torch.float32)
     gradient = rows.new_zeros(rows.shape[-1], cols_in_basis.shape[-1], dtype=summed)

@@ -23,12 +23,13 @@ class Projector(ABC):
 
     Attributes:
         basis_input: The input that `move` needs.
-        renews: Whether a move finds the basis again from scratch. After a small step a basis always
-            seems to be at rest.
+        renews: Whether one move can replace the whole basis. Otherwise a move is a small step,
+            after which the basis always seems to have stopped moving.
         starts_from_svd: Whether the first basis comes from an SVD of the first gradient.
-        every: The optimizer steps between two moves of the same layer's basis,
-            unless `Refresh` gives an interval.
-        rotates_moments: Whether the optimizer's moments follow the basis.
+        every: The number of optimizer steps between two moves of the same layer's basis, unless
+            `Refresh` gives an interval.
+        rotates_moments: Whether the optimizer's moments follow the basis. Otherwise they stay in
+            the coordinates of the old basis.
     """
 
     basis_input: ClassVar[BasisInput]
@@ -52,30 +53,37 @@ class Projector(ABC):
         decay: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """Return the new basis [r, cols], or the old one if the input is zero or not finite.
+        """Return the new basis [r, cols].
+
+        A sketch that is zero or not finite says nothing, and must not affect the new basis.
 
         Args:
             basis: The basis P [r, cols], in float32 or wider.
             basis_input: The sketch H [r, cols] or the gradient G [rows, cols], as the class
                 attribute of this name says; None for NOTHING.
-            state: The rule's memory of this basis, changed in place and saved with the run.
+            state: The rule's memory of this basis, changed in place and saved in checkpoints.
             decay: The weights' learning rate as a fraction of its peak.
-            generator: The source of random numbers, which a resumed run repeats.
+            generator: The source of random numbers. A resumed run repeats its numbers.
         """
 
 
 def orthonormal_rows(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis [r, n] of the rows of `matrix` [r, n]."""
+    """Return an orthonormal basis [r, n] of the span of the rows of `matrix` [r, n]."""
     columns: Tensor = torch.linalg.qr(matrix.T).Q
     return columns.T.contiguous()
 
 
 def principal_rows(matrix: Tensor, *, rounds: int = 3) -> Tensor:
-    """Return an orthonormal basis [r, n] of the rows of `matrix` [r, n], principal ones first.
+    """Return an orthonormal basis [r, n] of the span of `matrix`'s rows, principal ones first.
 
-    Each round is a step of orthogonal iteration, two QR decompositions of [r, r]. It takes the rows
-    towards the right singular vectors, the one of the largest value first. An SVD would go all the
-    way, but its vectors are round-off where values are close, as in a matrix of lower rank.
+    Each round is a step of orthogonal iteration, and takes two QR decompositions of [r, r]. It
+    brings the rows closer to the right singular vectors, in the order of the singular values,
+    largest first. An SVD would give these vectors exactly. But where singular values are close, as
+    in a matrix of lower rank, its vectors would be determined by round-off.
+
+    Args:
+        matrix: The matrix [r, n] whose rows span the space.
+        rounds: The number of steps of orthogonal iteration.
     """
     columns, triangle = _positive_qr(matrix.T)
     for _ in range(rounds):
@@ -86,19 +94,25 @@ def principal_rows(matrix: Tensor, *, rounds: int = 3) -> Tensor:
 
 
 def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the unique QR with positive pivots: LAPACK's sign of a small one is round-off."""
+    """Return the unique QR decomposition of `matrix` whose R has no negative diagonal element.
+
+    LAPACK chooses the signs itself. For a small diagonal element, round-off would decide its sign.
+    """
     columns, triangle = torch.linalg.qr(matrix)
     signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(matrix.dtype)
     return columns * signs, triangle * signs.unsqueeze(1)
 
 
 def where_informative(sketch: Tensor, moved: Tensor, basis: Tensor) -> Tensor:
-    """Return `moved`, or `basis` if the sketch is zero or not finite; all [r, n], no host sync."""
+    """Return `moved`, or `basis` if the sketch is zero or not finite. All of them are [r, n].
+
+    The host does not wait for the device.
+    """
     scale = sketch.abs().amax()
     return torch.where((scale > 0) & scale.isfinite(), moved, basis)
 
 
 def captured_energy(basis: Tensor, sketch: Tensor) -> Tensor:
-    """Return tr(H Pᵀ) = Σ_s ||R_s||², a positive scalar to divide by, for P and H [r, n]."""
+    """Return tr(H Pᵀ) = Σ_s ||R_s||² for P and H [r, n], kept above zero to divide by it."""
     energy = (sketch * basis).sum()
     return energy.clamp_min(torch.finfo(energy.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Oja's rule: track the top subspace by small steps, without state."""
+"""Oja's rule: track the principal subspace by small steps, without state."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lit_ft.subspace.projectors.base import (
 
 
 def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
-    """Return P + η H (I − PᵀP), orthonormalised.
+    """Return P + D with orthonormalised rows, where D = η H (I − PᵀP).
 
-    H is normalised by the energy that P captures. The drift D is orthogonal to P, so the new rows
-    have the Gram matrix I + D Dᵀ. Its Cholesky factor always exists, and makes the rows orthonormal
-    even if D is large or of rank one. Oja (1982); arXiv:2408.12857.
+    H is first divided by the energy that P captures, and D is limited to a norm of 1. D is
+    orthogonal to P, so P + D has the Gram matrix I + D Dᵀ. Its Cholesky factor always exists, and
+    makes the rows orthonormal even if D is large or of rank one. Oja (1982); arXiv:2408.12857.
 
     Args:
         basis: The basis P [r, n], with orthonormal rows.
@@ -31,10 +31,10 @@ def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
     """
     drift = sketch / captured_energy(basis, sketch)
     drift = drift - (drift @ basis.T) @ basis
-    # A norm of 1 turns a direction by 45°: no step goes further.
+    # A norm of 1 turns a direction by 45°, and no step goes further.
     drift = drift * (step_size / (step_size * drift.norm()).clamp_min(1))
     moved = basis + drift
-    # Not `cholesky`, which waits for the device to report success.
+    # `cholesky` would wait for the device to report success.
     factor = torch.linalg.cholesky_ex(moved @ moved.T).L
     identity = torch.eye(len(moved), dtype=moved.dtype, device=moved.device)
     turned: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False) @ moved
@@ -45,11 +45,11 @@ def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
 class Oja(Projector):
     """Online subspace descent (arXiv:2408.12857) on orthonormal bases, in its stateless form.
 
-    A move every fourth step is enough: in a run of 80 steps on SmolLM2 the loss was the same as
-    with a move at each step, for a quarter of the cost (benchmarks/results/quality_variants.jsonl).
+    A move every fourth step is enough. In a run of 80 steps on SmolLM2, it gave the same loss as a
+    move at each step, for a quarter of the cost (benchmarks/results/quality_variants.jsonl).
 
     Attributes:
-        step_size: The step size η divided by √r.
+        step_size: The step size η divided by √r, where r is the rank.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.SKETCH

@@ -20,9 +20,9 @@ from lit_ft.subspace.projectors.base import (
 def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) -> Tensor:
     """Return the gradient of Σ_s ||G_s − G_s PᵀP||² / Σ_s ||R_s||² + λ ||PPᵀ − I||².
 
-    The closed form is −4H + 2 (PPᵀ) H + 2 (H Pᵀ) P + 4λ (PPᵀ − I) P, since H Pᵀ = Σ_s R_sᵀ R_s. The
-    paper divides the first term by the norm of G instead; the optimizer on P is scale-free.
-    arXiv:2408.12857, eq. 5.
+    The divisor is held constant, and H is divided by it first. Since H Pᵀ = Σ_s R_sᵀ R_s, the
+    gradient is then −4H + 2 (PPᵀ) H + 2 (H Pᵀ) P + 4λ (PPᵀ − I) P. The paper (arXiv:2408.12857,
+    eq. 5) divides the first term by the norm of G instead. The optimizer on P is scale-free.
 
     Args:
         basis: The basis P [r, n].
@@ -39,7 +39,7 @@ def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) 
 
 @dataclass(frozen=True)
 class Online(Projector):
-    """Online subspace descent as in its paper (arXiv:2408.12857): AdamW on P, at its own rate.
+    """Online subspace descent as in its paper (arXiv:2408.12857): AdamW steps P at its own rate.
 
     Attributes:
         lr: AdamW's learning rate for P (1 / T in the paper), decayed with the weights' schedule.

@@ -13,11 +13,10 @@ from lit_ft.subspace.projectors.base import BasisInput, Projector, orthonormal_r
 
 @dataclass(frozen=True)
 class Random(Projector):
-    """P ← orth(Gaussian), as Flora (arXiv:2402.03293) resamples its projection.
+    """P ← orth(Gaussian): a new random basis at each move, as in Flora (arXiv:2402.03293).
 
     Attributes:
-        every: The optimizer steps between two draws,
-            unless `Refresh` gives an interval.
+        every: The number of optimizer steps between two draws, unless `Refresh` gives an interval.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.NOTHING

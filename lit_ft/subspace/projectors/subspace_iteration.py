@@ -16,12 +16,12 @@ from lit_ft.subspace.projectors.base import BasisInput, Projector, principal_row
 class SubspaceIteration(Projector):
     """P ← orth(H + ε P): a round of block power iteration on Σ_s G_sᵀ G_s, from the current basis.
 
-    The shift ε does not change the limit of the iteration. Where the samples span less than P, it
-    keeps the old directions; without it they would be round-off, different for each way to cut the
-    batch.
+    The shift ε does not change the limit of the iteration. If the samples span fewer directions
+    than P, the shift keeps P's old directions for the rest. Without it, the rest would be
+    round-off, which depends on how the batch is cut.
 
-    A round costs thin products and a QR of [cols, r]. Repeated over a run, it follows the top right
-    singular vectors that GaLore (arXiv:2403.03507) computes by an SVD of G.
+    A round costs thin products and a QR decomposition of [cols, r]. Repeated over a run, the rounds
+    follow the top right singular vectors that GaLore (arXiv:2403.03507) computes by an SVD of G.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.SKETCH

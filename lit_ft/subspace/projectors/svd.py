@@ -15,12 +15,13 @@ from lit_ft.subspace.projectors.base import BasisInput, Projector
 class SVD(Projector):
     """P ← the top-r right singular vectors of G, every `every` steps (arXiv:2403.03507, alg. 2).
 
-    This is the reference rule. It forms G for the layers whose turn it is, and its time dominates
-    the step. The paper leaves the moments in the coordinates of the old basis.
+    This is the reference rule. At a step at which bases move, it forms G for their layers, and the
+    SVD takes most of the step's time. By default, the moments stay in the coordinates of the old
+    basis, as in the paper.
 
     Attributes:
-        every: The optimizer steps between two moves (200 in the paper),
-            unless `Refresh` gives an interval.
+        every: The number of optimizer steps between two moves (200 in the paper), unless `Refresh`
+            gives an interval.
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.GRADIENT
