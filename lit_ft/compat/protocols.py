@@ -88,7 +88,7 @@ class ShardsModel(Protocol):
     """
 
     def shard_model(self) -> None:
-        """Shard the model; `configure_model` calls this."""
+        """Shard the model over the ranks; the module's `configure_model` calls this."""
 
 
 @runtime_checkable
