@@ -54,8 +54,8 @@ Batch = Mapping[str, Any]
 class CausalLMModule(LightningModule):
     """Fine-tune a causal language model.
 
-    Logs `train_loss` (the token mean over the global batch), `grad_norm` before clipping,
-    `val_loss` and `val_perplexity`.
+    Logs `train_loss` (the mean over the target tokens of the global batch), `grad_norm` before
+    clipping, `val_loss` and `val_perplexity`.
 
     Args:
         model: The source of the model, which is loaded in `configure_model`.
@@ -236,7 +236,7 @@ class CausalLMModule(LightningModule):
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the accumulated gradient into the gradient of the token mean.
+        """Turn the accumulated gradient into that of the mean loss over the target tokens.
 
         Raises:
             FloatingPointError: If the loss of the global batch is not finite.
@@ -289,7 +289,8 @@ class CausalLMModule(LightningModule):
 
         Args:
             batch: The batch, with `input_ids` and `labels` [B, T]. It may also have
-                `attention_mask` and `position_ids` [B, T], and `num_targets`.
+                `attention_mask` and `position_ids` [B, T], and `num_targets`, the number of
+                targets.
         """
         inputs = {
             k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch

@@ -80,7 +80,7 @@ class Plan:
         layerwise: Whether large parameters are stepped inside the backward pass.
         clip: How gradients are clipped: by their norm, by value, or not at all ("none").
         accumulate: The number of micro-batches in an optimizer step.
-        precision: The precision, by Lightning's name.
+        precision: The precision in Lightning's notation, such as "bf16-mixed".
         scales_loss: Whether a gradient scaler scales the loss and may skip steps.
         adapter: The facts about the adapter; None trains every weight.
         quantised: Whether the weights under the adapter are quantised.

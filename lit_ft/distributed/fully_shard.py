@@ -61,6 +61,7 @@ def with_root_gathered(model: nn.Module, function: Callable[..., T], *args: Any)
 
     FSDP2 gathers the root module's weights in the model's own forward pass. A function that uses
     parts of a model, such as its transformer or its head's weight, does not call that forward pass.
+    Call such a function through this one.
 
     Args:
         model: The model, sharded or not.

@@ -70,7 +70,7 @@ def rewrites_base_weights(model: PeftModel) -> bool:
 def start_magnitudes(model: nn.Module) -> None:
     """Set DoRA's magnitudes [m] to the row norms of the weights [m, n] (arXiv:2402.09353).
 
-    Call this if the weights are loaded after the adapter is added, as soon as they are loaded. On a
+    If the weights are loaded after the adapter is added, call this once they are loaded. On a
     sharded model, call it on every rank; it gathers the weights of one layer at a time.
     """
     for layer in model.modules():

@@ -1,7 +1,7 @@
 """Dequantise GGUF weights once, and keep them as safetensors.
 
-transformers can read GGUF itself, but that takes ten seconds or more at every start, for a 135M
-model.
+transformers can read GGUF itself, but for a 135M model that takes ten seconds or more at every
+start.
 """
 
 from __future__ import annotations
