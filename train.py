@@ -14,14 +14,14 @@ CONF = Path(__file__).parent / "conf"
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Compose the objects that the configuration names, and run the job on them."""
+    """Build the objects that the configuration names, and run the job with them."""
     # Imported here so that --help and mistyped names answer at once.
     import lightning as L
     from lightning.pytorch.utilities import rank_zero_info
 
     from lit_ft.run.console import command_line_exits, quieten_libraries
 
-    quieten_libraries()  # the imports below have asides too
+    quieten_libraries()  # the imports below print messages too
     from lit_ft.run.config import also_chosen, refuse_untrusted, refuse_without_class
     from lit_ft.run.job import (
         available_accelerator,
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> float:
     from lit_ft.run.summary import RunSummary, redacted
 
     run = HydraConfig.get()
-    cfg.run_dir = run.runtime.output_dir  # of this job, also inside a sweep
+    cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> float:
         refuse_without_class(config)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
-        # Ahead of the trainer: whether it shards the weights decides their precision.
+        # Built before the trainer: the precision depends on whether it shards the weights.
         [strategy] = instantiate([config["trainer"].get("strategy", "auto")], _convert_="all")
         if config["trainer"]["precision"] is None:
             precision = sensible_precision(config["trainer"]["accelerator"], strategy)

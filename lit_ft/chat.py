@@ -18,7 +18,7 @@ Message = dict[str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer each message that is typed, or one `--prompt`, token by token."""
+    """Answer each message that the user types, or only `--prompt`, token by token."""
     options = _parser().parse_args(arguments)
     quieten_libraries()
     try:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:  # ends the answer, not the conversation
             print()
             continue
-        # A template that puts a space before an answer would double the answer's own.
+        # A template that puts a space before answers would double the answer's own space.
         conversation += [_user(text), {"role": "assistant", "content": answer.strip()}]
 
 
@@ -73,10 +73,11 @@ def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any)
 
 
 def exported_folder(run_dir: str | Path) -> Path:
-    """Return the Hugging Face folder of a run, or `run_dir` itself if it is one.
+    """Return the folder of a run's exported model, or `run_dir` itself if it is such a folder.
 
     Raises:
-        ValueError: If there is no run, or if it has exported nothing. Says what to do.
+        ValueError: If `run_dir` is neither a run's folder nor a model folder, or if the run has
+            exported no model. The message says what to do.
     """
     run_dir = Path(run_dir)
     if (run_dir / "config.json").is_file():

@@ -1,7 +1,7 @@
 """Write a run's checkpoint in Hugging Face format: `python -m lit_ft.export runs/r1`.
 
-A finished run has exported its last weights already. Use this to export its best weights, the
-weights of a run that did not finish, or another precision.
+A finished run has already exported its last weights. Use this to export its best weights, the
+weights of an unfinished run, or weights in another precision.
 """
 
 from __future__ import annotations

@@ -54,20 +54,22 @@ Batch = Mapping[str, Any]
 class CausalLMModule(LightningModule):
     """Fine-tune a causal language model.
 
-    Logs `train_loss` (the token mean over the global batch), `grad_norm` before clipping,
-    `val_loss` and `val_perplexity`.
+    Logs `train_loss` (the mean over the target tokens of the global batch), `grad_norm` before
+    clipping, `val_loss` and `val_perplexity`.
 
     Args:
         model: The source of the model, which is loaded in `configure_model`.
-        optimizer: Builds the optimizer from parameter groups, such as `partial(AdamW, lr=1e-4)`.
-        schedule: Builds the scheduler from the optimizer and the number of optimizer steps; None
-            keeps the rate constant.
+        optimizer: The function that builds the optimizer from parameter groups, such as
+            `partial(AdamW, lr=1e-4)`.
+        schedule: The function that builds the scheduler from the optimizer and the number of
+            optimizer steps; None keeps the learning rate constant.
         groups: The rules that put parameters into groups, with the options of each group.
-        adapter: A `peft.PeftConfig`; None for full fine-tuning.
-        loss: Sums the loss over target tokens; None uses `ChunkedCrossEntropy`. The first batch
-            shows whether a model transforms its logits or adds losses. It is then trained on its
-            own loss instead of the chunked one.
-        activation_checkpointing: Whether to recompute each block's activations in backward.
+        adapter: The configuration of an adapter, a `peft.PeftConfig`; None trains all weights.
+        loss: The loss, summed over target tokens; None uses `ChunkedCrossEntropy`. If the first
+            batch shows that the model transforms its logits or adds losses, the chunked loss is
+            replaced by the model's own.
+        activation_checkpointing: Whether to recompute each block's activations in backward, to save
+            memory.
         compile: Whether to compile the transformer with torch.compile.
         seed: The seed of an adapter's initial values, of dropout, and of the stochastic rounding of
             bfloat16 weights.
@@ -101,7 +103,7 @@ class CausalLMModule(LightningModule):
         self.compile_model = compile
         self.seed = seed
         self.model: Any = None  # configure_model sets a PreTrainedModel or PeftModel
-        # Not a MeanMetric, which leaves out NaN: a validation would look better than it is.
+        # Not a MeanMetric, which skips NaN: a validation would look better than it is.
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
         self._token_mean = TokenMean(self._sum_over_ranks)
@@ -114,7 +116,7 @@ class CausalLMModule(LightningModule):
         return self.source.load_tokenizer()
 
     def setup(self, stage: str) -> None:
-        """Check, before the model is loaded, what would otherwise fail later.
+        """Check the settings before the model is loaded, so that wrong ones fail early.
 
         Raises:
             Misconfiguration: If the run combines settings that cannot work together, or if the
@@ -126,7 +128,7 @@ class CausalLMModule(LightningModule):
         self._try_optimizer(in_subspaces=plan.basis is not None)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return the facts about optimizer, adapter and model that are known before they exist."""
+        """Return what is known about optimizer, adapter and model before they are built."""
         facts: dict[str, Any] = {
             "adapter": adapter_of(self.adapter),
             "quantised": isinstance(self.source, Quantizes)
@@ -162,19 +164,19 @@ class CausalLMModule(LightningModule):
         dtype = torch.get_default_dtype()
         if self.device_mesh is None:
             self._take(self.source.load_model(dtype))
-        else:  # `_shard` takes the model before it is loaded, which leaves it in evaluation mode
+        else:  # `_shard` sets `self.model`; loading then leaves it in evaluation mode
             self.source.load_model(dtype, shard=self._shard)
             model: Any = self.model
             start_magnitudes(model.train())
 
     def shard_model(self) -> None:
-        """Shard `model` over the ranks. A callback that changes its layers (GaLore) runs before."""
+        """Shard `self.model` over the ranks; `GaLore` injects its layers just before this runs."""
         assert isinstance(self.trainer.strategy, FSDP2Strategy | TensorParallelStrategy)
         self.trainer.strategy.shard(unwrap_peft(self.model))
 
     def _shard(self, model: Any) -> None:
         if self.adapter is not None and getattr(model, "is_quantized", False):
-            # The plan knows quantisation that is requested, not that of a model saved quantised.
+            # `setup` knows of requested quantisation, not of a model that was saved quantised.
             check_run(self.trainer, self, quantised=True)
         self._take(model)
         self.shard_model()
@@ -183,7 +185,7 @@ class CausalLMModule(LightningModule):
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.adapter is not None:
-            # The same values on all ranks, for any number of ranks and on any device.
+            # The adapter gets the same values on all ranks, whatever their number and device.
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.default_generator.manual_seed(self.seed)
                 model = add_adapter(model, self.adapter)
@@ -192,7 +194,7 @@ class CausalLMModule(LightningModule):
             unwrap_peft(model).base_model.compile()
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer on the groups, and its schedule for the trainer's number of steps."""
+        """Build the optimizer from the groups, and its schedule for the trainer's steps."""
         optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
         optimizer = row_chunked(stochastically_rounded(optimizer, seed=self.seed))
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -208,17 +210,18 @@ class CausalLMModule(LightningModule):
         }
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make dropout depend only on seed, rank and batch, so that a resumed run repeats it."""
-        # Saving the random state instead would miss what loaders and validations draw in between.
+        """Make dropout depend only on seed, rank, epoch and batch, so a resumed run repeats it."""
+        # A saved random state would not include what loaders and validations draw in between.
         key = (self.seed, self.global_rank, self.current_epoch, batch_idx)
         torch.manual_seed(keyed_generator(torch.device("cpu"), *key).initial_seed())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the micro-batch's part of the global batch's loss."""
+        """Return this micro-batch's part of the loss of the global batch."""
         loss_sum, num_targets = self.loss_sum(batch)
         _, shares = data_parallel_rank(self.trainer)
         loss = self._token_mean.add(loss_sum, num_targets, alone=shares == 1)
-        # Lightning divides by the number of micro-batches, data parallelism by that of ranks.
+        # Lightning divides the loss by the number of micro-batches, and data parallelism divides
+        # the gradients by the number of ranks.
         return loss * (self.trainer.accumulate_grad_batches * shares)
 
     def optimizer_step(
@@ -228,12 +231,12 @@ class CausalLMModule(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step and free the gradients, which Lightning would keep through the next forward pass."""
+        """Step, then free the gradients, which Lightning would keep in the next forward pass."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the accumulated gradient into the gradient of the token mean.
+        """Turn the accumulated gradient into that of the mean loss over the target tokens.
 
         Raises:
             FloatingPointError: If the loss of the global batch is not finite.
@@ -253,7 +256,7 @@ class CausalLMModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, and log the norm that clipping by norm computes anyway."""
+        """Clip as Lightning does, and log the gradient norm if it is computed for clipping."""
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -262,7 +265,7 @@ class CausalLMModule(LightningModule):
         self.log("grad_norm", full_tensor(norm))
 
     def on_validation_epoch_start(self) -> None:
-        """Start a new token mean."""
+        """Reset the sums from which the validation loss is computed."""
         for metric in (self.val_loss_sum, self.val_targets):
             # bf16-true makes the metric's sum bfloat16, which stops growing at 256 targets.
             metric.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
@@ -271,13 +274,13 @@ class CausalLMModule(LightningModule):
             metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to the token mean."""
+        """Add the batch's loss and its number of targets to the sums."""
         loss_sum, num_targets = self.loss_sum(batch)
         self.val_loss_sum.update(loss_sum)
         self.val_targets.update(num_targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the token mean over all batches and ranks."""
+        """Log the mean loss over the target tokens of all batches and ranks."""
         loss = self.val_loss_sum.compute() / self.val_targets.compute()
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
 
@@ -285,8 +288,9 @@ class CausalLMModule(LightningModule):
         """Return the loss summed over the batch's target tokens, and their number.
 
         Args:
-            batch: The batch, with `input_ids` and `labels` [B, T] and, where needed,
-                `attention_mask` or `position_ids` [B, T] and `num_targets`.
+            batch: The batch, with `input_ids` and `labels` [B, T]. It may also have
+                `attention_mask` and `position_ids` [B, T], and `num_targets`, the number of
+                targets.
         """
         inputs = {
             k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
@@ -314,7 +318,7 @@ class CausalLMModule(LightningModule):
         """Load a checkpoint, which may leave out the frozen weights under an adapter.
 
         Raises:
-            RuntimeError: If the checkpoint is of another model or adapter.
+            RuntimeError: If the checkpoint belongs to another model or adapter.
         """
         frozen = self._reloadable()
         if not frozen:
@@ -329,7 +333,7 @@ class CausalLMModule(LightningModule):
         return result
 
     def _reloadable(self) -> tuple[str, ...]:
-        """Return the names of the weights that a new `configure_model` restores exactly."""
+        """Return the names of the frozen weights that `configure_model` can load again exactly."""
         if not isinstance(self.model, PeftModel) or rewrites_base_weights(self.model):
             return ()
         return tuple(
@@ -337,7 +341,7 @@ class CausalLMModule(LightningModule):
         )
 
     def _probe_model_on(self, inputs: Mapping[str, Tensor]) -> None:
-        """Check the assumptions of the loss and of packing on the first batch that shows them."""
+        """Check what the loss and packing assume of the model, on the first batch that shows it."""
         if "loss" in self._unchecked:
             self._unchecked.discard("loss")
             row = inputs["input_ids"][:1, :64]

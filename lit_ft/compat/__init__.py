@@ -1,6 +1,6 @@
-"""What goes together: facts about choices, rules over facts, and one error that renders them.
+"""What works together: facts about choices, rules over the facts, and the error they raise.
 
-What lit_ft needs of objects that others write is here too, as protocols.
+The protocols for objects that other projects write are here too.
 """
 
 from lit_ft.compat.protocols import (

@@ -1,4 +1,4 @@
-"""What goes together, as a table for people: the rules applied to every combination."""
+"""A table of what works together, made by applying the rules to every combination."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def support_table(
     strategies: Mapping[str, Facts],
     variations: Iterable[Facts],
 ) -> str:
-    """Return a Markdown table of what goes together, and its notes.
+    """Return a Markdown table of what works together, followed by its notes.
 
     Each column is a strategy. Each row is an optimizer with all choices of GaLore for which its
     cells are the same. "yes" means that a plain run works, and its notes say why some variations of

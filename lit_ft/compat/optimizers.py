@@ -1,4 +1,4 @@
-"""The table of optimizers: the facts about each class's steps that decide what it goes with."""
+"""The table of optimizer classes: the traits that decide what each class works with."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ Unit = Literal["element", "row", "parameter", "optimizer"]
 
 @dataclass(frozen=True)
 class Mean:
-    """A state entry that is a running mean of gradients: it turns with the basis."""
+    """The rule for a running mean of gradients in the state: it rotates with the basis."""
 
     key: str
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The entries that the rule reads."""
+        """The names of the state entries that the rule reads."""
         return (self.key,)
 
 
 @dataclass(frozen=True)
 class Square:
-    """A state entry that is a running mean of squared gradients, per column if it is 1-D."""
+    """The rule for a running mean of squared gradients, one value per column if it is 1-D."""
 
     key: str
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The entries that the rule reads."""
+        """The names of the state entries that the rule reads."""
         return (self.key,)
 
 
 @dataclass(frozen=True)
 class MeanAndSquare:
-    """Both moments of Adam, with the count of steps that their bias correction needs."""
+    """The rule for both moments of Adam, with the step count for their bias correction."""
 
     mean: str
     square: str
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The entries that the rule reads."""
+        """The names of the state entries that the rule reads."""
         return (self.mean, self.square, "step")
 
 
@@ -56,25 +56,26 @@ _USUAL = (MeanAndSquare("exp_avg", "exp_avg_sq"), Mean("momentum_buffer"), Mean(
 
 @dataclass(frozen=True)
 class Traits:
-    """The facts about an optimizer's steps that decide what it goes with.
+    """The facts about an optimizer's steps that decide what it works with.
 
     Attributes:
-        unit: The smallest part that the optimizer can step alone with the same result: an element;
-            a row, or a block of elements within rows; a parameter; or only all parameters together.
-        works_from_zero: Whether the step of a parameter depends on its gradient and state, and not
-            on its value. The optimizer can then step GaLore's parameters, which are zero before
-            each step.
-        decoupled_decay: Whether weight decay shrinks the weights and is not added to the gradient.
-        sharded_rows: Whether a rank can step the rows that it holds of a parameter.
-        own_rate: Whether the optimizer chooses its learning rate, so that no schedule applies.
-        step_size: The kind of step: "unit" has one size (an RMS near 1, times the rate), "gradient"
-            has the size of the gradient, and "spectral" is a matrix with a spectral norm that
-            depends on its shape.
+        unit: The smallest part that can be stepped by itself with the same result. "row" includes
+            blocks of elements within a row, and "optimizer" means all parameters together.
+        works_from_zero: Whether a parameter's step depends only on its gradient and state, not on
+            its value. The optimizer can then step GaLore's parameters, which are zero before each
+            step.
+        decoupled_decay: Whether weight decay shrinks the weights directly, instead of being added
+            to the gradient.
+        sharded_rows: Whether a rank can step only the rows of a parameter that it holds.
+        own_rate: Whether the optimizer sets its own learning rate, so that no schedule applies.
+        step_size: The size of a step before the learning rate multiplies it: "unit" for an RMS near
+            1, "gradient" for the size of the gradient, and "spectral" for a matrix whose spectral
+            norm depends on its shape.
         moments: The rules by which the state follows a change of basis; empty if none is known.
         movable_state: Whether the state can be rewritten between two steps.
-        copies_on_cpu: Whether a step on the CPU holds several float32 copies of the parameter.
-        why: The reason for a missing ability, as a clause.
-        instead: The nearest choices of `optim=` that have the missing ability.
+        copies_on_cpu: Whether a step on the CPU makes several float32 copies of the parameter.
+        why: The reason why the optimizer lacks an ability, as a clause for messages.
+        instead: The choices of `optim=` that have the missing ability, the closest first.
     """
 
     unit: Unit = "parameter"
@@ -96,12 +97,12 @@ class Traits:
 
     @property
     def rowwise(self) -> bool:
-        """Whether some rows of a parameter can be stepped without the others."""
+        """Whether some rows of a parameter can be stepped without the other rows."""
         return self.unit in ("element", "row")
 
     @property
     def per_parameter(self) -> bool:
-        """Whether a parameter can be stepped without the others."""
+        """Whether a parameter can be stepped without the other parameters."""
         return self.unit != "optimizer"
 
 
@@ -122,8 +123,8 @@ _BNB_NORMED = replace(
 )
 _COUPLED = Traits(unit="element", decoupled_decay=False)
 
-# Patterns are searched in "module.Class"; the first that fits decides. If none fits a class, its
-# bases are looked up. A class without any entry has `Traits()`.
+# Patterns are searched in "module.Class", and the first that matches decides. If none matches a
+# class, its base classes are looked up. A class without any entry has `Traits()`.
 TABLE: tuple[tuple[str, Traits], ...] = (
     # torch
     (r"^torch\.optim\.adamw\.AdamW$", Traits(unit="element")),
@@ -197,7 +198,7 @@ TABLE: tuple[tuple[str, Traits], ...] = (
             instead=("adafactor_fixed", "adafactor"),
         ),
     ),
-    # bitsandbytes, whose class names say the kind
+    # bitsandbytes, whose class names tell the kind of optimizer
     (
         r"^bitsandbytes\..*\.Paged\w+$",
         replace(
@@ -271,10 +272,11 @@ TABLE: tuple[tuple[str, Traits], ...] = (
 
 
 def traits_of(kind: type) -> Traits:
-    """Return the traits of a class of optimizers.
+    """Return the traits of an optimizer class.
 
-    A class that wraps another (`wrapped_class`) has the traits of the wrapped class. A class with a
-    step of its own is not trusted with parts of a parameter, whatever its bases can do.
+    A class that wraps another (`wrapped_class`) has the traits of the wrapped class. If a subclass
+    overrides `step`, it is assumed to need whole parameters, even if its base class can step single
+    rows or elements.
     """
     kind = unwrapped(kind)
     for base in kind.__mro__:
@@ -292,14 +294,14 @@ def traits_named(name: str) -> Traits | None:
 
 
 def unwrapped(kind: type) -> type:
-    """Return the class that an optimizer had before it was wrapped."""
+    """Return the class that an optimizer class wraps, or the class itself if it wraps none."""
     while (wrapped := vars(kind).get("wrapped_class")) is not None:
         kind = wrapped
     return kind
 
 
 def class_of(build: Callable[..., Any]) -> type | None:
-    """Return the class that an optimizer's constructor or a partial of it makes, if it is known."""
+    """Return the optimizer class that `build`, a class or a partial, makes; None if unknown."""
     kind = getattr(build, "func", build)
     return kind if isinstance(kind, type) else None
 

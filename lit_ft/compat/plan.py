@@ -1,4 +1,4 @@
-"""The choices that a run combines, as the plain values that rules look at."""
+"""The choices that a run combines, as plain values for the rules to check."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Basis:
 
     @property
     def choice(self) -> str | None:
-        """The choice of `galore=` with this projector; None for a projector of another project."""
+        """The choice of `galore=` that has this projector; None if no choice has it."""
         return _PROJECTORS.get(self.projector)
 
 
@@ -48,7 +48,7 @@ BASES = {
     choice: Basis(projector, forms_gradients=choice in ("svd", "paper"))
     for projector, choice in _PROJECTORS.items()
 }
-"""The facts about each choice of `galore=`; "paper" starts from an SVD."""
+"""The facts about each choice of `galore=`. "paper" forms gradients for its SVD at the start."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Adapter:
     """The facts about an adapter.
 
     Attributes:
-        kind: The name of the class of the adapter's configuration.
-        init: The way in which the adapter's values start, as in `init_lora_weights`.
-        options: The names of the other options that are not at their defaults.
+        kind: The name of the adapter's configuration class.
+        init: How the adapter's values are initialised, as in peft's `init_lora_weights`.
+        options: The names of all other options whose values differ from the defaults.
     """
 
     kind: str = "LoraConfig"
@@ -73,26 +73,26 @@ class Plan:
     Attributes:
         optimizer: The name of the optimizer's class; empty if it is not known yet.
         traits: The traits of the optimizer's class.
-        parallel: The way in which the model is spread over the devices; "undefined" stands for
-            Lightning's `ModelParallelStrategy`, which leaves it open.
+        parallel: How the model is spread over the devices. "undefined" stands for Lightning's
+            `ModelParallelStrategy`, which does not define it.
         strategy: The name of the strategy's class.
-        devices: The number of processes of the run, on all nodes.
+        devices: The number of processes of the run on all nodes together.
         layerwise: Whether large parameters are stepped inside the backward pass.
-        clip: The measure by which gradients are clipped.
+        clip: How gradients are clipped: by their norm, by value, or not at all ("none").
         accumulate: The number of micro-batches in an optimizer step.
-        precision: The precision, by Lightning's name.
+        precision: The precision in Lightning's notation, such as "bf16-mixed".
         scales_loss: Whether a gradient scaler scales the loss and may skip steps.
         adapter: The facts about the adapter; None trains every weight.
         quantised: Whether the weights under the adapter are quantised.
         basis: The facts about GaLore's projector; None trains without GaLore.
         compiled: Whether torch.compile runs the model.
-        finds_batch_size: Whether the largest micro-batch that fits is measured first.
+        finds_batch_size: Whether the run first measures the largest micro-batch that fits.
         module: The name of the module's class.
         optimizes_by_hand: Whether the module steps its optimizer itself.
-        clips_its_own_way: Whether the module overrides how gradients are clipped.
-        back_propagates_its_own_way: Whether the module overrides the backward pass.
-        copied_before_galore: The name of a callback before GaLore that copies the module; None if
-            there is none.
+        clips_its_own_way: Whether the module clips gradients in a way of its own.
+        back_propagates_its_own_way: Whether the module runs backward in a way of its own.
+        copied_before_galore: The name of a callback that copies the module before `GaLore` changes
+            it; None if there is none.
         finds_rate: Whether Lightning's learning rate finder runs.
     """
 
@@ -125,7 +125,7 @@ class Plan:
 
 
 def parallel_of(kind: type) -> Parallel:
-    """Return how a class of Lightning strategies spreads a model over the devices."""
+    """Return how a Lightning strategy class spreads a model over the devices."""
     for base in kind.__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         for pattern, parallel in _STRATEGIES:
@@ -135,7 +135,7 @@ def parallel_of(kind: type) -> Parallel:
 
 
 def adapter_of(config: Any) -> Adapter | None:
-    """Return the facts about an adapter's configuration, a `peft.PeftConfig` or None."""
+    """Return the facts about an adapter, from its `peft.PeftConfig`; None if `config` is None."""
     if config is None:
         return None
     kind = type(config)

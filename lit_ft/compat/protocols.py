@@ -27,9 +27,9 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 class HasModel(Protocol):
     """A module whose network is `model`; without it the module itself is the network.
 
-    `GaLore` injects its layers into it, and `StartTable` and `ThroughputMonitor` count its weights.
-    `SampleGenerations` needs `model.generate`, `ExportHF` needs `model.save_pretrained`, and
-    `AutoBatchSize` needs `model.get_input_embeddings`.
+    `GaLore` injects its layers into the network, and `StartTable` and `ThroughputMonitor` count its
+    weights. `SampleGenerations` needs `model.generate`, `ExportHF` needs `model.save_pretrained`,
+    and `AutoBatchSize` needs `model.get_input_embeddings`.
 
     Attributes:
         model: The network; None until `configure_model` has made it.
@@ -53,7 +53,7 @@ class HasTokenizer(Protocol):
 
 @runtime_checkable
 class Named(Protocol):
-    """A module's `source` of its model that has a human-readable name.
+    """The `source` of a module's model, if it has a human-readable name.
 
     `StartTable` and `summary.json` show the name; without it they show the class.
 
@@ -67,7 +67,7 @@ class Named(Protocol):
 
 @runtime_checkable
 class Quantizes(Protocol):
-    """A module's `source` that can load the model's weights quantised.
+    """The `source` of a module's model, if it can load the weights quantised.
 
     `CausalLMModule` reads the attribute before the weights are loaded, to refuse settings that do
     not work with quantised weights.
@@ -83,12 +83,12 @@ class Quantizes(Protocol):
 class ShardsModel(Protocol):
     """A module that shards its model over the ranks in its method `shard_model`.
 
-    When the method is called, `GaLore` injects its layers just before it runs, because layers
-    cannot be replaced once they are sharded.
+    `GaLore` injects its layers just before this method runs, because layers cannot be replaced once
+    they are sharded.
     """
 
     def shard_model(self) -> None:
-        """Shard the model; `configure_model` calls this."""
+        """Shard the model over the ranks; the module's `configure_model` calls this."""
 
 
 @runtime_checkable
@@ -108,7 +108,7 @@ class LoadsAfterSharding(Protocol):
 class SumsLoss(Protocol):
     """A module that can compute the loss of a batch outside a training step.
 
-    `AutoBatchSize` measures the memory that this takes.
+    `AutoBatchSize` calls `loss_sum` to measure the memory that a batch takes.
     """
 
     def loss_sum(self, batch: Any) -> tuple[Tensor, int]:
@@ -119,7 +119,8 @@ class SumsLoss(Protocol):
 class PlansAhead(Protocol):
     """A module or callback that can say what it will do before the model is loaded.
 
-    `lit_ft.distributed.plan` calls it, so that combinations that cannot work are refused early.
+    `lit_ft.distributed.plan` calls `plan_facts`, so that combinations that cannot work are refused
+    early.
     """
 
     def plan_facts(self, trainer: Any, module: Any) -> Mapping[str, Any]:
@@ -232,7 +233,8 @@ class WrapsOptimizer(Protocol):
 class SumsCrossEntropy(Protocol):
     """An output head that computes the loss from hidden states itself, as heads in subspaces do.
 
-    `ChunkedCrossEntropy` calls it, so that no gradient of size [vocabulary, d] is formed.
+    `ChunkedCrossEntropy` leaves the loss to such a head, so that no gradient of size [vocabulary,
+    d] is formed.
     """
 
     def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:

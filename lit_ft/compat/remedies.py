@@ -1,10 +1,10 @@
-"""The remedies that refusals share, each in the words of Python and of the command line."""
+"""The remedies that refusals share, each worded for Python and for the command line."""
 
 from __future__ import annotations
 
 from lit_ft.compat.refusal import Remedy
 
-# The class that a choice of `optim=` builds, and the remedy in Python.
+# For each choice of `optim=`: the class that it builds, and the remedy in Python.
 OPTIMIZERS = {
     "adafactor": (
         "lit_ft.optim.adafactor.RelativeStepAdafactor",
@@ -23,7 +23,7 @@ OPTIMIZERS = {
     ),
     "sgd": ("torch.optim.sgd.SGD", "use SGD"),
 }
-# The presets of `optim=` with GaLore: their optimizer, and their choice of `galore=`.
+# For each preset of `optim=` with GaLore: its optimizer, and its choice of `galore=`.
 PRESETS = {
     "galore": ("adamw", "iteration"),
     "galore_subspace": ("adamw", "online"),
@@ -37,7 +37,8 @@ def optimizer(choice: str, *, galore: str | None = None) -> Remedy:
 
     Args:
         choice: The choice of `optim=` to use.
-        galore: The choice of `galore=` to keep, if the run has one; presets have their own.
+        galore: The choice of `galore=` that the run keeps; None if it has none. Presets of `optim=`
+            bring their own choice.
     """
     if choice in PRESETS:
         base, projector = PRESETS[choice]

@@ -1,4 +1,4 @@
-"""What does not go together: rules over a plan, each with its reason and its remedies."""
+"""Rules for what does not work together: each gives a reason and remedies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check(plan: Plan, *, parts: Collection[Part] = PARTS) -> None:
 
 
 def goes(plan: Plan) -> bool:
-    """Return whether no rule refuses the plan."""
+    """Return whether the plan can work, which means that no rule refuses it."""
     return all(rule.ask(plan) is None for rule in _RULES)
 
 
@@ -376,7 +376,8 @@ def _fsdp_steps_rows(plan: Plan) -> Refusal | None:
     )
 
 
-# Options that read no base weight, change none, and train no copy of one.
+# LoRA options that work without whole weights: they neither read nor change base weights, and train
+# no copy of one.
 _WORK_SHARDED = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "runtime_config", "r", "lora_alpha", "lora_dropout"),

@@ -65,14 +65,16 @@ def load_parts(
     *,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Load the folder `path` into the sharded `module` and `optimizers`; return the rest of it.
+    """Load the checkpoint folder `path` into `module` and `optimizers`; return its other entries.
 
-    Call it on every rank. Each rank reads its part, however many ranks saved the folder.
+    Call this on every rank. Each rank reads its part of the sharded tensors, however many ranks
+    saved the checkpoint.
 
     Raises:
-        KeyError: If the folder holds only weights, and there are optimizers.
-        RuntimeError: If it is of another model or optimizer.
-        ValueError: If it is broken, or holds objects other than plain values.
+        KeyError: If there are optimizers, and the checkpoint holds only weights.
+        RuntimeError: If the checkpoint belongs to another model or optimizer.
+        ValueError: If the checkpoint is broken, or holds objects other than tensors and plain
+            values.
     """
     folder = CheckpointFolder(path)
     rest = folder.load_rest(weights_only=weights_only is not False)
@@ -100,11 +102,13 @@ def load_file(
     *,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Load the file `path`, saved by one process or any number of ranks, as `load_parts` does.
+    """Load the checkpoint file `path`, otherwise as `load_parts` does.
+
+    The file may have been saved by one process or by any number of ranks.
 
     Raises:
-        KeyError: If the file holds only weights, and there are optimizers.
-        RuntimeError: If it is of another model or optimizer.
+        KeyError: If there are optimizers, and the checkpoint holds only weights.
+        RuntimeError: If the checkpoint belongs to another model or optimizer.
     """
     checkpoint: dict[str, Any] = torch.load(
         path, map_location="cpu", mmap=True, weights_only=weights_only is not False
@@ -154,7 +158,7 @@ def _of_the_model_alone(path: Path) -> KeyError:
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:
-    """Run `action` on the first rank; raise its OSError on all ranks."""
+    """Run `action` on rank 0; if it fails, raise OSError on all ranks."""
     failed: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

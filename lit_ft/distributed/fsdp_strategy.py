@@ -65,7 +65,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"data_parallel_replicate_size={replicas} is not a number of replicas",
                 Remedy("give an integer of at least 1, or auto (one on each node)"),
             )
-        # Gradients are reduced on the GPU; their norm is computed on the host.
+        # NCCL reduces gradients on the GPU; gloo reduces their norm on the host.
         if cpu_offload and torch.cuda.is_available():
             options.setdefault("process_group_backend", "cuda:nccl,cpu:gloo")
         super().__init__(
@@ -122,7 +122,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 child.to(self.root_device)
 
     def shard(self, model: nn.Module) -> None:
-        """Shard `model` over the ranks; call it in `configure_model`."""
+        """Shard `model` over the ranks; call this in the module's `configure_model`."""
         options: dict[str, Any] = {"reshard_after_forward": self.reshard_after_forward}
         if self.precision_plugin.precision == "bf16-mixed":
             options["mp_policy"] = MixedPrecisionPolicy(
@@ -164,7 +164,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Save on all ranks; the earlier checkpoint at `filepath` stays until this is complete.
+        """Save on all ranks; the checkpoint at `filepath` stays until the new one is complete.
 
         Raises:
             OSError: On all ranks, if one of them could not write. The message gives the reason.

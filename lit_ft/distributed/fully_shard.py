@@ -29,11 +29,11 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
     Args:
         model: A transformers model, with values or still on the meta device.
         mesh: The mesh of the data-parallel ranks.
-        **options: Options of `fully_shard`, such as `reshard_after_forward`, `mp_policy` or
-            `offload_policy`.
+        **options: Further options of torch's `fully_shard`, such as `reshard_after_forward`,
+            `mp_policy` or `offload_policy`.
 
     Raises:
-        Refusal: If the model does not name its blocks.
+        Refusal: If the model does not name its blocks in `_no_split_modules`.
     """
     block_names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in block_names]
@@ -46,10 +46,11 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
         )
     for block in reversed(blocks):  # so that a block inside another comes first
         fully_shard(block, mesh=mesh, **options)
-    # The root's weights are the last in forward, and the first that backward needs again.
+    # The root's weights are the last that forward uses and the first that backward needs, so they
+    # are not resharded in between.
     fully_shard(model, mesh=mesh, **{**options, "reshard_after_forward": False})
     for module in model.modules():
-        if isinstance(module, SubspaceLayer):  # to the device of its buffers
+        if isinstance(module, SubspaceLayer):  # move it to its buffers' device
             module.energy.data = module.energy.data.to(module.basis.device)
     setattr(model, _GATHERED, types.MethodType(_call, model))
     register_fsdp_forward_method(model, _GATHERED)
@@ -58,8 +59,9 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
 def with_root_gathered(model: nn.Module, function: Callable[..., T], *args: Any) -> T:
     """Call `function(*args)` as if it were `model`'s forward pass.
 
-    A function that works on parts of a model (its transformer, its head's weight) does not call the
-    model's own forward pass, in which FSDP2 gathers the root's weights.
+    FSDP2 gathers the root module's weights in the model's own forward pass. A function that uses
+    parts of a model, such as its transformer or its head's weight, does not call that forward pass.
+    Call such a function through this one.
 
     Args:
         model: The model, sharded or not.
@@ -71,7 +73,7 @@ def with_root_gathered(model: nn.Module, function: Callable[..., T], *args: Any)
         return function(*args)
     result: T = getattr(root, _GATHERED)(function, *args)
     if not torch.is_grad_enabled():
-        root.reshard()  # with gradients, the backward pass does it
+        root.reshard()  # with gradients, the backward pass reshards
     return result
 
 

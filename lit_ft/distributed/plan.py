@@ -1,4 +1,4 @@
-"""The plan of a run: what its trainer, callbacks and module combine, for the rules to check."""
+"""Collect the plan of a run from its trainer, callbacks and module, and check it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_ft.compat.rules import PARTS, Part, refusals
 
 
 class Misconfiguration(MisconfigurationException, Refusal):
-    """A refusal as the exception that Lightning's users know."""
+    """A `Refusal` that is also Lightning's `MisconfigurationException`."""
 
 
 def check_run(
@@ -32,11 +32,11 @@ def check_run(
     Args:
         trainer: The trainer, set up or not.
         module: The module that the trainer will train.
-        parts: The parts of the run whose rules are checked; see `lit_ft.compat.rules.refusals`.
-        **changes: Fields of the plan to replace, because they are known better now.
+        parts: The parts of lit_ft whose rules to apply; see `lit_ft.compat.rules.refusals`.
+        **changes: New values for fields of the plan, where the caller knows more than `plan_of`.
 
     Raises:
-        Misconfiguration: If the plan cannot work. Names the reason and the remedies.
+        Misconfiguration: If the plan cannot work. The message gives the reason and the remedies.
     """
     plan = replace(plan_of(trainer, module), **changes)
     for refusal in refusals(plan, parts=parts):
@@ -45,14 +45,15 @@ def check_run(
 
 
 def plan_of(trainer: Trainer, module: LightningModule) -> Plan:
-    """Return the plan of what the trainer, its callbacks and the module combine.
+    """Return the plan of a run, as its trainer, callbacks and module describe it.
 
-    Less is known of another project's module before it has built its optimizer. Nothing is refused
-    that is not known.
+    Before another project's module has built its optimizer, less is known about it. Unknown fields
+    keep their defaults, which no rule refuses.
 
     Args:
         trainer: The trainer, set up or not.
-        module: The module to train, which may be a `PlansAhead`, as `CausalLMModule` is.
+        module: The module to train. If it has a method `plan_facts`, as `CausalLMModule` has, the
+            plan contains what that method returns.
     """
     strategy = type(trainer.strategy)
     facts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Tensor parallelism: cut each layer's matrices over a node's devices, by transformers' plan."""
+"""Tensor parallelism: split each layer's matrices over a node's devices."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from lit_ft.compat import remedies
 from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.tensors.sharding import is_sharded
 
-# The styles of transformers whose gradients are right over several micro-batches too.
-# "replicated_with_grad_allreduce" (Qwen3's norms of heads) sums accumulated gradients again.
+# transformers' styles whose gradients stay correct when micro-batches are accumulated.
+# "replicated_with_grad_allreduce" (for the head norms of Qwen3) would sum the accumulated gradients
+# over the ranks again in each micro-batch.
 _STYLES = {"colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"}
 
 
 class TensorParallelStrategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all ranks tensor-parallel (arXiv:1909.08053).
 
-    All ranks see the same batch, and each computes a part of every layer. A layer needs two
-    all-reduces of activations a pass. Use it on the devices of one node, for models whose single
-    layers are large.
+    All ranks see the same batch, and each computes a part of every layer. In each pass, forward or
+    backward, a layer needs two all-reduces of activations. Use this strategy on the devices of one
+    node, for models whose single layers are large.
 
     Args:
-        save_distributed_checkpoint: Whether a checkpoint has one file for each rank. Otherwise it
-            is one file, which rank 0 writes.
-        **options: The options `process_group_backend` and `timeout` of `ModelParallelStrategy`.
+        save_distributed_checkpoint: Whether each rank writes a checkpoint file of its own.
+            Otherwise a checkpoint is one file, which rank 0 writes.
+        **options: The options `process_group_backend` and `timeout` to pass on to
+            `ModelParallelStrategy`.
     """
 
     def __init__(self, *, save_distributed_checkpoint: bool = False, **options: Any) -> None:
@@ -66,25 +68,27 @@ class TensorParallelStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, model: PreTrainedModel) -> None:
-        """Cut `model` over the ranks; call it in `configure_model`."""
+        """Split `model` over the ranks; call this in the module's `configure_model`."""
         tensor_parallel_model(model, self.device_mesh["tensor_parallel"])
 
 
 def tensor_parallel_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Cut the matrices in the model's plan over the ranks of `mesh`, in place.
+    """Split the matrices that the model's plan names over the ranks of `mesh`, in place.
 
-    Parameters that the plan does not name (norms) are whole on every rank. They are DTensors too,
-    because torch's functions on many tensors accept no mixture.
+    The plan is transformers' tensor-parallel plan for the model. Parameters that it does not name,
+    such as norms, are whole on every rank. They become DTensors too, because torch's functions on
+    many tensors do not accept DTensors and plain tensors together.
 
     Args:
         model: The model, with the same values on all ranks or still on the meta device.
-        mesh: The mesh of the tensor-parallel ranks, with one dimension.
+        mesh: The one-dimensional mesh of the tensor-parallel ranks.
 
     Raises:
-        Misconfiguration: If transformers has no plan for the model or one with parts that would be
-            trained wrongly, if the ranks do not divide the heads, or if the model has dropout.
+        Misconfiguration: If transformers has no plan for the model, if the plan would train parts
+            of the model wrongly, if the number of ranks does not divide the numbers of heads, or if
+            the model has dropout.
     """
-    for name in model.all_tied_weights_keys:  # the plan treats each by itself; tied again below
+    for name in model.all_tied_weights_keys:  # the plan needs them untied; tied again below
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(parent)
         module.register_parameter(own, nn.Parameter(module.get_parameter(own).detach()))
@@ -122,8 +126,8 @@ def _plan(model: PreTrainedModel, ranks: int) -> dict[str, str]:
                 remedies.FEWER_DEVICES,
                 remedies.FSDP,
             )
-    # Ranks would need equal random numbers where activations are whole, and others where they are
-    # cut.
+    # Ranks would need the same random numbers where activations are whole, and different ones where
+    # activations are split.
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     if drops or getattr(config, "attention_dropout", False):
         raise Misconfiguration(

@@ -1,4 +1,4 @@
-"""The training loss: a sum over target tokens, and the mean that a step optimises."""
+"""The training loss: a sum over target tokens, from which each step takes the mean."""
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy, TokenLoss, chunked_cross_entropy, unwrap_peft
 from lit_ft.loss.model_loss import ModelLoss

@@ -1,4 +1,4 @@
-"""The training loss: a sum over target tokens, without the [tokens, vocabulary] logits."""
+"""The training loss: a sum over target tokens, without forming [tokens, vocabulary] logits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.tensors.sharding import is_sharded
 
 _CHUNK_TOKENS = 256
-_FLOAT16_UNIT = 64.0  # nats: float16 ends at 65,504, which 32 texts of 1,024 tokens can reach
+_FLOAT16_UNIT = 64.0  # nats: float16 ends at 65,504, and 32 rows of 1,024 tokens can exceed it
 
 
 class TokenLoss(Protocol):
-    """Sums the loss over the target tokens of a batch."""
+    """A callable that sums the loss over the target tokens of a batch."""
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Return the summed loss, a scalar; `labels` [B, T] are not shifted, -100 is ignored."""
+        """Return the loss summed over the batch's targets; `labels` [B, T] are not shifted."""
 
 
 def chunked_cross_entropy(
@@ -39,24 +39,25 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum the next-token cross-entropy over the target positions, a chunk of tokens at a time.
 
-    Positions without a target are left out before the product with the head, and torch's
-    `linear_cross_entropy` holds the logits of one chunk only.
+    Positions without a target are left out before the product with the head. torch's
+    `linear_cross_entropy` then holds the logits of one chunk at a time.
 
     Args:
-        hidden: The last hidden states [B, T, d].
+        hidden: The hidden states of the last layer [B, T, d].
         weight: The weight [V, d] of the output head.
-        labels: The labels [B, T], unshifted: `hidden[:, t]` predicts `labels[:, t + 1]`; -100 is
-            ignored.
-        bias: The bias [V] of the output head, or None.
-        chunk_tokens: The most target tokens in a chunk. None leaves it to torch on a GPU and takes
-            256 on the CPU, where torch's own choice is one token (1/6 of the speed at V = 49,152).
-        repeatable: Whether backward may run more than once over the graph, which torch's op
-            refuses. It costs one more copy of the head's gradient.
+        labels: The token ids [B, T], not shifted: `hidden[:, t]` predicts `labels[:, t + 1]`. -100
+            marks positions without a target.
+        bias: The bias [V] of the output head; None if it has none.
+        chunk_tokens: The largest number of target tokens in a chunk. None uses 256 on the CPU, and
+            torch's own choice on a GPU. (On the CPU, torch would choose one token, at 1/6 of the
+            speed for V = 49,152.)
+        repeatable: Whether backward can run more than once over the graph, which torch's op does
+            not allow. This costs one more copy of the head's gradient.
 
     Returns:
-        The sum in nats, a float32 scalar (float64 for float64 inputs); zero, with a graph, where
-        there is no target. For bfloat16 inputs it is rounded to 3 digits while gradients are
-        recorded, and otherwise summed in float32.
+        The sum in nats, a float32 scalar (float64 for float64 inputs). Without any target it is
+        zero and still has a graph. For bfloat16 inputs, it is rounded to 3 digits while gradients
+        are recorded, and otherwise summed in float32.
     """
     if not torch.is_grad_enabled():
         head = partial(linear, weight=weight, bias=bias)
@@ -73,7 +74,7 @@ def chunked_cross_entropy(
     summed = partial(
         linear_cross_entropy,
         target=targets,
-        reduction="sum",  # comes back in the input's dtype; its gradient is not rounded that way
+        reduction="sum",  # has the input's dtype; the gradient is not rounded to it
         ignore_index=IGNORE_INDEX,
         weight=None if unit == 1.0 else weight.new_full(weight.shape[:1], 1.0 / unit),
         options=LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens, acc_policy=policy),
@@ -93,16 +94,17 @@ def cross_entropy_through(
     *,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Sum the same cross-entropy from the logits that `head` computes, once per chunk and pass.
+    """Sum the next-token cross-entropy, chunk by chunk, from the logits that `head` computes.
 
-    This is for a head that is sharded over ranks (tensor parallelism). Its own forward pass gathers
-    the logits of a chunk, so the loss need not know how it is cut.
+    The head runs once for each chunk in forward, and again in backward. This suits a head that is
+    sharded over ranks by tensor parallelism: its own forward pass gathers the logits of a chunk, so
+    the loss need not know how the head is split.
 
     Args:
         head: The function from hidden states [tokens, d] to logits [tokens, V].
-        hidden: The last hidden states [B, T, d].
-        labels: The labels [B, T], unshifted; -100 is ignored.
-        chunk_tokens: The most target tokens in a chunk; None takes 256.
+        hidden: The hidden states of the last layer [B, T, d].
+        labels: The token ids [B, T], not shifted; -100 marks positions without a target.
+        chunk_tokens: The largest number of target tokens in a chunk; None uses 256.
 
     Returns:
         The sum in nats, a scalar in float32 or wider.
@@ -116,7 +118,7 @@ def cross_entropy_through(
     size = chunk_tokens or _CHUNK_TOKENS
     states, targets = _at_targets(hidden, labels)
     chunks = zip(torch.split(states, size), torch.split(targets, size), strict=True)
-    # Backward computes the logits again, so that those of all chunks are never kept.
+    # Backward computes the logits again, so the logits of all chunks are never kept together.
     losses: list[Tensor] = [checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum()
 
@@ -124,8 +126,8 @@ def cross_entropy_through(
 def _at_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:].reshape(-1)
     keep = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    # Without any target, one ignored position keeps the graph whole: under DDP every parameter must
-    # receive a gradient on every rank.
+    # Without any target, one ignored position keeps the graph connected: under DDP every parameter
+    # must receive a gradient on every rank.
     keep = keep if keep.numel() else keep.new_zeros(1)
     return hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep], targets[keep]
 
@@ -168,12 +170,13 @@ class _Repeatable(torch.autograd.Function):
 class ChunkedCrossEntropy:
     """Cross-entropy from the hidden states and the output head, chunk by chunk.
 
-    It suits models whose loss is the cross-entropy of `head(hidden)` and nothing else:
-    `is_exact_for` finds out whether a model is one.
+    It is exact for models whose loss is the cross-entropy of `head(hidden)` and nothing else.
+    `is_exact_for` checks whether a model is one of them.
 
     Args:
-        chunk_tokens: The most target tokens in a chunk; None chooses by the device and the head.
-        repeatable: Whether backward may run more than once over the graph, at the cost of one more
+        chunk_tokens: The largest number of target tokens in a chunk; None chooses it by the device
+            and the kind of head.
+        repeatable: Whether backward can run more than once over the graph, at the cost of one more
             copy of the head's gradient.
     """
 
@@ -181,14 +184,15 @@ class ChunkedCrossEntropy:
     repeatable: bool = False
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Return the summed loss of the batch in nats, a scalar, for unshifted `labels` [B, T]."""
+        """Return the loss in nats, summed over the batch; `labels` [B, T] are not shifted."""
         causal_lm = unwrap_peft(model)
         # With a cache, transformers would not look for packed examples.
         hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal_lm.get_output_embeddings()
         if torch.is_grad_enabled() and isinstance(head, SumsCrossEntropy):
-            # A head in a subspace computes its own gradients and forms no [V, d]. A chunk's logits
-            # are the largest tensor of a step, but a GPU reads the whole head for each chunk.
+            # A head in a subspace computes its own gradients, and forms no tensor [V, d]. The
+            # logits of a chunk are the largest tensor of a step, so chunks are small. On a GPU they
+            # are larger, because each chunk reads the whole head.
             chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 512)
             return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)
         if is_sharded(head.weight):
@@ -215,7 +219,7 @@ class ChunkedCrossEntropy:
         try:
             own = causal_lm(input_ids=input_ids, labels=input_ids, use_cache=False)
             hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            # A soft cap hardly shows on small logits, such as those of random weights: amplify.
+            # Amplified, because a soft cap hardly changes small logits, as random weights give.
             amplify = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 1024,))
             try:
                 logits = causal_lm(input_ids=input_ids, use_cache=False).logits

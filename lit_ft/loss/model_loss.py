@@ -13,10 +13,10 @@ from lit_ft.loss.targets import IGNORE_INDEX
 
 @dataclass
 class ModelLoss:
-    """The loss that the model computes itself: it may transform its logits and add losses."""
+    """The loss that the model computes itself, for models that cap their logits or add losses."""
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Return the summed loss of the batch, a scalar, for unshifted `labels` [B, T]."""
+        """Return the loss summed over the batch, a scalar; `labels` [B, T] are not shifted."""
         num_targets = (labels[:, 1:] != IGNORE_INDEX).sum()
         loss = model(**inputs, labels=labels, use_cache=False).loss
         # A mean over no targets is 0/0.

@@ -1,4 +1,4 @@
-"""Whether a model keeps the examples of a packed row apart."""
+"""Check whether a model keeps the examples of a packed row apart."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lit_ft.loss.chunked import unwrap_peft
 def keeps_packed_examples_apart(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor, *, rows: int = 1
 ) -> bool:
-    """Return whether the second example of a packed row is blind to the first.
+    """Return whether the second example of a packed row is independent of the first.
 
-    transformers' attention masks and variable-length kernels read the borders of examples from
-    position ids that restart at zero. A model that ignores them would train each example on the
-    text of those before it.
+    transformers' attention masks and variable-length kernels find where examples begin by position
+    ids that restart at zero. A model that ignores these restarts would let each example attend to
+    the examples before it.
 
     Args:
         model: The causal LM, with or without an adapter.
-        input_ids: The token ids of one packed row, [T].
-        position_ids: The position ids of the row, [T], which restart at each example.
-        rows: The number of rows in the batches to come, for which the row is repeated: flash
-            attention's kernels read borders only in a batch of one row.
+        input_ids: The token ids [T] of one packed row.
+        position_ids: The position ids [T] of the row, which restart at zero in each example.
+        rows: The number of rows in the batches to come. The check repeats the row this many times,
+            because flash attention's kernels find examples only in a batch of one row.
 
     Returns:
         True if the hidden states of the second example do not change with the tokens of the first,
@@ -39,7 +39,7 @@ def keeps_packed_examples_apart(
     was_training = model.training
     model.eval()
     try:
-        # One version at a time: in one batch the two could meet different kernels.
+        # One version at a time: rows of one batch could be computed by different kernels.
         before, after = (
             causal_lm.base_model(
                 input_ids=row.expand(rows, -1),

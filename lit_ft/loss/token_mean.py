@@ -1,4 +1,4 @@
-"""One optimizer step's batch: the micro-batches of all ranks, and the target tokens in them."""
+"""The mean loss over the target tokens of a global batch (all micro-batches of one step)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 class TokenMean:
     """Makes the gradient the mean over the target tokens of the whole global batch.
 
-    A mean of micro-batch means would weigh a token by the length of its neighbours. So every
-    micro-batch back-propagates its sum, divided by one reference count, and the accumulated
-    gradient is scaled once, by `reference / num_targets`. The reference is the target count of the
-    first micro-batch over all ranks: without accumulation the scale is 1 and nothing is touched.
+    A mean of micro-batch means would give a token more weight if its micro-batch had fewer targets.
+    So every micro-batch back-propagates its summed loss, divided by one reference count. Before the
+    step, the accumulated gradient is scaled once, by `reference / num_targets`. The reference is
+    the number of targets in the first micro-batch, over all ranks. Without accumulation the factor
+    is 1, and the gradient is not touched.
 
     Attributes:
-        all_reduce: The function that sums a tensor over the ranks and returns the sum, counting
-            each share of the data once.
-        reference: The reference count of the current global batch, in target tokens.
+        all_reduce: The function that sums a tensor over the ranks and returns the sum. Ranks with
+            the same share of the data count once.
+        reference: The reference count for the current global batch, in target tokens.
     """
 
     all_reduce: Callable[[Tensor], Tensor]
@@ -29,15 +30,15 @@ class TokenMean:
     _sums: Tensor | None = field(default=None, init=False)
 
     def add(self, loss_sum: Tensor, num_targets: int, *, alone: bool = False) -> Tensor:
-        """Count a micro-batch in, and return the scalar to back-propagate: `loss_sum / reference`.
+        """Add a micro-batch, and return the scalar to back-propagate: `loss_sum / reference`.
 
         Args:
-            loss_sum: The sum of the loss over this rank's target tokens, a scalar.
-            num_targets: The number of this rank's target tokens.
-            alone: Whether this rank has all of the data. The host then knows the total and need not
-                wait for the device.
+            loss_sum: The loss summed over this rank's target tokens in the micro-batch, a scalar.
+            num_targets: The number of this rank's target tokens in the micro-batch.
+            alone: Whether this rank has all of the data. The host then knows the total count, and
+                need not wait for the device.
         """
-        # float64 where there is one: token counts beyond 2^24 are not exact in float32.
+        # float64 where the device has it: token counts beyond 2^24 are not exact in float32.
         dtype = torch.float32 if loss_sum.device.type == "mps" else torch.float64
         sums = torch.stack(
             [loss_sum.detach().to(dtype), loss_sum.new_tensor(num_targets).to(dtype)]

@@ -1,4 +1,4 @@
-"""Measurements of a run: its memory, and the state that its optimizer will hold."""
+"""Measure the memory of a run, and estimate the size of its optimizer's state."""
 
 from lit_ft.measure.memory import (
     MemoryReading,

@@ -1,4 +1,4 @@
-"""The amount of work in a batch: tokens, targets, attention, rows."""
+"""Count the work in a batch: its tokens, targets, squared lengths and rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass
 class BatchCounts:
-    """The work in a number of batches. Sums may be tensors on the device until they are read.
+    """The amount of work in one or more batches. Counts may be tensors on any device.
 
     Attributes:
         tokens: The number of tokens that are not padding.
-        targets: The number of tokens that are learnt.
+        targets: The number of target tokens, over which the loss is summed.
         squared_lengths: The sum of length² over the sequences, in tokens².
         samples: The number of rows.
     """
@@ -28,13 +28,13 @@ class BatchCounts:
     samples: int | Tensor = 0
 
     def __add__(self, other: BatchCounts) -> BatchCounts:
-        """Sum field by field."""
+        """Add the counts field by field."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return BatchCounts(*(a + b for a, b in pairs))
 
 
 def count_tokens(batch: Any) -> int | Tensor:
-    """Return the number of tokens of a batch that are not padding.
+    """Return the number of tokens in a batch that are not padding.
 
     Raises:
         MisconfigurationException: If the batch is not a mapping with `num_tokens`,
@@ -62,10 +62,10 @@ def num_samples(batch: Any) -> int:
 
 
 def sum_squared_lengths(batch: Mapping[str, Any]) -> int | Tensor:
-    """Return the sum of length² over the sequences of a batch; attention's cost is linear in it.
+    """Return the sum of length² over the sequences; attention's cost is proportional to it.
 
-    It is counted from `position_ids`, `attention_mask` or `input_ids`, each [B, T], and is 0 for a
-    batch with none of them.
+    Lengths are counted from the first of `position_ids`, `attention_mask` and `input_ids` [B, T]
+    that the batch has. A batch with none of them gives 0.
     """
     if "position_ids" in batch:
         # 1 + 3 + 5 + ... over the positions of a sequence is its length squared.

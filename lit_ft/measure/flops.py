@@ -1,9 +1,10 @@
 """Floating-point operations (FLOPs) of training, counted from the model's own layers.
 
-A multiplication and an addition count as two. Only matrix products are counted, as in PaLM's
-definition of model FLOPs utilisation (arXiv:2204.02311, appendix B), with two refinements: a frozen
-weight has no weight gradient, and a layer below every trainable weight has no input gradient.
-Operations that activation checkpointing repeats are not useful work, and are not counted.
+A multiplication and an addition count as two operations. Only matrix products are counted, as in
+PaLM's definition of model FLOPs utilisation (arXiv:2204.02311, appendix B). There are two
+refinements: a frozen weight has no weight gradient, and a layer that comes before all trainable
+weights has no input gradient. Operations that activation checkpointing repeats are not counted,
+because they are not useful work.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from lit_ft.subspace import SubspaceLayer
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """FLOPs of forward and backward, linear in three sizes of a batch.
+    """The FLOPs of forward and backward, as a linear function of three sizes of a batch.
 
     Attributes:
-        per_token: The FLOPs of all linear layers except the output head, for each token.
-        per_head_token: The FLOPs of the output head, for each token that it sees.
-        per_squared_length: The FLOPs of causal attention, for each unit of the sum of length² over
+        per_token: The FLOPs for each token in all linear layers except the output head.
+        per_head_token: The FLOPs of the output head for each token whose logits it computes.
+        per_squared_length: The FLOPs of causal attention for each unit of the sum of length² over
             the sequences.
     """
 
@@ -39,9 +40,9 @@ class TrainingFlops:
 
         Args:
             num_tokens: The number of tokens in the batches.
-            sum_squared_lengths: The sum of length² over their sequences.
-            num_targets: The number of tokens that the output head sees, for a loss that computes
-                logits only at the targets; None counts all tokens.
+            sum_squared_lengths: The sum of length² over the sequences in the batches.
+            num_targets: The number of target tokens, for a loss that computes logits only at the
+                targets; None if the output head computes logits for all tokens.
         """
         return (
             self.per_token * num_tokens
@@ -53,13 +54,17 @@ class TrainingFlops:
 def training_flops(model: nn.Module) -> TrainingFlops:
     """Count the FLOPs of a training step from the model's layers and its trainable weights.
 
-    A linear layer [m, n] (torch's, its quantised subclasses, transformers' Conv1D) costs 2mn a
-    token forward, 2mn for the input's gradient, and 2mn for the weight's gradient, or 2r(m + n) for
-    its gradient in a subspace of rank r. If the model has a transformers config, attention costs
-    2 · width · length² a layer forward (the causal half) and twice that backward. Sliding windows
-    and linear attention count as full attention. Not counted are weights outside linear layers (the
-    fused experts of a mixture), embeddings, norms, and the fold and moves of a subspace, which
-    happen once a step.
+    A linear layer [m, n] is torch's, one of its quantised subclasses or transformers' Conv1D. For
+    each token it costs 2mn in forward, 2mn for the gradient of its input and 2mn for the gradient
+    of its weight. If the weight moves in a subspace of rank r, the last term is 2r(m + n).
+
+    If the model has a transformers config, attention costs 2 · width · length² for each layer in
+    forward, which is the causal half, and twice that in backward. Sliding windows and linear
+    attention count as full attention.
+
+    Embeddings, norms and other weights outside linear layers, such as the fused experts of a
+    mixture, are not counted. Neither are the fold and the moves of a subspace, which happen once a
+    step.
     """
     layers = _linear_layers(model)
     needs_input_gradient = _input_gradients(model, layers)
@@ -97,9 +102,10 @@ def _shape(layer: Any) -> tuple[int, int]:
 def _input_gradients(model: nn.Module, layers: dict[str, Any]) -> dict[str, bool]:
     """Return, for each layer, whether backward needs the gradient of its input.
 
-    It does if the input depends on a trainable weight. Module order is taken as execution order.
-    Within one block (attention, MLP), the last layer reads the others' results and the others read
-    the block's input, as in every decoder in transformers. peft's lora_B reads lora_A's result.
+    Backward needs it if the input depends on a trainable weight. Modules are assumed to run in the
+    order in which the model lists them. Within one block (attention or MLP), the last layer is
+    assumed to read the other layers' results, and the other layers the block's input. This holds
+    for every decoder in transformers. peft's lora_B reads lora_A's result.
     """
     blocks: dict[str, list[str]] = {}
     for name in layers:
@@ -107,7 +113,7 @@ def _input_gradients(model: nn.Module, layers: dict[str, Any]) -> dict[str, bool
     trainable_before = _has_trainable(_call(model, "get_input_embeddings"))
     needs: dict[str, bool] = {}
     for block, names in blocks.items():
-        # Norms are registered after the layers that read them.
+        # Norms are registered after the layers that read their output.
         trainable_before |= _has_trainable_vector(model, block.rpartition(".")[0])
         readers = [n for n in names if _slot(n) != _slot(names[-1])]
         inner = trainable_before or any(_trains(layers[n]) for n in readers)
@@ -138,7 +144,10 @@ def _has_trainable(module: Any) -> bool:
 
 
 def _attention_flops(model: nn.Module) -> int:
-    """Return the FLOPs for each unit of length²; backward counts from the first trained layer."""
+    """Return the FLOPs of attention for each unit of length², in forward and backward.
+
+    Backward counts only the layers from the first trained one on.
+    """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return 0

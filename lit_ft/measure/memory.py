@@ -1,4 +1,4 @@
-"""Memory as the device reports it, and the share of weights and optimizer state in it."""
+"""Memory as the device reports it, and the bytes of weights and of optimizer state."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class MemoryReading(NamedTuple):
-    """An amount of memory and its source, since devices report different things.
+    """An amount of memory, and its source, because devices report different things.
 
-    The sources are
+    The sources are:
 
     - `cuda_allocated`: live tensors on one GPU, without the allocator's cache;
     - `mps_driver_allocated`: memory that Metal's driver holds for this process, cache included. The
       driver keeps no peak, so a peak from this source is the amount held when it is read;
-    - `process_rss`: resident memory of the whole process, with the interpreter and its libraries.
+    - `process_rss`: resident memory of the whole process, interpreter and libraries included.
 
     Attributes:
         value: The amount of memory in bytes.
-        source: The name of the measurement, one of those above.
+        source: The name of the source, one of those above.
     """
 
     value: int
@@ -41,7 +41,7 @@ class MemoryReading(NamedTuple):
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> MemoryReading:
-    """Return the peak of memory in use on `device` since `reset_peak` or the process's start."""
+    """Return the peak memory in use on `device` since `reset_peak` or the process's start."""
     device = torch.device(device)
     if device.type == "cuda":
         return MemoryReading(torch.cuda.max_memory_allocated(device), "cuda_allocated")
@@ -61,10 +61,10 @@ def current_bytes(device: torch.device | str = "cpu") -> MemoryReading:
 
 
 def reset_peak(device: torch.device | str = "cpu") -> bool:
-    """Restart the peak that `peak_bytes(device)` returns; return False if the system cannot.
+    """Reset the peak that `peak_bytes(device)` returns; return False if the system cannot.
 
-    On the CPU this needs Linux and a writable /proc (see proc(5), clear_refs, value 5). Elsewhere
-    the peak stays that of the process's whole life.
+    On the CPU this needs Linux and a writable /proc/self/clear_refs (see proc(5), value 5). Where
+    it cannot be reset, the peak stays that of the process's whole life.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -82,8 +82,8 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of all tensors in the optimizer's state on this rank.
 
-    They are 0 before the first step. Tensors that parameters share (bitsandbytes' quantile maps)
-    count once. A DTensor counts with its local shard.
+    The result is 0 before the first step. A tensor that several parameters share, such as
+    bitsandbytes' quantile map, counts once. Of a DTensor, only the local shard counts.
     """
     return storage_bytes(chain.from_iterable(map(state_tensors, optimizer.state.values())))
 
@@ -91,7 +91,8 @@ def optimizer_state_bytes(optimizer: Optimizer) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of the model's parameters and persistent buffers on this rank.
 
-    Tied weights count once. Quantised weights count as they are packed, with their scales.
+    Tied weights count once. Quantised weights count in their packed size, together with their
+    scales.
     """
     return storage_bytes(_weight_tensors(model))
 

@@ -1,4 +1,4 @@
-"""The size of a model, and how much of it trains."""
+"""The size of a model, and how much of it is trained."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lit_ft.subspace import subspace_layers
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The numbers of weights of a model. Tied weights count once, and packed ones as unpacked.
+    """The number of weights in a model. Tied weights count once, packed weights as unpacked.
 
     Attributes:
         parameters: The number of weights of the model.
-        trainable_parameters: The number of weights that training changes. A matrix that moves in a
-            subspace counts as a whole.
-        subspace_parameters: The number of parameters that move matrices in subspaces. They are not
-            weights of the model.
-        weight_bytes: The bytes of the weights on this rank.
+        trainable_parameters: The number of weights that training changes. A matrix that is trained
+            in a subspace counts with all its weights.
+        subspace_parameters: The number of values in the small parameters that GaLore trains in
+            subspaces. They are not weights of the model.
+        weight_bytes: The bytes that the weights occupy on this rank.
     """
 
     parameters: int
@@ -33,7 +33,7 @@ class ModelSize:
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Return the size of `model`, whether or not its layers are in subspaces now."""
+    """Return the size of `model`, some of whose layers may be in subspaces."""
     layers = subspace_layers(model).values()
     deltas, moving = {layer.delta for layer in layers}, {layer.weight for layer in layers}
     weights = [p for p in model.parameters() if p not in deltas]

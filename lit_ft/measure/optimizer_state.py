@@ -1,4 +1,4 @@
-"""The size that an optimizer's state will have, estimated before its first step."""
+"""Estimate the size of an optimizer's state before its first step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lit_ft.measure.storage_bytes import storage_bytes
 
 
 def estimate_state_bytes(optimizer: Optimizer) -> list[int | None]:
-    """Return the bytes of state on this rank that each parameter group has after the first step.
+    """Return the bytes of state that each parameter group will have on this rank after one step.
 
     A copy of the optimizer steps parameters of the same shapes on the meta device, where tensors
     take no memory. Neither the optimizer nor its parameters change. The entry of a group is None if
-    the optimizer cannot make its state on that device.
+    the optimizer cannot make its state on the meta device.
     """
     probe = _without_state(optimizer)
     return [_group_state_bytes(probe, group) for group in optimizer.param_groups]

@@ -12,9 +12,9 @@ from torch import Tensor
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of memory that `tensors` occupy on this rank.
 
-    Tied tensors and views of the same memory count once. A wrapper subclass (torchao's quantised
-    states) counts with the tensors inside it, and a DTensor with its local shard. Tensors on the
-    meta device count the bytes that they would have.
+    Tied tensors and views of the same memory count once. Of a wrapper subclass, such as torchao's
+    quantised states, the tensors inside it count; of a DTensor, the local shard. Tensors on the
+    meta device count with the bytes that they would occupy.
     """
     pieces: dict[int, set[tuple[int, int]]] = {}
     sizes: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Models: where they are loaded from, the adapters on them, and their export."""
+"""Load models, add adapters to them, and export them."""
 
 from lit_ft.models.adapters import add_adapter
 from lit_ft.models.export.streamed import export_streamed

@@ -1,4 +1,4 @@
-"""Adapters from peft, also on models without values and on models that are sharded over ranks."""
+"""Add peft's adapters to models, including models on the meta device and sharded models."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
     """Freeze `model` and add the adapter that `config` describes.
 
     Some initialisations (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775) rewrite the frozen
-    weights, and their adapter fits only the rewritten ones. The initial adapter is then kept as
-    `model.initial_adapter`, from which `export_model` makes an adapter for the original weights.
+    weights, so that the trained adapter fits only the rewritten weights. In this case the returned
+    model keeps the initial adapter as `initial_adapter`. With it, `export_model` converts the
+    trained adapter into one for the original weights.
 
-    On a model without values, on the meta device, the adapter has values at once. Call
-    `start_magnitudes` when the model's own values are loaded.
+    If the model is on the meta device, the adapter still gets values at once. Call
+    `start_magnitudes` when the model's own weights are loaded.
 
     Args:
-        model: A transformers model, with values or on the meta device.
-        config: Any `peft.PeftConfig`.
+        model: A transformers model, with its weights loaded or on the meta device.
+        config: The adapter's configuration, any `peft.PeftConfig`.
 
     Raises:
-        ValueError: If no layer of the model matches `config.target_modules` (peft's own message),
-            or if the weight of a matching layer is tied to another layer.
+        ValueError: If no layer of the model matches `config.target_modules` (the message is
+            peft's), or if the weight of a matching layer is tied to another layer.
     """
     if getattr(model, "is_quantized", False):
-        # CausalLMModule decides on checkpointing; this only makes norms and head float32.
+        # CausalLMModule sets activation checkpointing; this only makes norms and head float32.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
         for module in model.modules():
             # On CPUs with AVX512-BF16 the first evaluation would repack the weights for bfloat16
@@ -67,10 +68,10 @@ def rewrites_base_weights(model: PeftModel) -> bool:
 
 @torch.no_grad()
 def start_magnitudes(model: nn.Module) -> None:
-    """Set DoRA's magnitudes [m] to the norms of the weights [m, n] (arXiv:2402.09353).
+    """Set DoRA's magnitudes [m] to the row norms of the weights [m, n] (arXiv:2402.09353).
 
-    Call it when the weights are loaded after the adapter is added. If the model is sharded, call it
-    on every rank; one layer's weights are gathered at a time.
+    If the weights are loaded after the adapter is added, call this once they are loaded. On a
+    sharded model, call it on every rank; it gathers the weights of one layer at a time.
     """
     for layer in model.modules():
         for name, magnitude in getattr(layer, "lora_magnitude_vector", {}).items():
@@ -82,7 +83,7 @@ def start_magnitudes(model: nn.Module) -> None:
 
 @contextmanager
 def in_place_of_adapters(model: nn.Module, stand_in: Callable[[Any], nn.Module]) -> Iterator[None]:
-    """Replace each layer of `model` that has an adapter by `stand_in(layer)` inside the context."""
+    """Inside the context, replace each layer that has an adapter by `stand_in(layer)`."""
     modules = model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
     try:
@@ -102,10 +103,10 @@ def base_layer_of(layer: Any) -> nn.Module:
 
 @torch.no_grad()
 def merged_layer(layer: Any) -> nn.Module:
-    """Return a copy of the layer that an adapter is attached to, with the adapter folded in.
+    """Return a copy of the layer that an adapter is attached to, with the adapter merged.
 
-    If the model is sharded, call it on every rank. The whole layer is gathered for the merge, and
-    each rank gets its part of the result.
+    On a sharded model, call this on every rank. The whole layer is gathered for the merge, and each
+    rank gets its part of the result.
     """
     base, gathered = base_layer_of(layer), _gathered(layer)
     gathered.merge()
@@ -138,10 +139,11 @@ def _gathered(layer: nn.Module) -> Any:
 
 @contextmanager
 def _zeros_for_values_to_come(model: nn.Module) -> Iterator[None]:
-    """Replace parameters on the meta device by zeros that take no memory, inside the context.
+    """Inside the context, replace parameters on the meta device by zeros that take no memory.
 
-    peft moves the tensors that it adds to the device of a layer's weights. On the meta device they
-    would lose their values. Parameters that are frozen inside the context stay frozen.
+    peft moves the tensors of a new adapter to the device of the layer's weights. On the meta
+    device, the tensors would lose their values. Parameters that are frozen inside the context stay
+    frozen after it.
     """
     meta = [
         (module, name, parameter)

@@ -1,6 +1,7 @@
-"""GGUF weights, dequantised once and kept as safetensors.
+"""Dequantise GGUF weights once, and keep them as safetensors.
 
-transformers reads GGUF itself, but takes ten seconds or more for a 135M model at every start.
+transformers can read GGUF itself, but for a 135M model that takes ten seconds or more at every
+start.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from lit_ft.storage.cache_dir import user_cache
 def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = None) -> Path:
     """Return a folder with the dequantised float32 model and tokenizer; make it if it is missing.
 
-    The folder is named after the GGUF file's content and transformers' version. It is complete or
-    absent, so several processes may make it at once.
+    The folder's name contains a hash of the GGUF file's content and the version of transformers.
+    Several processes may call this at once, because the folder appears only when it is complete.
 
     Args:
-        name_or_path: A hub id or a local folder.
-        gguf_file: The name of the GGUF file there.
-        revision: The branch, tag or commit on the hub.
+        name_or_path: The hub id or the local folder that has the GGUF file.
+        gguf_file: The name of the GGUF file.
+        revision: The branch, tag or commit on the hub; None for the default branch.
     """
     file = cached_file(name_or_path, gguf_file, revision=revision)
     assert file is not None  # it is None only with options that are not used here
@@ -47,7 +48,7 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
         _dequantise(source, building)
         os.replace(building, folder)
     except OSError:
-        # Another process was faster: a folder that is not empty is never replaced.
+        # Another process was faster: os.replace fails if the folder exists and is not empty.
         if not (folder / "config.json").is_file():
             raise
     finally:

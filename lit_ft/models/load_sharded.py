@@ -23,14 +23,16 @@ def from_pretrained_in_shards(
 ) -> PreTrainedModel:
     """Build the model on the meta device, shard it, then read each rank's part of the weights.
 
-    transformers does all of this, given a `DistributedConfig`. Here, `shard` replaces its sharding,
-    so that the model can be changed first and is sharded as Lightning's strategy requires.
+    transformers can do all of this itself if it is given a `DistributedConfig`. Here `shard` takes
+    the place of transformers' own sharding. The model can then be changed before it is sharded, and
+    it is sharded in the way that Lightning's strategy requires.
 
     Args:
-        name_or_path: A hub id, or a local folder with safetensors.
-        shard: Shards the model, which it is given on the meta device, over all ranks with
-            `fully_shard`. It may first add an adapter; tensors that it adds with values keep them.
-        **options: Options of `from_pretrained`.
+        name_or_path: The hub id of a model, or a local folder with its safetensors files.
+        shard: The function that shards the model over all ranks with `fully_shard`. It receives the
+            model on the meta device, and may add an adapter to it first. Tensors that it adds with
+            values keep their values.
+        **options: Further arguments of `from_pretrained`, such as `dtype`.
 
     Raises:
         ValueError: If the model is not a causal language model.
@@ -40,7 +42,7 @@ def from_pretrained_in_shards(
         name_or_path, **{k: v for k, v in options.items() if k not in loading}
     )
     kind: Any = _model_class(config, name_or_path, revision=options.get("revision"))
-    # Popped, because torch keeps each sharded class forever, with all that its methods refer to.
+    # Popped, because torch keeps each sharded class forever, and all that its methods refer to.
     shards = [shard]
 
     class InShards(kind):  # type: ignore[misc]
@@ -48,9 +50,9 @@ def from_pretrained_in_shards(
         def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
             model.tie_weights()  # transformers ties them after loading, too late for sharding
             shards.pop()(model)
-            # Files do not know the adapter: weights are read under their names without it.
+            # The files hold no adapter, so weights are read under their names without it.
             without_adapter.enter_context(in_place_of_adapters(model, base_layer_of))
-            # Tensors that have values already are in no file, and need no warning.
+            # Tensors that already have values are in no file: do not warn that they are missing.
             each = (model.named_parameters, model.named_buffers)
             tensors = chain(*(named(remove_duplicate=False) for named in each))
             made = {re.escape(name) for name, tensor in tensors if not tensor.is_meta}
@@ -76,7 +78,7 @@ def from_pretrained_in_shards(
 
 
 def _model_class(config: PreTrainedConfig, name_or_path: str, *, revision: str | None) -> Any:
-    """Return the class that `AutoModelForCausalLM` builds: transformers' or the repository's."""
+    """Return the class that `AutoModelForCausalLM` builds, from transformers or the repository."""
     known = AutoModelForCausalLM._model_mapping
     if type(config) in known:
         return known[type(config)]
@@ -86,6 +88,6 @@ def _model_class(config: PreTrainedConfig, name_or_path: str, *, revision: str |
             f"{name_or_path} is a {config.model_type}, which is not a causal LM: "
             "choose one that AutoModelForCausalLM loads."
         )
-    # The code of its configuration has run already, so it is trusted (trust_remote_code).
+    # The repository is trusted (trust_remote_code): its configuration's code has already run.
     name = brought["AutoModelForCausalLM"]
     return get_class_from_dynamic_module(name, name_or_path, revision=revision)

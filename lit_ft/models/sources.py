@@ -39,7 +39,7 @@ class ModelSource(Protocol):
         """The name of the model in tables and reports."""
 
     def check(self) -> None:
-        """Raise before anything expensive starts if the model cannot be loaded."""
+        """Raise an error if the model cannot be loaded, before anything expensive starts."""
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer, or None if the model has none."""
@@ -48,29 +48,32 @@ class ModelSource(Protocol):
         """Return the model, on the default device.
 
         Args:
-            dtype: The type of the weights.
-            shard: Shards a model over the ranks in place. If the source can, it shards the model
-                before it has values, so that no rank ever holds all of them.
+            dtype: The dtype of the weights.
+            shard: The function that shards a model over the ranks, in place; None leaves the model
+                whole. If the source can, it calls the function while the model is on the meta
+                device, so that no rank ever holds the whole model.
         """
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model without values, on the meta device, which takes no time or memory."""
+        """Return the model on the meta device, without values, which takes no time or memory."""
 
 
 @dataclass
 class Pretrained:
-    """A model on the Hugging Face hub or in a local folder of its format, or a GGUF file there.
+    """A model in Hugging Face format, or a GGUF file, from the hub or from a local folder.
 
     Args:
-        name_or_path: The hub id ("HuggingFaceTB/SmolLM2-135M-Instruct"), or a local folder.
-        gguf_file: The name of a GGUF file in the repository or folder. Its weights are dequantised
-            once and kept as safetensors in the user's cache folder.
-        revision: The branch, tag or commit on the hub.
-        dtype: The type of the weights ("bfloat16"); None follows the trainer's precision.
-        attn_implementation: The attention implementation ("sdpa", "eager", "flash_attention_2",
-            ...); None lets transformers choose.
-        quantization_config: The quantisation of the weights, such as a
-            `transformers.BitsAndBytesConfig` for QLoRA (arXiv:2305.14314); None for none.
+        name_or_path: The hub id, such as "HuggingFaceTB/SmolLM2-135M-Instruct", or the path of a
+            local folder.
+        gguf_file: The name of a GGUF file in the repository or folder; None for weights in Hugging
+            Face format. Weights from a GGUF file are dequantised once, and kept as safetensors in
+            the user's cache folder.
+        revision: The branch, tag or commit on the hub; None for the default branch.
+        dtype: The dtype of the weights, such as "bfloat16"; None follows the trainer's precision.
+        attn_implementation: The attention implementation, such as "sdpa", "eager" or
+            "flash_attention_2"; None lets transformers choose.
+        quantization_config: The quantization config of transformers, such as `BitsAndBytesConfig`
+            for QLoRA (arXiv:2305.14314); None does not quantise the weights.
         trust_remote_code: Whether to run Python code from the model's repository.
     """
 
@@ -144,7 +147,7 @@ class Pretrained:
         return model
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model that its configuration describes, without values."""
+        """Return the model on the meta device, built from its configuration."""
         folder = self._folder()
         options = self._hub_options(folder)
         config = AutoConfig.from_pretrained(folder, **options)
@@ -176,18 +179,19 @@ class Pretrained:
 
 @dataclass
 class Packaged:
-    """A GGUF model inside an installed Python package, which needs no access to a hub.
+    """A GGUF model inside an installed Python package; it loads without access to a hub.
 
     Args:
         package: The import name of the package, which is located but never imported.
         gguf_file: The name of the GGUF file inside the package.
-        install: The command that installs the package, for the error message.
+        install: The command that installs the package, which the error message shows if it is
+            missing.
         name: The name of the model in tables and reports.
-        dtype: The type of the weights ("bfloat16"); None follows the trainer's precision.
-        attn_implementation: The attention implementation ("sdpa", "eager", ...); None lets
+        dtype: The dtype of the weights, such as "bfloat16"; None follows the trainer's precision.
+        attn_implementation: The attention implementation, such as "sdpa" or "eager"; None lets
             transformers choose.
-        quantization_config: The quantisation of the weights, such as a
-            `transformers.BitsAndBytesConfig` for QLoRA; None for none.
+        quantization_config: The quantization config of transformers, such as `BitsAndBytesConfig`
+            for QLoRA (arXiv:2305.14314); None does not quantise the weights.
     """
 
     package: str
@@ -199,7 +203,7 @@ class Packaged:
     quantization_config: Any = None
 
     def check(self) -> None:
-        """Raise ValueError with the command to run if the package is not installed."""
+        """Raise ValueError if the package is not installed; the message says how to install it."""
         self._pretrained().check()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -211,7 +215,7 @@ class Packaged:
         return self._pretrained().load_model(dtype, shard=shard)
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model that the GGUF file describes, without values."""
+        """Return the model on the meta device, as the GGUF file describes it."""
         return self._pretrained().build_empty()
 
     def _pretrained(self) -> Pretrained:
@@ -232,16 +236,17 @@ class FromConfig:
     """A model with random weights, for pretraining small models and for tests.
 
     Args:
-        model_type: The name of the architecture in transformers ("llama").
-        config: The arguments of the architecture's configuration class (hidden_size,
-            num_hidden_layers, ...).
-        tokenizer: A model source, folder or hub id whose tokenizer is used; None for no tokenizer.
+        model_type: The name of the architecture in transformers, such as "llama".
+        config: The arguments of the architecture's configuration class, such as `hidden_size`.
+        tokenizer: The source of the tokenizer: a model source, a folder or a hub id. None for no
+            tokenizer.
         name: The name of the model in tables and reports.
-        attn_implementation: The attention implementation ("sdpa", "eager", ...); None lets
+        attn_implementation: The attention implementation, such as "sdpa" or "eager"; None lets
             transformers choose.
-        quantization_config: Must be None: random weights hold nothing worth quantising.
-        seed: The seed of the weights. They depend only on it, so that weights that a checkpoint
-            leaves out (the frozen ones under an adapter) are the same after a restart.
+        quantization_config: Must be None, because random weights are not quantised.
+        seed: The seed of the weights. The same seed always gives the same weights. Frozen weights
+            that a checkpoint leaves out, as under an adapter, are therefore the same after a
+            restart.
     """
 
     model_type: str
@@ -266,12 +271,12 @@ class FromConfig:
             source.check()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Return the tokenizer that `tokenizer` names, or None."""
+        """Return the tokenizer from the source `tokenizer`; None if there is none."""
         source = self._tokenizer_source()
         return None if source is None else source.load_tokenizer()
 
     def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
-        """Return a new model; with `shard`, each rank briefly holds all of it."""
+        """Return a model with random weights; with `shard`, each rank briefly holds all of it."""
         config = AutoConfig.for_model(self.model_type, **self.config)
         options = {}
         if self.attn_implementation is not None:
@@ -285,7 +290,7 @@ class FromConfig:
         return model
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model without values."""
+        """Return the model on the meta device, without values."""
         with torch.device("meta"):
             return self.load_model(torch.get_default_dtype())
 
@@ -294,7 +299,7 @@ class FromConfig:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Return torch's floating-point type of that name. Raises ValueError if there is none."""
+    """Return torch's floating-point dtype of this name; raise ValueError if there is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(

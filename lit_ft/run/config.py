@@ -1,4 +1,4 @@
-"""Checks of the configuration: trusted classes, existing names, indirect choices."""
+"""Check the configuration: trusted classes, existing names, and choices made indirectly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ TRUSTED_PACKAGES = (
     "torchao.optim",
 )
 
-# Names of earlier versions, and the text to type instead. A name without "=" keeps its value.
+# Setting names of earlier versions, and what to type instead. If the replacement has no "=", the
+# value that the user typed is added to it.
 _MOVED = {
     "auto_batch_size": "'callbacks=[default,auto_batch_size]'",
     "galore.projector.every": "galore.refresh.every",
@@ -40,7 +41,7 @@ def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> 
     A configuration is data, but Hydra lets it call any function of any installed package.
 
     Args:
-        config: The configuration as plain values.
+        config: The configuration as plain dicts, lists and values.
         also: The names of further packages that the user trusts.
     """
     trusted = (*TRUSTED_PACKAGES, *also)
@@ -76,7 +77,7 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
 
 
 def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
-    """Return lines with the existing names for each override that names no setting, closest first.
+    """Return hints for overrides that name no setting: the existing names, the closest first.
 
     Args:
         overrides: The command-line arguments, such as `trainer.max_step=3`.
@@ -117,9 +118,9 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
 def also_chosen(
     choices: Mapping[str, Any], overrides: Sequence[str], *, config_dir: str | Path
 ) -> str:
-    """Return one line that names the choices made by other choices; empty if there are none.
+    """Return a line that lists the choices made by other choices; empty if there are none.
 
-    A choice is listed if it is not train.yaml's own and no override names its group.
+    A choice is listed if it differs from the default in train.yaml and no override names its group.
 
     Args:
         choices: The chosen name in each group, from Hydra's `hydra.runtime.choices`.
@@ -142,7 +143,7 @@ def also_chosen(
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """Return a file's defaults list by group; an entry without a group is its own group."""
+    """Return a file's defaults list, keyed by group, or by the entry's name if it has no group."""
     from omegaconf import OmegaConf
 
     listed: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -169,7 +170,7 @@ def _overridden_in(file: Path) -> dict[str, str]:
 
 
 def _moved(override: str) -> Iterator[str]:
-    """Yield a line with the text to type instead of a name of an earlier version."""
+    """Yield a line that says what to type instead, if an override uses an earlier name."""
     key, _, values = override.lstrip("+").partition("=")
     for value in values.split(","):
         for once, value_now in ((key, f"={value}"), (f"{key}={value}", "")):
@@ -188,7 +189,7 @@ def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
 
 
 def _not_chosen(key: str, group: str, config_dir: Path) -> str:
-    """Return a line that names the choices of a group, whose current choice has no settings."""
+    """Return a line that lists a group's choices, of which the current one has no settings."""
     names = sorted(path.stem for path in (config_dir / group).glob("*.yaml") if path.stem != "none")
     choices = ", ".join(f"{group}={name}" for name in names)
     return f"\n{key}: no current choice has it. Choose one of {choices}\n"

@@ -1,4 +1,4 @@
-"""The terminal: it shows the run without the libraries' asides, and exits as a shell expects."""
+"""Keep libraries' messages off the terminal, and exit with the codes that a shell expects."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _MESSAGES = (
 
 
 def quieten_libraries() -> None:
-    """Silence known asides, and progress bars where stderr is no terminal."""
+    """Silence known messages of libraries, and progress bars if stderr is not a terminal."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(part in record.getMessage() for part in _MESSAGES)
     )
-    # At import it reports a missing kernel for AVX512-BF16, which the other kernels replace.
+    # At import, bitsandbytes reports that a kernel for AVX512-BF16 is missing. Others replace it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # transformers imports torchao if it is installed. torchao then reports the kernels that are for
+    # transformers imports torchao if it is installed. torchao then reports kernels that are for
     # other machines, and torch warns of the types that torchao registers.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").addFilter(
@@ -60,12 +60,14 @@ def quieten_libraries() -> None:
 
 @contextmanager
 def command_line_exits() -> Iterator[None]:
-    """Turn the exceptions that end a run into the exits that a shell expects of a command.
+    """Turn the exceptions that end a run into the exit codes that a shell expects of a command.
 
     Raises:
-        SystemExit: With 130 after Ctrl-C and 143 after SIGTERM, as for any program that they end.
-        CompactHydraException: If a setting cannot work. Hydra prints only its message, exits with
-            1, and continues with the rest of a sweep. HYDRA_FULL_ERROR=1 adds the traceback.
+        SystemExit: With code 130 after Ctrl-C and 143 after SIGTERM, the usual codes for these
+            signals.
+        CompactHydraException: If the run fails for a reason that the user can act on, such as a
+            wrong setting. Hydra prints only the message, runs the rest of a sweep, and exits with
+            code 1. HYDRA_FULL_ERROR=1 adds the traceback.
     """
     try:
         yield

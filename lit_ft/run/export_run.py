@@ -1,4 +1,4 @@
-"""Export a checkpoint of an earlier run, in Hugging Face format."""
+"""Export a checkpoint of an earlier run in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -32,22 +32,25 @@ def export_run(
 
     Args:
         run_dir: The folder of the run, which holds its summary.json.
-        checkpoint: The checkpoint to export: "last", "best" or a path.
-        folder: The folder to write to; None for `run_dir/export`, or for `run_dir/export/adapter`
-            if only the adapter is written.
-        merge: Whether to fold an adapter into the weights; otherwise the adapter alone is written.
-        dtype: The type of the written weights, such as `bfloat16`; None keeps the model's.
-        max_shard_size: The largest size of one file, if several ranks have saved the checkpoint. At
-            any time, no more than this much of the model is in memory.
+        checkpoint: The checkpoint to export: "last", "best", or the path of one.
+        folder: The folder to write to. None writes to `run_dir/export`, or to
+            `run_dir/export/adapter` if only the adapter is written.
+        merge: Whether to merge an adapter into the model's weights. If False, only the adapter is
+            written.
+        dtype: The dtype of the written weights, such as "bfloat16"; None keeps the model's own.
+        max_shard_size: The largest size of one file, such as "5GB". It applies only to a fully
+            fine-tuned model whose checkpoint several ranks saved. At any time, no more than this
+            much of that model is in memory.
 
     Returns:
         The folder that was written.
 
     Raises:
-        ValueError: If the run or the checkpoint does not exist, if `merge` is False and the run has
-            no adapter, or if an adapter alone would be written to a folder that holds a model.
+        ValueError: If the run or the checkpoint does not exist, or if `merge` is False and the run
+            has no adapter. Also if only the adapter would be written, to a folder that already
+            holds a model.
     """
-    # Imported here, because peft prints at import, before it can be silenced.
+    # Imported here, because peft prints when it is imported, and the caller silences it first.
     from lit_ft.models import export_model
 
     run_dir = Path(run_dir)
@@ -76,7 +79,7 @@ def export_run(
         target /= "adapter"
     if path.is_dir() and module.adapter is None:
         return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
-    # As the trainer does: the weights get the type that they were trained in.
+    # As the trainer does: the weights get the dtype that they were trained in.
     halves = config["trainer"]["precision"] == "bf16-true"
     precision = HalfPrecision("bf16-true") if halves else Precision()
     with precision.module_init_context():
@@ -92,7 +95,7 @@ def export_run(
 def _export_parts(
     checkpoint: CheckpointFolder, module: Any, folder: Path, dtype: str | None, max_shard_size: str
 ) -> Path:
-    """Export a checkpoint of several ranks, which may not fit this process's memory."""
+    """Export a checkpoint of several ranks, which may be too large for one process's memory."""
     from lit_ft.models import dtype_named, export_streamed
 
     prefix = "state_dict.model."
@@ -121,7 +124,7 @@ def _export_parts(
 
 
 def _without_subspaces(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop GaLore's `delta` and `basis` of each weight, which already contains all steps."""
+    """Drop GaLore's `delta` and `basis` of each weight; the weight already contains all steps."""
     names = ("weight", "delta", "basis")
     layers = {name.rpartition(".")[0] for name in weights if name.endswith(".basis")}
     layers = {layer for layer in layers if all(f"{layer}.{name}" in weights for name in names)}

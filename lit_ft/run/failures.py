@@ -25,7 +25,7 @@ from lit_ft.run.summary import status_of
 def remedies_for_out_of_memory(
     module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
 ) -> Iterator[None]:
-    """Let an out-of-memory error name settings that need less and work with the run's others.
+    """Make an out-of-memory error name settings that need less memory and suit this run.
 
     Args:
         module: The module that is trained.
@@ -33,7 +33,8 @@ def remedies_for_out_of_memory(
         trainer: The trainer of the run.
 
     Raises:
-        torch.OutOfMemoryError: In place of the error that the device's allocator raises.
+        torch.OutOfMemoryError: In place of the error that the device's allocator raises. The
+            message names the settings.
     """
     try:
         yield
@@ -62,7 +63,7 @@ def _settings_that_need_less(
 
 
 def choices_that_need_less(plan: Plan) -> list[Remedy]:
-    """Return the choices that need less memory than the plan's and work with the rest of it."""
+    """Return the choices that need less memory than the plan's, and fit the rest of the plan."""
     choices = []
     if plan.adapter is None:
         if plan.basis is None and not plan.layerwise:
@@ -81,10 +82,10 @@ def choices_that_need_less(plan: Plan) -> list[Remedy]:
 
 @contextmanager
 def remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
-    """Turn torch's error for a checkpoint that does not fit into one that names the difference.
+    """Turn torch's error for a mismatched checkpoint into one that names the difference.
 
     Args:
-        resume: The checkpoint that the run resumes; None leaves all errors as they are.
+        resume: The checkpoint that the run resumes from. If it is None, errors are left unchanged.
 
     Raises:
         Misconfiguration: If the checkpoint has another model, adapter or set of subspaces.
@@ -106,7 +107,7 @@ def remedies_for_another_run(resume: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def errors_of_starting_loaders() -> Iterator[None]:
-    """Raise the error of a loader that does not start, not that of the clean-up after it."""
+    """If a data loader fails to start, raise its own error, not that of the clean-up after it."""
     try:
         yield
     except RuntimeError as error:  # from Lightning's clean-up after a loader that did not start
@@ -117,7 +118,7 @@ def errors_of_starting_loaders() -> Iterator[None]:
 
 
 def not_this_run(why: str) -> Misconfiguration:
-    """Return the error for a checkpoint of another run; `why` names the difference."""
+    """Return the error for a checkpoint of another run; `why` says what differs."""
     return Misconfiguration(
         why,
         Remedy("repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them)"),

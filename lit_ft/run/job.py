@@ -47,8 +47,8 @@ def fine_tune(
 
     Args:
         module: The module to train, whose `configure_model` has not been called yet.
-        datamodule: The data. Validation is limited to as many examples as training reads, so that a
-            short trial stays short.
+        datamodule: The data module. Validation is limited to as many examples as training reads, so
+            that a short trial stays short.
         trainer: The trainer, with any callbacks. They are sorted into the order that lit_ft's
             callbacks need, and lit_ft's fill in their parts of the summary.
         summary: The run summary, already entered as a context manager. Its fields are filled as
@@ -129,7 +129,7 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
 
 
 def available_accelerator(accelerator: str) -> str:
-    """Return Lightning's name for `accelerator`; "gpu_or_cpu" is the GPU, or else the CPU."""
+    """Return Lightning's name for `accelerator`; "gpu_or_cpu" means a GPU if there is one."""
     if accelerator != "gpu_or_cpu":
         return accelerator
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -163,9 +163,9 @@ def _shards_weights(strategy: object) -> bool:
 
 
 def refuse_to_start_processes(trainer: Trainer) -> None:
-    """Raise Refusal if `trainer` starts this command again for other ranks.
+    """Raise Misconfiguration if `trainer` would start this command again for other ranks.
 
-    In a sweep, each of these processes would run the whole sweep.
+    In a sweep, each process that is started in this way would run the whole sweep again.
     """
     if trainer.strategy.launcher is not None and trainer.world_size > 1:
         raise Misconfiguration(
@@ -176,7 +176,7 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """Order callbacks: the batch size is found first, and a stop comes after all others."""
+    """Return a callback's place: `AutoBatchSize` comes first and `StopOnSignal` last."""
     if isinstance(callback, AutoBatchSize):
         return 0
     return 2 if isinstance(callback, StopOnSignal) else 1

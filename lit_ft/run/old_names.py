@@ -1,4 +1,4 @@
-"""Class names of earlier versions, which the folders of older runs hold."""
+"""Class names of earlier versions, which the saved configurations of older runs contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record what a run measures in its summary, while the trainer holds the objects."""
+"""Record the measurements of a run in its summary."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from lit_ft.run.summary import RunSummary
 
 
 class Recorder(Callback):
-    """Fills the summary while the trainer holds the objects, also if the run fails.
+    """Records the measurements of a run in its summary, even if the run fails.
 
-    Its part of a checkpoint has three values: the validation loss at the run's start, which a
-    resumed run cannot measure; the optimizer, whose state fits no other; and the names of the data.
+    It saves three values in a checkpoint: the validation loss at the start of the run, which a
+    resumed run cannot measure; the name of the optimizer, because no other optimizer can load its
+    state; and the names of the data sources.
 
     Args:
-        summary: The summary to fill.
-        optimizer: The name of the optimizer, see `lit_ft.run.failures.optimizer_name`.
+        summary: The summary to fill in.
+        optimizer: The name of the optimizer; see `lit_ft.run.failures.optimizer_name`.
         data: The names of the data sources.
     """
 
@@ -35,7 +36,7 @@ class Recorder(Callback):
         self.ready = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values that a resumed run cannot measure."""
+        """Return the three values to save in a checkpoint."""
         return {
             "initial_val_loss": self.summary.fields["initial_val_loss"],
             "optimizer": self.optimizer,
@@ -43,7 +44,7 @@ class Recorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another optimizer, and warn of other data."""
+        """Refuse a checkpoint of another optimizer, and warn if it was trained on other data."""
         made_with = state_dict.get("optimizer", self.optimizer)
         if made_with != self.optimizer:
             raise not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
@@ -60,9 +61,9 @@ class Recorder(Callback):
         self._loaded(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start measuring the peak."""
+        """Record the size of the model, and start measuring the peak memory."""
         self._loaded(pl_module)
-        # As MemoryMonitor does. Otherwise the peak is that of a sweep's largest run so far.
+        # As MemoryMonitor does. Otherwise the peak would be that of a sweep's largest run so far.
         reset_peak(trainer.strategy.root_device)
         self.summary.write()
 

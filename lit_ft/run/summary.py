@@ -1,4 +1,4 @@
-"""summary.json: the results of a run in machine-readable form, also if the run fails."""
+"""summary.json: the results of a run in machine-readable form, even if the run fails."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _NOT_SECRET = re.compile(r"tokens|tokenizer|token_id", re.IGNORECASE)
 class RunSummary:
     """Collects the results of a run and writes them to `run_dir/summary.json`.
 
-    It is a context manager around the whole run. The file exists from the start, with the status
-    "interrupted", so that it is also right for a run that is killed.
+    Use it as a context manager around the whole run. The file is written at the start, with the
+    status "interrupted", so its status is right even if the run is killed.
 
     Args:
-        run_dir: The folder of the run, made if it is missing.
-        config: The resolved configuration as plain values. Values that look like secrets are
+        run_dir: The folder of the run, created if it is missing.
+        config: The resolved configuration as plain values. Values whose names suggest secrets are
             redacted.
     """
 
@@ -70,18 +70,18 @@ class RunSummary:
         }
 
     def update(self, **fields: Any) -> None:
-        """Set fields, whose names must be in the schema."""
+        """Set fields of the summary; their names must be in the schema."""
         unknown = fields.keys() - self.fields.keys()
         assert not unknown, unknown
         self.fields.update(fields)
 
     def loaded(self) -> None:
-        """Record that the model and the data are loaded, which ends `seconds.load`."""
+        """Record that the model and the data are loaded, which completes `seconds.load`."""
         self.fields["seconds"]["load"] = self._elapsed()
 
     @rank_zero_only
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file completely or not at all."""
         self.fields["seconds"]["total"] = self._elapsed()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")

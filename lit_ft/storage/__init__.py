@@ -1,1 +1,1 @@
-"""Files and folders that are complete or absent: checkpoints and the user's cache."""
+"""Files and folders that are either complete or absent: checkpoints and the user's cache."""

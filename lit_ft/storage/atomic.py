@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent."""
+"""Write files and folders so that they are either complete or absent."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def temporary_path(target: Path) -> Path:
-    """Return a hidden path in the same folder, to write to before it becomes `target`."""
+    """Return a hidden path beside `target`, to write to before `replace_atomically` moves it."""
     return target.with_name(f".{target.name}.tmp")
 
 
 def replace_atomically(new: Path, target: Path) -> None:
-    """Move `new`, a file or folder on disk, to `target`, which may exist already.
+    """Move `new`, a file or folder on disk, to `target`, and replace what is there.
 
-    A file replaces a file in one step. A folder takes two renames, between which `target` is
-    absent; `existing_or_backup` then finds the old one.
+    A file replaces another file in one step. A folder takes two renames. If the process is killed
+    between the two, `target` is absent, and `existing_or_backup` finds the old folder.
 
     Raises:
         OSError: If the move fails. `target` is then unchanged.
@@ -37,7 +37,7 @@ def replace_atomically(new: Path, target: Path) -> None:
 
 
 def existing_or_backup(path: str | Path) -> Path | None:
-    """Return `path`, or the backup that a killed `replace_atomically` left; None without either."""
+    """Return `path`, or the backup that a killed `replace_atomically` left, or else None."""
     path = Path(path)
     return next((place for place in (path, _before(path)) if place.exists()), None)
 
@@ -51,7 +51,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on disk."""
+    """Wait until new and renamed entries of `folder` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

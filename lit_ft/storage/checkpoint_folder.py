@@ -1,7 +1,8 @@
-"""Checkpoints of several ranks: folders with torch.distributed.checkpoint's files and Lightning's.
+"""Checkpoints that several ranks write: folders in torch.distributed.checkpoint's format.
 
-The ranks' files hold `state_dict` and `optimizer_0`; `meta.pt` holds everything else of a Lightning
-checkpoint. Reading runs no code from the folder, unless `weights_only=False` is passed.
+The files of the ranks hold `state_dict` and `optimizer_0`. The file `meta.pt` holds everything else
+of a Lightning checkpoint. Reading runs no code from the folder, unless `weights_only=False` is
+passed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _CLASSES: tuple[Any, ...] = (
 _ADMITTED: dict[tuple[str, str], Any] = {
     **{(each.__module__, each.__qualname__): each for each in _CLASSES},
     **{("torch", name): value for name, value in vars(torch).items() if type(value) is torch.dtype},
-    # The path that it was saved to, which is not used.
+    # The path that the checkpoint was saved to, which is not used.
     **{(module, "PosixPath"): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")},
 }
 
@@ -74,7 +75,7 @@ def write_rest(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 class CheckpointFolder:
-    """A checkpoint of several ranks, opened for reading by any number of processes.
+    """A checkpoint that several ranks wrote, opened for reading by any number of processes.
 
     Args:
         path: The folder of the checkpoint.
@@ -105,7 +106,7 @@ class CheckpointFolder:
         return any(name.startswith("optimizer_0.") for name in self._saved)
 
     def tensors(self, prefix: str) -> dict[str, TensorStorageMetadata]:
-        """Return the size and type of each tensor whose name starts with `prefix`."""
+        """Return the size and dtype of each saved tensor whose name starts with `prefix`."""
         return {
             name: entry
             for name, entry in self._saved.items()
@@ -116,8 +117,9 @@ class CheckpointFolder:
         """Fill the tensors in `state` in place, and replace its other entries by the saved values.
 
         Args:
-            state: Any part of the saved state, nested or flat with names joined by dots. Each rank
-                reads its part of a sharded tensor.
+            state: The entries to load: any part of the saved state, as nested dicts or as a flat
+                dict whose keys are names joined by dots. Each rank reads its part of a sharded
+                tensor.
             alone: Whether this process reads by itself. Otherwise every rank must call this method.
 
         Raises:
@@ -161,7 +163,7 @@ class CheckpointFolder:
         return rest
 
     def _differences(self, state: dict[str, Any]) -> list[str]:
-        """Return the differences between `state` and the saved state, in torch's words."""
+        """Return the differences between `state` and the saved state, worded as torch does."""
         wanted, _ = flatten_state_dict(state)
         weights = self.tensors("state_dict.") if "state_dict" in state else {}
         differences = {

@@ -1,4 +1,4 @@
-"""Checkpoint files that are complete or absent."""
+"""A Lightning plugin that writes checkpoint files which are either complete or absent."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lit_ft.storage.checkpoint_folder import CheckpointFolder
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Save next to the target, flush to disk, then rename: an interrupted save leaves the old file.
 
-    Lightning's own saving goes through the system's temporary folder. On another file system, its
-    rename is a copy, and a crash leaves half a file. The next save overwrites a temporary file left
-    by a killed process.
+    Lightning itself first saves to the system's temporary folder. If that is on another file
+    system, the file is then copied, and a crash leaves half a file. With this class, a killed
+    process can leave only a temporary file, which the next save overwrites.
 
-    Loading is restricted to tensors and plain values unless the caller passes `weights_only=False`.
-    It also reads the folders that `FSDP2Strategy` saves, into the memory of one process. Only local
-    paths are supported.
+    Loading accepts only tensors and plain values, unless the caller passes `weights_only=False`.
+    Folders that `FSDP2Strategy` saved can be loaded too; they are read whole into the memory of one
+    process. Only local paths are supported.
 
-    Use: `Trainer(plugins=[AtomicCheckpointIO()])`.
+    Use it as in `Trainer(plugins=[AtomicCheckpointIO()])`.
     """
 
     def save_checkpoint(
@@ -34,8 +34,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint` to `path`.
 
         Raises:
-            OSError: If it could not be written; gives the reason. The file at `path` is intact, and
-                no temporary file is left.
+            OSError: If the checkpoint could not be written. The message gives the reason. An
+                earlier file at `path` is intact, and no temporary file is left.
             TypeError: If `storage_options` is given.
         """
         if storage_options is not None:
@@ -66,7 +66,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint, without running code from it unless `weights_only=False`."""
+        """Load a checkpoint; code from it can run only with `weights_only=False`."""
         if Path(path).is_dir():
             return CheckpointFolder(path).load_whole()
         safe = True if weights_only is None else weights_only

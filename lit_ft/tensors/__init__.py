@@ -1,1 +1,1 @@
-"""Tensors in parts: sharded over ranks, in blocks of rows, in 8 bits, rounded."""
+"""Tools for tensors: shards, blocks of rows, 8-bit state and stochastic rounding."""

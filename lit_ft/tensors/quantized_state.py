@@ -34,7 +34,7 @@ def zeros_8bit(name: str, like: Tensor) -> dict[str, Tensor]:
         like: The parameter [..., columns], sharded by rows or not at all.
 
     Raises:
-        ValueError: `like` is sharded by its columns.
+        ValueError: If `like` is sharded by its columns.
     """
     if not holds_whole_rows(like):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A matrix and its optimizer state a few rows at a time, for work that needs extra memory."""
+"""Split a matrix and its optimizer state into blocks of rows, for work that needs extra memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of a piece: on the CPU it then fits in the cache; elsewhere each piece costs a launch.
+# The number of elements in a piece: on the CPU, a piece then fits in the cache; on a GPU, fewer
+# pieces mean fewer kernel launches.
 _ON_CPU, _ELSEWHERE = 2**20, 2**24
 # bitsandbytes quantises moments in blocks of this many elements, each with its own maximum.
 _BLOCK = 256
@@ -30,7 +31,7 @@ def row_blocks(matrix: Tensor) -> list[slice]:
 
 
 def rows_per_block(columns: int, device: torch.device) -> int:
-    """Return how many rows of `columns` elements make a piece on `device`."""
+    """Return how many rows of `columns` elements make up one piece on `device`."""
     step = _BLOCK // gcd(_BLOCK, columns)
     return max(_elements(device) // columns // step, 1) * step
 

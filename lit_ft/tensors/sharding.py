@@ -1,6 +1,6 @@
-"""The part that one rank holds of a tensor that is sharded over the ranks.
+"""Sharded tensors: the part that this rank holds, and the whole tensor.
 
-Tensors may have any shape; their rows are along the first dimension.
+Tensors may have any shape; their rows are counted along the first dimension.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks hold parts of `tensor`."""
+    """Whether `tensor` is sharded over ranks, which means that it is a DTensor."""
     return isinstance(tensor, DTensor)
 
 
 def is_model_sharded(model: object) -> bool:
-    """Whether ranks hold parts of `model`, so that all of them must run it together."""
+    """Whether `model` is sharded over ranks, so that all ranks must run it together."""
     return isinstance(model, nn.Module) and (
         isinstance(model, FSDPModule) or any(is_sharded(p) for p in model.parameters())
     )
@@ -35,24 +35,27 @@ def fsdp_root(model: nn.Module) -> FSDPModule | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of `tensor`, all of it if it is not sharded; writes change it."""
+    """Return a view of this rank's part of `tensor`, or of all of it if it is not sharded."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return all of `tensor`, gathered from the ranks if it is sharded."""
+    """Return the whole `tensor`, gathered from the ranks if it is sharded."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return `tensor`, which is whole on every rank, sharded as `like` is; nothing is sent."""
+    """Return `tensor` sharded as `like` is, or `tensor` itself if `like` is not sharded.
+
+    `tensor` must be whole on every rank, so that nothing has to be sent.
+    """
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def holds_whole_rows(tensor: Tensor) -> bool:
-    """Whether ranks share `tensor` by its rows, or not at all."""
+    """Whether ranks hold only whole rows of `tensor`: it is sharded by rows, or not sharded."""
     return not isinstance(tensor, DTensor) or not any(
         placement.is_shard() and not placement.is_shard(0) for placement in tensor.placements
     )
@@ -64,7 +67,7 @@ def first_row(tensor: Tensor) -> int:
 
 
 def first_element(tensor: Tensor) -> tuple[int, ...]:
-    """Return the index (row, column, ...) of the first element of `local(tensor)` in the whole."""
+    """Return the index (row, column, ...) in the whole tensor at which `local(tensor)` starts."""
     if not isinstance(tensor, DTensor):
         return (0,) * max(tensor.ndim, 1)
     _, offsets = compute_local_shape_and_global_offset(
@@ -74,14 +77,15 @@ def first_element(tensor: Tensor) -> tuple[int, ...]:
 
 
 def added_over_ranks(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return each of `sums` added up over the ranks that share the tensor it belongs to.
+    """Add up each of `sums` over the ranks that share its tensor, and return the totals.
 
     The sums travel in one message if the same ranks share all tensors.
 
     Args:
-        sums: The sums over the rows that this rank holds, 1-D and of the same length on every rank.
-        tensors: The tensor that each sum belongs to, sharded by rows or not at all. A sum of a
-            tensor that is not sharded is complete already.
+        sums: This rank's sums, one for each tensor, each over the rows that this rank holds. A sum
+            is 1-D, and has the same length on every rank.
+        tensors: The tensor that each sum belongs to, sharded by rows or not at all. The sum of a
+            tensor that is not sharded is already complete.
     """
     totals = list(sums)
     messages: dict[Any, list[int]] = defaultdict(list)

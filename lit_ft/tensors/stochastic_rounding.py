@@ -16,10 +16,11 @@ log = logging.getLogger(__name__)
 def round_stochastically(x: Tensor, *, generator: torch.Generator) -> Tensor:
     """Round float32 `x` to one of its two bfloat16 neighbours, with expectation `x`.
 
-    A bfloat16 is the upper half of a float32. Adding a uniform 16-bit integer to the lower half
-    carries into the upper half with the probability of the remainder; the lower half is then cut
-    off. Values that bfloat16 holds, infinities and NaN do not change. Finite values beyond the
-    largest bfloat16 become that one, never infinite. Gupta et al., arXiv:1502.02551.
+    A bfloat16 is the upper half of a float32. A uniform random 16-bit integer is added to the lower
+    half, and the lower half is then cut off. The larger the lower half was, the more likely the
+    addition carries into the upper half, so that the expectation is exact. Values that bfloat16 can
+    represent, infinities and NaN do not change. Finite values beyond the largest bfloat16 become
+    the largest bfloat16, never infinity. See Gupta et al., arXiv:1502.02551.
 
     Args:
         x: The float32 tensor to round, of any shape.
@@ -41,7 +42,7 @@ def random_bits(
 
 
 def round_with(x: Tensor, bits: Tensor) -> Tensor:
-    """Round float32 `x` as `round_stochastically` does, with `random_bits` of its shape."""
+    """Round float32 `x` as `round_stochastically` does, with `bits` from `random_bits`."""
     return _in_one_kernel(_rounded, x.detach(), bits)
 
 
@@ -51,10 +52,10 @@ def round_moved(weight: Tensor, step: Tensor, bits: Tensor, *, keep: float) -> T
     Args:
         weight: The bfloat16 weight, of any shape.
         step: The float32 step, of the shape of `weight`.
-        bits: The `random_bits`, of the shape of `weight`.
-        keep: The factor of the weight, such as 1 − decay.
+        bits: Random bits from `random_bits`, of the shape of `weight`.
+        keep: The factor that multiplies the weight, such as 1 − decay.
     """
-    # A tensor on the host: a number would be compiled in, and it changes with the learning rate.
+    # A tensor on the host: a number would be compiled in, and `keep` changes with the rate.
     factor = torch.tensor(keep, device="cpu")
     return _in_one_kernel(_moved_and_rounded, weight, step, bits, factor)
 
@@ -71,9 +72,9 @@ def _moved_and_rounded(weight: Tensor, step: Tensor, bits: Tensor, keep: Tensor)
 
 
 def _in_one_kernel(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Apply an elementwise operation to tensors of one shape, in one kernel where that compiles."""
+    """Apply an elementwise operation to tensors of one shape, in one kernel if that compiles."""
     shape = tensors[0].shape
-    # Flattened: otherwise each number of dimensions, and square matrices, would need a graph.
+    # Flattened: otherwise each number of dimensions, and square matrices, would be compiled anew.
     rows = [tensor.reshape(-1) if tensor.ndim else tensor for tensor in tensors]
     if tensors[0].is_cuda and _compiles(tensors[0].device):
         operation = _compiled(operation)
@@ -87,7 +88,7 @@ def _compiled(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @cache
 def _compiles(device: torch.device) -> bool:
-    # A kernel's blocks suit the size that it is first compiled for: those for 8 elements took 25
+    # A kernel's blocks suit the size that it is first compiled for. Blocks for 8 elements took 25
     # times as long as the memory traffic (benchmarks/results/optimizer_step_cuda.json).
     x = torch.zeros(2**20, device=device)
     bits = x.int()
@@ -105,7 +106,7 @@ def _compiles(device: torch.device) -> bool:
 
 
 def own_gpu() -> list[int]:
-    """Return this process's GPU, for `torch.random.fork_rng`, which by default takes all GPUs."""
+    """Return this process's GPU as a list, empty without one, for `torch.random.fork_rng`."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 

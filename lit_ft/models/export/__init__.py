@@ -1,1 +1,1 @@
-"""Export in the format that `AutoModelForCausalLM.from_pretrained` loads, without lit_ft."""
+"""Export in the Hugging Face format, which `from_pretrained` loads without lit_ft."""

@@ -1,4 +1,4 @@
-"""Export a model that is sharded over ranks: each writes its part, and none holds all of it."""
+"""Export a model that is sharded over ranks; no rank ever holds the whole model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> None:
-    """Write `model` in the format that `from_pretrained` loads; call it on every rank.
+    """Write `model` in the format that `from_pretrained` loads; call this on every rank.
 
     Args:
         model: A transformers model that is sharded over the ranks.
         folder: The folder to write to, on a file system that all ranks see.
-        dtype: The type of the written weights; None keeps the model's.
+        dtype: The dtype of the written weights; None keeps the model's own.
     """
     if dist.get_rank() == 0:
         remove_weights(folder)
@@ -54,14 +54,14 @@ def export_sharded(model: Any, folder: Path, *, dtype: torch.dtype | None) -> No
 
 
 def remove_weights(folder: Path) -> None:
-    """Remove an earlier export, which `from_pretrained` might prefer to other kinds of files."""
+    """Remove an earlier export, which `from_pretrained` might load instead of the new one."""
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     remove_adapter(folder)
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove an adapter, which `from_pretrained` would add to the model in the same folder."""
+    """Remove an earlier adapter, which `from_pretrained` would add to the model in `folder`."""
     for old in (folder / "adapter_config.json", *folder.glob("adapter_model*")):
         old.unlink(missing_ok=True)
 
@@ -72,7 +72,7 @@ def names_left_out(model: Any) -> set[str]:
 
 
 def save_config(model: Any, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write the configuration that `from_pretrained` reads first, for weights of type `dtype`."""
+    """Write the configuration that `from_pretrained` reads, for weights of dtype `dtype`."""
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's prefix

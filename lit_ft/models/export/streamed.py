@@ -1,4 +1,4 @@
-"""Export weights that are not in a model, with at most one file's weights in memory."""
+"""Export weights without loading a model; at most one file's weights are in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ def export_streamed(
     """Write weights in the format that `from_pretrained` loads.
 
     Args:
-        model: A transformers model on the meta device, which gives the configuration.
-        weights: Tensors on the meta device, with the shape and type of each weight, by the model's
-            names.
-        read: Fills the tensors that it is given under these names, and converts their type.
-        folder: An existing folder to write to.
-        dtype: The type of the written weights; None keeps each weight's own.
-        max_shard_size: The largest size of a file ("5GB"), and so of the weights in memory. A
-            single weight that is larger has a file of its own.
+        model: A transformers model on the meta device. It gives the configuration, and the names
+            that the weights must have.
+        weights: A tensor on the meta device for each weight, with the weight's shape and dtype,
+            keyed by its name in the model.
+        read: The function that reads weights. It receives empty tensors keyed by name, and fills
+            them with the weights' values, converted to the tensors' dtype.
+        folder: The folder to write to, which must exist.
+        dtype: The dtype of the written floating-point weights; None keeps each weight's own.
+        max_shard_size: The largest size of one file, such as "5GB", and so of the weights in memory
+            at a time. A single weight that is larger gets a file of its own.
 
     Raises:
-        ValueError: If `weights` are not those of `model`.
+        ValueError: If the names in `weights` are not those of the model's weights.
     """
     left_out = names_left_out(model)
     expected = model.state_dict().keys() - left_out

@@ -1,4 +1,4 @@
-"""Export in the format that `AutoModelForCausalLM.from_pretrained` loads, without lit_ft."""
+"""Export in the Hugging Face format, which `from_pretrained` loads without lit_ft."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ def _export_here(
 
 @torch.no_grad()
 def merged(model: PeftModel) -> Any:
-    """Return a copy of `model` with the adapter folded in, and 4-bit weights dequantised."""
+    """Return a copy of `model` with the adapter merged and 4-bit weights dequantised."""
     clone: Any = copy.deepcopy(model)
     if not getattr(clone.get_base_model(), "is_quantized", False):
         return clone.merge_and_unload()
-    # Merging into 4-bit weights would round the adapter away: add it to the dequantised ones.
+    # In 4-bit weights, rounding would undo the merge: merge into dequantised weights instead.
     config, state = copy.deepcopy(clone.active_peft_config), get_peft_model_state_dict(clone)
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = False  # some initialisations rewrite the weights, and did so
+        config.init_lora_weights = False  # PiSSA's and others would rewrite the weights again
     whole_model: Any = get_peft_model(clone.unload().dequantize(), config)
     set_peft_model_state_dict(whole_model, state)
     return whole_model.merge_and_unload()
@@ -118,7 +118,8 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder))
         return
     with tempfile.TemporaryDirectory() as before:
-        # peft reads the initial adapter from a folder and subtracts it. The rest fits the original.
+        # peft reads the initial adapter from this folder, and subtracts it from the trained
+        # adapter. The difference fits the original weights.
         tensors = {
             name.replace(".default", ""): p.contiguous().cpu() for name, p in initial.items()
         }
