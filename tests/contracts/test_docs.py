@@ -9,9 +9,11 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +207,14 @@ def names_you_know() -> list[tuple[str, str]]:
     return [(theirs, ours) for theirs, ours in rows]
 
 
+@cache
+def all_settings() -> list[Any]:
+    """Compose the configurations that have every setting between them."""
+    choices = [[], FITTING["adapter."], ["data=mix"], FITTING["model."]]
+    with conf():
+        return [composed(one) for one in choices]
+
+
 def test_there_is_a_table_of_the_names_you_know():
     assert len(names_you_know()) > 60
 
@@ -214,12 +224,9 @@ def test_the_names_you_know_lead_to_names_that_exist(theirs, ours):
     """Those with a value are composed with all other settings in lines."""
     names = [span for span in code_spans(ours) if re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", span)]
     assert names or "=" in ours or ours.startswith("nothing")
-    with conf():
-        configs = [composed([]), composed(FITTING["adapter."]), composed(["data=mix"])]
-        configs.append(composed(FITTING["model."]))
     for name in names:
         key, _, last = name.rpartition(".")
-        parents = [OmegaConf.select(config, key) if key else config for config in configs]
+        parents = [OmegaConf.select(config, key) if key else config for config in all_settings()]
         assert any(parent is not None and last in parent for parent in parents), name
 
 

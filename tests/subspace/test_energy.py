@@ -145,6 +145,7 @@ def test_a_basis_of_full_rank_captures_everything():
             assert captured < total
 
 
+@pytest.mark.process  # a C++ compiler runs
 def test_checkpointing_autocast_and_compilation_leave_the_energies_alone():
     model = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=1)  # seconds to compile
     layers = inject(model, rank=4)
