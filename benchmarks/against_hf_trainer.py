@@ -145,7 +145,7 @@ def data_module(settings: Settings) -> InstructionDataModule:
         tokenizer=SMOLLM2.load_tokenizer(),
         max_length=settings.max_length,
         batch_size=settings.batch_size,
-        drop_overlong=True,
+        overlong="drop",
         seed=settings.seed,
     )
     data.prepare_data()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,16 +14,25 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Remedy
+from lit_ft.data import notes
 from lit_ft.data.batching import GlobalBatchSampler
 from lit_ft.data.collate import Collator
-from lit_ft.data.encoding import Encoder, EncodingReport, load_chat_template
-from lit_ft.data.formats import Format, Message
+from lit_ft.data.conversation import Message
+from lit_ft.data.encoding import (
+    Encoder,
+    EncodingReport,
+    Overlong,
+    chosen,
+    load_chat_template,
+)
+from lit_ft.data.formats import Format
+from lit_ft.data.masks import ControlTokens, TrainOn
 from lit_ft.data.mixing import Bins, subset
 from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
-from lit_ft.data.tables import column
+from lit_ft.data.tables import column, repeated
 from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.distributed.ranks import data_parallel_rank
 
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 STREAM_SHUFFLE_BUFFER = 1000  # examples
+SHOWN = 20  # bad rows that are listed
 
 
 class InstructionDataModule(LightningDataModule):
@@ -46,8 +57,9 @@ class InstructionDataModule(LightningDataModule):
     an EncodingReport for `train` and one for `val`.
 
     Args:
-        path: The embedded data, `python-docstrings`; a .jsonl, .json, .csv or .parquet file; a
-            folder of these files; or the name of a Hugging Face dataset.
+        path: The embedded data, `python-docstrings`; a .jsonl, .json, .csv, .tsv, .parquet or .txt
+            file, also compressed (.gz, .zst); a folder of these files; or the name of a Hugging
+            Face dataset.
         val_path: The path of the data to validate on; None splits the training data.
         sources: Several sources in place of `path`, each as `{path, weight, format?, ...}` with
             further entries as in `source_options`. Each example is drawn from one of them by weight
@@ -65,8 +77,20 @@ class InstructionDataModule(LightningDataModule):
             `batch_size`.
         packing: Whether to put several examples into a training row, kept apart by `position_ids`.
         group_by_length: Whether to put rows of similar length into one global batch.
-        drop_overlong: Whether to leave out examples that are too long. Otherwise they are cut at
-            the end.
+        overlong: What to do with an example that is too long: "drop" leaves it out, "cut" cuts its
+            end off and "cut_left" its start. "split" makes several examples of it, of texts with
+            no token lost, and of chats between their turns.
+        train_on: The turns of a chat to learn: "assistant" for all answers, "last" for the last
+            answer, "all" for every token, or a list of roles. What a row says of a turn of its own
+            takes precedence.
+        control_tokens: What to do with a control token of the tokenizer in the text of a message:
+            "text" encodes it as ordinary text, "keep" leaves it a token, "refuse" makes the row a
+            bad one.
+        learn_empty_think: Whether an empty block of thinking ahead of an answer is learnt.
+        drop_unrendered: Whether a text that the chat template leaves out is dropped and counted.
+            Otherwise its row is a bad one.
+        bad_rows: What to do with a row that cannot be read or encoded: "stop" raises its error,
+            "skip" leaves it out, and counts and lists it.
         val_fraction: The share of the rows to validate on, between 0 and 1, if neither `val_path`
             nor the source decides.
         max_train_examples: The number of examples to train on, a fixed random choice; None
@@ -104,7 +128,12 @@ class InstructionDataModule(LightningDataModule):
         val_batch_size: int | None = None,
         packing: bool = False,
         group_by_length: bool = True,
-        drop_overlong: bool = False,
+        overlong: Overlong = "cut",
+        train_on: TrainOn = "assistant",
+        control_tokens: ControlTokens = "text",
+        learn_empty_think: bool = False,
+        drop_unrendered: bool = False,
+        bad_rows: Literal["stop", "skip"] = "stop",
         val_fraction: float = 0.05,
         max_train_examples: int | None = None,
         max_val_examples: int | None = None,
@@ -128,7 +157,13 @@ class InstructionDataModule(LightningDataModule):
         self.val_batch_size = val_batch_size or batch_size
         self.packing = packing
         self.group_by_length = group_by_length
-        self.drop_overlong = drop_overlong
+        self.encoding: dict[str, Any] = {
+            **chosen(overlong=overlong, control_tokens=control_tokens, bad_rows=bad_rows),
+            "max_length": max_length,
+            "train_on": train_on if isinstance(train_on, str) else tuple(train_on),
+            "learn_empty_think": learn_empty_think,
+            "drop_unrendered": drop_unrendered,
+        }
         self.val_fraction = val_fraction
         self.max_train_examples = max_train_examples
         self.max_val_examples = max_val_examples
@@ -211,6 +246,8 @@ class InstructionDataModule(LightningDataModule):
         """Log the counts of a stream's rows."""
         if self.streaming and stage == "fit":
             rank_zero_info(f"Training data, repetitions included: {self.reports['train']}.")
+            for line in notes.lines(self.reports["train"].notes):
+                rank_zero_info(line)
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Return the loader of this rank's micro-batches; its state resumes inside an epoch."""
@@ -259,7 +296,8 @@ class InstructionDataModule(LightningDataModule):
         """
         assert self.val_examples is not None, "call setup first"
         prompts = self.val_examples.select_columns(["prompt"])
-        return [row["prompt"] for row in prompts.take(min(n, len(prompts))) if row["prompt"]]
+        rows = prompts.take(min(n, len(prompts)))
+        return [json.loads(row["prompt"]) for row in rows if row["prompt"]]
 
     def _limited(self, examples: Dataset | IterableDataset) -> Dataset | IterableDataset:
         if self.streaming and self.max_train_examples is not None:
@@ -274,9 +312,29 @@ class InstructionDataModule(LightningDataModule):
         used = len(self.val_examples)
         choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
         rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")
+        if not self.streaming:
+            self._say_notes()
+
+    def _say_notes(self) -> None:
+        """Tell about rows that were skipped, repeat others, or do not say all that they seem to."""
+        train, val = self.reports["train"], self.reports["val"]
+        for line in notes.lines(notes.added(train.notes, val.notes)):
+            rank_zero_info(line)
+        if errors := [*train.errors, *val.errors]:
+            more = [f"... and {len(errors) - SHOWN:,} more"] if len(errors) > SHOWN else []
+            skipped = "\n".join(f"  {error}" for error in [*errors[:SHOWN], *more])
+            rank_zero_info(f"Skipped {len(errors):,} bad rows:\n{skipped}")
+        assert self.train_examples is not None and self.val_examples is not None
+        if again := repeated(self.train_examples):
+            rank_zero_info(f"{again:,} training examples are the same as earlier ones.")
+        if shared := repeated(self.train_examples, self.val_examples):
+            rank_zero_info(
+                f"{shared:,} of the {len(self.val_examples):,} validation examples are in the "
+                "training data too, so the validation loss says little about new rows."
+            )
 
     def _encoder(self) -> Encoder:
-        return Encoder(self._tokenizer(), self.max_length, self.drop_overlong)
+        return Encoder(self._tokenizer(), **self.encoding)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         module = self.trainer.lightning_module if self.trainer else None

@@ -83,11 +83,11 @@ def test_reports_count_what_is_cut_and_dropped(
     cut = ready(tokenizer, str(path), max_length=100)
     assert sum(report.truncated for report in cut.reports.values()) == 25
     assert len(cut.train_examples) + len(cut.val_examples) == 100
-    dropped = ready(tokenizer, str(path), max_length=100, drop_overlong=True)
+    dropped = ready(tokenizer, str(path), max_length=100, overlong="drop")
     assert sum(report.dropped_overlong for report in dropped.reports.values()) == 25
     assert len(dropped.train_examples) + len(dropped.val_examples) == 75
     with pytest.raises(ValueError, match=r"\(0 examples.* as too long\)\. Raise max_length"):
-        ready(tokenizer, str(path), max_length=5, drop_overlong=True)
+        ready(tokenizer, str(path), max_length=5, overlong="drop")
     with pytest.raises(ValueError, match="dropped for want of a target.*Raise max_length"):
         ready(tokenizer, str(path), max_length=5)
 

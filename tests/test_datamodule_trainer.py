@@ -99,7 +99,7 @@ def test_a_stream_of_no_example_ends_the_run(
     (tmp_path / "val.jsonl").write_text('{"text": "short"}')
     val_path = str(tmp_path / "val.jsonl")
     data = InstructionDataModule(
-        path, streaming=True, val_path=val_path, max_length=10, drop_overlong=True
+        path, streaming=True, val_path=val_path, max_length=10, overlong="drop"
     )
     with pytest.raises(
         ValueError, match="nothing is left for training on .*40 dropped as too long"

@@ -85,7 +85,18 @@ SHORTER_WARMUP = Remedy(
 )
 SHORTER_ROWS = Remedy("lower max_length", advice="lower data.max_length")
 LONGER_ROWS = Remedy("raise max_length", advice="raise data.max_length")
-CUT_ROWS = Remedy("cut the rows with drop_overlong=False", {"data.drop_overlong": "false"})
+CUT_ROWS = Remedy('cut the rows with overlong="cut"', {"data.overlong": "cut"})
+SPLIT_ROWS = Remedy('split the rows with overlong="split"', {"data.overlong": "split"})
+CONTROL_TOKENS_AS_TEXT = Remedy(
+    'use control_tokens="text", which encodes it as ordinary text', {"data.control_tokens": "text"}
+)
+OTHER_TEMPLATE = Remedy(
+    "give a chat_template that renders it",
+    advice="give a template that renders it (data.chat_template=template.jinja)",
+)
+DROP_UNRENDERED = Remedy(
+    "train without it (drop_unrendered=True)", {"data.drop_unrendered": "true"}
+)
 NO_STREAM = Remedy("set streaming=False", {"data.streaming": "false"})
 NO_PACKING = Remedy("set packing=False", {"data.packing": "false"})
 OTHER_ATTENTION = Remedy(

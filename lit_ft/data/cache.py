@@ -45,8 +45,7 @@ def cache_key(source: Source, format: Format | None, encoder: Encoder) -> str:
         "source": source.identity(),
         "format": None if format is None else _describe(format),
         "tokenizer": _tokenizer_digest(encoder.tokenizer),
-        "max_length": encoder.max_length,
-        "drop_overlong": encoder.drop_overlong,
+        "settings": encoder.settings,
         "code": _code_digest(),
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
     }

@@ -1,61 +1,78 @@
-"""Encoding: a conversation becomes token ids, and labels on what the assistant said.
+"""Encoding: a conversation becomes token ids, and labels on what is learnt.
 
-Every assistant turn is learnt, with the token that ends it, and nothing else. In plain text, every
-token is learnt. Labels follow the Hugging Face convention: unshifted, and -100 where there is
-nothing to learn. The first label is always -100, since nothing predicts the first token.
+In a chat every assistant turn is learnt, with the token that ends it, and nothing else, unless
+`train_on` or the row says otherwise. In plain text, every token is learnt. Labels follow the
+Hugging Face convention: unshifted, and -100 where there is nothing to learn. The first label is
+always -100, since nothing predicts the first token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat.refusal import located
-from lit_ft.data.formats import Conversation, Message
-from lit_ft.data.masks import assistant_mask
+from lit_ft.data import notes
+from lit_ft.data.conversation import Conversation, chat_of, prompt_of
+from lit_ft.data.masks import ChatEncoder, ControlTokens, TrainOn
+from lit_ft.data.notes import Counted
 from lit_ft.data.rows import ParsedRow
+from lit_ft.data.turns import ChatTemplate
 from lit_ft.loss.targets import IGNORE_INDEX
+
+Overlong = Literal["drop", "cut", "cut_left", "split"]
+"""What to do with a row that is too long: leave it out, cut its end or its start, or split it."""
 
 
 class EncodedRow(NamedTuple):
-    """One row's tokens and labels, and whether it was cut or dropped.
+    """One example's tokens and labels, and what became of its row.
 
     A row is an example if `num_targets` is positive. Other rows stay in the table, so that they
     can be counted.
 
     Args:
         origin: The place of the row in its source, for errors (`my.jsonl:57`).
-        input_ids: The token ids, [tokens]; empty if the row was dropped as too long.
+        input_ids: The token ids, [tokens]; empty if the row was left out.
         labels: The unshifted labels, [tokens]; -100 where there is nothing to learn.
         num_tokens: The number of token ids.
         num_targets: The number of labels that are not -100.
-        truncated: Whether tokens were cut off at the end.
-        overlong: Whether the row was dropped because it was too long.
-        prompt: The messages before the last assistant turn; empty for plain text.
+        truncated: Whether tokens were cut off.
+        overlong: Whether the row was left out because it was too long.
+        prompt: The chat before the last assistant turn, as JSON; empty if there is none.
         held_out: Whether the row is for validation; None where the source leaves that open.
+        notes: What is worth telling about the row; see `lit_ft.data.notes`.
+        error: The message of the error for which the row was skipped; empty otherwise.
+        digest: A number that is the same for rows with the same tokens and labels.
     """
 
     origin: str
-    input_ids: list[int]
-    labels: list[int]
-    num_tokens: int
-    num_targets: int
-    truncated: bool
-    overlong: bool
-    prompt: list[Message]
-    held_out: bool | None
+    input_ids: list[int] = []
+    labels: list[int] = []
+    num_tokens: int = 0
+    num_targets: int = 0
+    truncated: bool = False
+    overlong: bool = False
+    prompt: str = ""
+    held_out: bool | None = None
+    notes: list[str] = []
+    error: str = ""
+    digest: int = 0
 
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """Counts of the rows of one split, including every row that was cut or dropped.
+    """Counts of the rows of one split, including every row that was cut or left out.
 
     Args:
         examples: The number of rows that are trained or validated on.
@@ -63,16 +80,22 @@ class EncodingReport:
         dropped_overlong: The number of rows left out because they are too long.
         dropped_without_targets: The number of rows left out because none of their tokens would be
             learnt.
+        skipped: The number of rows left out because they could not be read or encoded.
         tokens: The number of tokens in the examples.
         targets: The number of tokens in the examples that are learnt.
+        notes: The number of rows that each note is about, and the first of them.
+        errors: The messages of the errors for which rows were skipped.
     """
 
     examples: int = 0
     truncated: int = 0
     dropped_overlong: int = 0
     dropped_without_targets: int = 0
+    skipped: int = 0
     tokens: int = 0
     targets: int = 0
+    notes: Mapping[str, Counted] = field(default_factory=dict)
+    errors: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -81,31 +104,45 @@ class EncodingReport:
         num_targets: NDArray[Any],
         truncated: NDArray[Any],
         overlong: NDArray[Any],
+        *,
+        notes: Mapping[str, Counted] | None = None,
+        errors: Sequence[str] = (),
     ) -> EncodingReport:
-        """Count rows, given their columns, each [rows]."""
+        """Count rows, given their columns, each [rows], their notes and their errors."""
         kept = num_targets > 0
         return cls(
             examples=int(kept.sum()),
             truncated=int((truncated & kept).sum()),
             dropped_overlong=int(overlong.sum()),
-            dropped_without_targets=int((~kept & ~overlong).sum()),
+            dropped_without_targets=int((~kept & ~overlong).sum()) - len(errors),
+            skipped=len(errors),
             tokens=int(num_tokens[kept].sum()),
             targets=int(num_targets[kept].sum()),
+            notes=notes or {},
+            errors=errors,
         )
 
     def __add__(self, other: EncodingReport) -> EncodingReport:
+        counts = {
+            one.name: getattr(self, one.name) + getattr(other, one.name)
+            for one in fields(self)
+            if one.type == "int"
+        }
         return EncodingReport(
-            *(getattr(self, one.name) + getattr(other, one.name) for one in fields(self))
+            **counts,
+            notes=notes.added(self.notes, other.notes),
+            errors=[*self.errors, *other.errors],
         )
 
     def __str__(self) -> str:
         line = f"{self.examples:,} examples, {self.tokens:,} tokens, {self.targets:,} targets"
-        notes = [
+        counts = [
             (self.truncated, "truncated"),
             (self.dropped_overlong, "dropped as too long"),
             (self.dropped_without_targets, "dropped for want of a target"),
+            (self.skipped, "skipped as bad"),
         ]
-        return "; ".join([line, *(f"{count:,} {what}" for count, what in notes if count)])
+        return "; ".join([line, *(f"{count:,} {what}" for count, what in counts if count)])
 
 
 @dataclass(frozen=True)
@@ -115,16 +152,33 @@ class Encoder:
     Args:
         tokenizer: A fast tokenizer of transformers, whose chat template renders the chats.
         max_length: The largest number of tokens in an example, at least 2.
-        drop_overlong: Whether to drop rows that are too long. Otherwise they are cut at the end.
+        overlong: What to do with a row that is too long: "drop" leaves it out, "cut" cuts its end
+            off and "cut_left" its start. "split" makes several examples of it, of texts with no
+            token lost, and of chats between their turns.
+        train_on: The turns to learn: "assistant" for all answers, "last" for the last answer,
+            "all" for every token, or the names of roles. What a row says of a turn of its own
+            takes precedence.
+        control_tokens: What to do with a control token in the text of a message: "text" encodes it
+            as ordinary text, "keep" leaves it a token, "refuse" makes the row a bad one.
+        learn_empty_think: Whether an empty block of thinking ahead of an answer is learnt.
+        drop_unrendered: Whether a text that the chat template leaves out is dropped and counted.
+            Otherwise its row is a bad one.
+        bad_rows: What to do with a row that cannot be read or encoded: "stop" raises its error,
+            "skip" leaves it out and counts it.
 
     Raises:
-        ValueError: If the tokenizer is not a fast one. Only fast ones know the characters of their
-            tokens.
+        ValueError: If the tokenizer is not a fast one, since only fast ones know the characters of
+            their tokens, or if an argument is unknown.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    drop_overlong: bool = False
+    overlong: Overlong = "cut"
+    train_on: TrainOn = "assistant"
+    control_tokens: ControlTokens = "text"
+    learn_empty_think: bool = False
+    drop_unrendered: bool = False
+    bad_rows: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -132,60 +186,170 @@ class Encoder:
                 f"{type(self.tokenizer).__name__} is not a fast tokenizer: load one that is backed "
                 "by the tokenizers library"
             )
+        chosen(overlong=self.overlong, control_tokens=self.control_tokens, bad_rows=self.bad_rows)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that determine the encoded rows, besides the tokenizer."""
+        return {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name != "tokenizer"
+        }
 
     def __call__(self, rows: Iterable[ParsedRow]) -> Iterator[EncodedRow]:
-        """Yield each row encoded, in order.
+        """Yield each row encoded, in order; several times, if it is split.
 
         Raises:
-            ValueError: If the tokenizer has no chat template or no end-of-text token, or if its
-                template fails on a row or cannot tell the turns apart. Names the row.
+            ValueError: If a row is bad and bad rows are not skipped: it could not be read, the
+                tokenizer has no chat template or no end-of-text token, or its template fails on
+                the row or cannot tell the turns apart. Names the row.
         """
-        return map(self._encode, rows)
+        for row in rows:
+            try:
+                yield from self._encode(row)
+            except (ValueError, TemplateError) as error:
+                bad = located(error, row.origin)
+                if self.bad_rows == "stop":
+                    raise bad from error
+                yield EncodedRow(row.origin, held_out=row.held_out, error=str(bad))
 
-    def _encode(self, row: ParsedRow) -> EncodedRow:
-        try:
-            if isinstance(row.conversation, str):
-                ids = self._text(row.conversation)
-                labels = list(ids)
-            else:
-                ids, labels = self._chat(row.conversation)
-        except (ValueError, TemplateError) as error:
-            raise located(error, row.origin) from error
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        template = ChatTemplate(self.tokenizer, learn_empty_thinking=self.learn_empty_think)
+        return ChatEncoder(
+            template,
+            train_on=self.train_on,
+            control_tokens=self.control_tokens,
+            drop_unrendered=self.drop_unrendered,
+        )
+
+    def _encode(self, row: ParsedRow) -> Iterator[EncodedRow]:
+        if isinstance(row.content, ValueError):
+            raise row.content
+        said = [notes.unread(key) for key in row.unread]
+        if (chat := chat_of(row.content)) is not None:
+            yield from self._chat_rows(row, chat, said)
+            return
+        if isinstance(row.content, str):
+            ids = self._text(row.content)
+            labels = list(ids)
+        else:
+            ids, labels = self._segments(row.content)
+        if len(ids) > self.max_length and self.overlong == "split":
+            # The last token of a piece begins the next, where it is context: each is learnt once.
+            for start in range(0, len(ids) - 1, self.max_length - 1):
+                piece = slice(start, start + self.max_length)
+                yield self._row(row, ids[piece], labels[piece], [*said, notes.SPLIT])
+            return
+        yield self._row(row, ids, labels, said)
+
+    def _chat_rows(
+        self, row: ParsedRow, chat: Conversation, said: list[str]
+    ) -> Iterator[EncodedRow]:
+        encoded = self._chat(chat)
+        parts = [chat]
+        if len(encoded.ids) > self.max_length and self.overlong == "split":
+            parts = list(self._parts(chat))
+            said = [*said, notes.SPLIT] if len(parts) > 1 else said
+        for part in parts:
+            if part is not chat:
+                encoded = self._chat(part)
+            pairs = zip(encoded.ids, encoded.is_target, strict=True)
+            labels = [token if target else IGNORE_INDEX for token, target in pairs]
+            yield self._row(row, encoded.ids, labels, [*said, *encoded.notes], part)
+
+    def _parts(self, chat: Conversation) -> Iterator[Conversation]:
+        """Split a chat ahead of users' turns into the longest parts that fit."""
+        messages = list(chat.messages)
+        first = next((i for i, one in enumerate(messages) if one["role"] == "user"), 0)
+        preamble = messages[:first]  # what the system says is said in each part
+        starts = [i for i in range(first, len(messages)) if messages[i]["role"] == "user"]
+        exchanges = [
+            messages[a:b] for a, b in zip(starts, [*starts[1:], len(messages)], strict=True)
+        ]
+
+        def part(turns: list[Any]) -> Conversation:
+            return Conversation([*preamble, *turns], chat.tools, chat.template_options)
+
+        turns: list[Any] = []
+        for exchange in exchanges:
+            longer = [*turns, *exchange]
+            if turns and len(self._chat(part(longer)).ids) > self.max_length:
+                yield part(turns)
+                longer = exchange
+            turns = longer
+        yield part(turns)
+
+    def _row(
+        self,
+        row: ParsedRow,
+        ids: list[int],
+        labels: list[int],
+        said: list[str],
+        chat: Conversation | None = None,
+    ) -> EncodedRow:
         too_long = len(ids) > self.max_length
-        keep = 0 if too_long and self.drop_overlong else self.max_length
-        ids, labels = ids[:keep], labels[:keep]
+        is_cut = too_long and self.overlong in ("cut", "cut_left")
+        if is_cut and self.overlong == "cut_left":
+            ids, labels = ids[-self.max_length :], labels[-self.max_length :]
+        elif too_long:
+            keep = self.max_length if is_cut else 0
+            ids, labels = ids[:keep], labels[:keep]
         labels[:1] = [IGNORE_INDEX][: len(labels)]
+        prompt = [] if chat is None else list(prompt_of(chat))
         return EncodedRow(
             origin=row.origin,
             input_ids=ids,
             labels=labels,
             num_tokens=len(ids),
             num_targets=len(labels) - labels.count(IGNORE_INDEX),
-            truncated=too_long and not self.drop_overlong,
-            overlong=too_long and self.drop_overlong,
-            prompt=prompt_of(row.conversation),
+            truncated=is_cut,
+            overlong=too_long and not is_cut,
+            prompt=json.dumps(prompt) if prompt else "",
             held_out=row.held_out,
+            notes=said,
+            digest=_digest(ids, labels),
         )
 
     def _text(self, text: str) -> list[int]:
-        eos = self.tokenizer.eos_token_id
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.tokenizer.bos_token):
+            ids = ids[1:]  # the text has what the tokenizer adds
         return ids if ids[-1:] == [eos] else [*ids, eos]
 
-    def _chat(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        ids, is_target = assistant_mask(self.tokenizer, messages)
-        pairs = zip(ids, is_target, strict=True)
-        return ids, [token if target else IGNORE_INDEX for token, target in pairs]
+    def _segments(self, segments: Any) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for segment in segments:
+            own = self.tokenizer(segment.text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += own
+            labels += own if segment.label else [IGNORE_INDEX] * len(own)
+        return ids, labels
 
 
-def prompt_of(conversation: Conversation) -> list[Message]:
-    """Return the messages before the last assistant turn; none for plain text."""
-    if isinstance(conversation, str):
-        return []
-    turns = [place for place, turn in enumerate(conversation) if turn["role"] == "assistant"]
-    return conversation[: turns[-1]] if turns else []
+def chosen(**choices: Any) -> dict[str, Any]:
+    """Return the choices of `overlong`, `control_tokens` and `bad_rows` as they are.
+
+    Raises:
+        ValueError: If one is unknown. Names the others.
+    """
+    known = {
+        "overlong": get_args(Overlong),
+        "control_tokens": get_args(ControlTokens),
+        "bad_rows": ("stop", "skip"),
+    }
+    for name, value in choices.items():
+        if value not in known[name]:
+            others = " or ".join(known[name])
+            raise ValueError(f"{name}={value}: there is no such choice. Use {others}.")
+    return choices
+
+
+def _digest(ids: list[int], labels: list[int]) -> int:
+    content = np.array([ids, labels], dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
 
 
 def load_chat_template(name: str) -> str:

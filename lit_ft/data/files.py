@@ -1,71 +1,148 @@
 """Readers of local files, one for each suffix, that name the place of every row.
 
-Each reader yields pairs (origin, row) in the file's order. Every error about a file's content is a
-ValueError that starts with the origin, such as `my.jsonl:57`.
+Each reader yields pairs (origin, row) in the file's order, with an error in place of a row that
+cannot be read. An error about a whole file is raised, and starts with the file's name.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from lit_ft.data.formats import Row
 
+COMPRESSIONS = (".gz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read(file: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the origin and the fields of every row of a file whose suffix is in `READERS`.
+def kind_of(file: Path) -> str:
+    """Return what chooses the reader of a file: its suffix, ahead of that of a compression."""
+    compressed = file.suffix.lower() in COMPRESSIONS
+    return (file.with_suffix("") if compressed else file).suffix.lower()
+
+
+def read(file: Path) -> Iterator[tuple[str, Row | ValueError]]:
+    """Yield the origin and the fields of every row of a file whose kind is in `READERS`.
+
+    A row that cannot be read, or that is no object with named fields, is yielded as its error.
 
     Raises:
-        ValueError: If a row cannot be read or is not an object with named fields, or if the file
-            has no rows. Names the file and the row.
+        ValueError: If the file as a whole cannot be read, or has no rows. Names the file.
     """
     origin = None
-    for origin, row in READERS[file.suffix.lower()](file):
-        if not isinstance(row, dict):
-            raise ValueError(f"{origin}: a row must be an object, not {type(row).__name__}")
-        yield origin, row
+    for origin, row in READERS[kind_of(file)](file):
+        if isinstance(row, dict | ValueError):
+            yield origin, row
+        else:
+            yield origin, ValueError(f"a row must be an object, not {type(row).__name__}")
     if origin is None:
         raise ValueError(f"{file}: the file has no rows")
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading in binary mode, decompressed."""
+    if file.suffix.lower() not in COMPRESSIONS:
+        with file.open("rb") as stream:
+            yield stream
+        return
+    from pyarrow import input_stream
+
+    try:
+        with input_stream(str(file), compression="detect") as raw:
+            yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be decompressed: {error}") from error
+
+
 def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
     """Yield the JSON object of each UTF-8 line; ignore blank lines, CRLF and a byte order mark."""
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
-                origin = f"{file}:{number}"
-                yield origin, _decode(line, origin)
+                yield f"{file}:{number}", _decoded(line)
 
 
 def read_json(file: Path) -> Iterator[tuple[str, object]]:
-    """Yield the objects of a JSON array, read whole. Other files are read as JSON lines."""
-    with file.open("rb") as stream:
-        start = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
-    if not start.startswith(b"["):
+    """Yield the rows of a JSON file, read whole unless it holds JSON lines.
+
+    The file may hold an array of rows, one object with the rows under a key, or one object with a
+    list for each column.
+    """
+    with _opened(file) as stream:
+        first = stream.readline().removeprefix(BYTE_ORDER_MARK).strip()
+        while not first and (line := stream.readline()):
+            first = line.strip()
+        is_lines = first.startswith(b"{") and isinstance(_decoded(first), dict)
+        is_lines = is_lines and any(line.strip() for line in stream)
+    if is_lines:
         yield from read_json_lines(file)
         return
-    rows = _decode(file.read_bytes().removeprefix(BYTE_ORDER_MARK), str(file))
-    assert isinstance(rows, list)
-    for number, row in enumerate(rows, start=1):
+    with _opened(file) as stream:
+        value = _decoded(stream.read().removeprefix(BYTE_ORDER_MARK))
+    if isinstance(value, ValueError):
+        if first.startswith(b"{"):  # lines, of which the first is broken
+            yield from read_json_lines(file)
+            return
+        raise ValueError(f"{file}: {value}") from value
+    if isinstance(value, dict):
+        yield from _rows_of_object(value, file)
+        return
+    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
         yield f"{file} row {number}", row
 
 
-def read_csv(file: Path) -> Iterator[tuple[str, object]]:
-    """Yield the rows of UTF-8 comma-separated values under a header line; all stay strings.
+def _rows_of_object(value: dict[str, Any], file: Path) -> Iterator[tuple[str, object]]:
+    """Yield the rows of a file that holds a single object."""
+    lists = {key: rows for key, rows in value.items() if isinstance(rows, list)}
+    rows_under = [
+        key
+        for key, rows in lists.items()
+        if rows and all(isinstance(row, dict) and not {"role", "from"} & row.keys() for row in rows)
+    ]
+    if len(rows_under) == 1 and not {"segments"} & set(rows_under):
+        for number, row in enumerate(value[rows_under[0]], start=1):
+            yield f"{file} {rows_under[0]}[{number - 1}]", row
+    elif len(lists) == len(value) and not any(isinstance(x, dict) for x in sum(lists.values(), [])):
+        lengths = {key: len(column) for key, column in lists.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"{file}: the columns differ in length: {lengths}")
+        for number, row in enumerate(zip(*lists.values(), strict=True), start=1):
+            yield f"{file} row {number}", dict(zip(lists, row, strict=True))
+    else:
+        yield f"{file} row 1", value
+
+
+def read_text(file: Path) -> Iterator[tuple[str, object]]:
+    """Yield a UTF-8 text file as one row `{text}`."""
+    with _opened(file) as stream:
+        try:
+            text = stream.read().removeprefix(BYTE_ORDER_MARK).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+    if text.strip():
+        yield str(file), {"text": text}
+
+
+def read_csv(file: Path, *, delimiter: str = ",") -> Iterator[tuple[str, object]]:
+    """Yield the rows of UTF-8 values between commas under a header line; all stay strings.
 
     The standard library reads them and not `datasets`, in which pandas guesses the types: an
     answer such as `007`, `NA` or an empty one must stay as it is.
     """
     csv.field_size_limit(sys.maxsize)  # the default refuses answers over 128 KiB
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        rows = csv.DictReader(stream, strict=True)
+    with _opened(file) as binary:
+        stream = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(stream, strict=True, delimiter=delimiter)
         try:
             names = rows.fieldnames or []
             if len(set(names)) < len(names):
@@ -100,22 +177,21 @@ def read_parquet(file: Path) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{file}: not a readable parquet file: {error}") from error
 
 
-def _decode(text: bytes, origin: str) -> object:
+def _decoded(text: bytes) -> Any:
+    """Return the value of a JSON text, or the error that says what is wrong with it."""
     try:
         value: object = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         where = f"byte 0x{text[error.start]:02x} at column {error.start + 1}"
-        raise ValueError(f"{origin}: not UTF-8 ({where}); save the file as UTF-8") from error
+        return ValueError(f"not UTF-8 ({where}); save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin}: not valid JSON: {error}") from error
+        return ValueError(f"not valid JSON: {error}")
     if b"\\u" in text:
         # JSON allows half of a surrogate pair in an escape; UTF-8 and tokenizers do not.
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{origin}: holds half of a \\u surrogate pair; write both halves or remove it"
-            ) from error
+        except UnicodeEncodeError:
+            return ValueError("holds half of a \\u surrogate pair; write both halves or remove it")
     return value
 
 
@@ -123,5 +199,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
     ".jsonl": read_json_lines,
     ".json": read_json,
     ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
+    ".txt": read_text,
 }

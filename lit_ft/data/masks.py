@@ -1,102 +1,226 @@
-"""Find the tokens of a chat that the assistant says, by its template's marks or its prefixes."""
+"""Tokens of a chat, and which of them are learnt."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from numpy.typing import NDArray
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
-from lit_ft.data.formats import Message
+from lit_ft.data import notes
+from lit_ft.data.conversation import Conversation
+from lit_ft.data.turns import ChatTemplate, Rendering, Turn
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TEMPLATES = (remedies.MARKED_TEMPLATE, remedies.PLAIN_TEMPLATE)
+TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
+"""The turns to learn: the assistant's, its last one, all of them, or those of the roles named."""
+
+ControlTokens = Literal["text", "keep", "refuse"]
+"""What to do with a control token that somebody wrote into a message."""
 
 
-def assistant_mask(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[list[int], Sequence[int]]:
-    """Return a chat's token ids, [tokens], and a mask, [tokens], of 1 where the assistant speaks.
+class EncodedChat(NamedTuple):
+    """The tokens of a chat.
 
-    Raises:
-        Refusal: If the tokenizer has no chat template, or one whose turns cannot be told apart.
+    Args:
+        ids: The token ids, [tokens].
+        is_target: 1 where a token is learnt, [tokens].
+        notes: What is worth telling about the chat; see `lit_ft.data.notes`.
     """
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        raise Refusal("the tokenizer has no chat template", *_TEMPLATES)
-    mark = _mark_by_template if GENERATION_MARK.search(template) else _mark_by_prefix
-    return mark(tokenizer, messages)
+
+    ids: list[int]
+    is_target: list[int]
+    notes: list[str]
 
 
-def _mark_by_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[list[int], Sequence[int]]:
-    """Return a chat's token ids and 1 where the template says that the assistant speaks."""
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    assert isinstance(encoded, BatchEncoding)
-    return encoded["input_ids"], encoded["assistant_masks"]
+class _Tokens(NamedTuple):
+    """Token ids and the characters [start, end) of each, all [tokens]."""
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
 
-def _mark_by_prefix(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> tuple[list[int], Sequence[int]]:
-    """Return the same for a template without marks, by what each turn adds to the text."""
-    text = _render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-    is_target = np.zeros(len(starts), dtype=np.int64)
-    for first, last in _assistant_spans(tokenizer, messages, text):
-        # A token that only reaches into the turn counts, as it does in transformers' own mask.
-        is_target |= (starts < last) & (ends > first)
-    return encoded["input_ids"], is_target.tolist()
+class ChatEncoder:
+    """Turns chats into tokens, and knows which are learnt.
 
+    A learnt turn is learnt whole with the marker that ends it; of an answer, all that follows the
+    prompt that opens it. The tokens ahead of an answer are those with which the model is prompted
+    later.
 
-def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str
-) -> list[tuple[int, int]]:
-    """Find the characters [first, last) of each assistant turn in a rendered chat.
-
-    Raises:
-        Refusal: If the chat begins with the assistant, or if the template renders the beginning of
-            a chat differently when more turns follow.
+    Args:
+        template: The chat template, with its tokenizer.
+        train_on: The turns to learn. What a row says of a turn of its own takes precedence.
+        control_tokens: What to do with a control token in the text of a message: encode it as
+            ordinary text, keep it as a token, or refuse the row.
+        drop_unrendered: Whether a text that the template leaves out is dropped and counted.
+            Otherwise its row is refused, except for thoughts in earlier answers, which many
+            templates leave out on purpose.
     """
-    end_tokens = tuple(tokenizer.get_added_vocab())
-    spans = []
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if place == 0:
-            raise Refusal("the chat begins with the assistant, not with a user", *_TEMPLATES)
-        before = _render(tokenizer, messages[:place], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: place + 1])
-        if not (text.startswith(through) and through.startswith(before)):
-            raise Refusal(
-                f"the chat template renders message {place} differently at the end of a chat than "
-                "inside it, so its tokens cannot be found",
-                *_TEMPLATES,
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        *,
+        train_on: TrainOn = "assistant",
+        control_tokens: ControlTokens = "text",
+        drop_unrendered: bool = False,
+    ) -> None:
+        self.template = template
+        self.train_on = train_on
+        self.control_tokens = control_tokens
+        self.drop_unrendered = drop_unrendered
+        tokenizer = template.tokenizer
+        self._tokenizer: Any = tokenizer
+        size = max(tokenizer.get_vocab().values()) + 1
+        self._is_control = np.zeros(size, dtype=bool)
+        self._is_control[tokenizer.all_special_ids] = True
+        self._is_added = np.zeros(size, dtype=bool)
+        self._is_added[list(tokenizer.get_added_vocab().values())] = True
+        self._ids = lru_cache(10_000)(self._ids_of)
+
+    def __call__(self, chat: Conversation) -> EncodedChat:
+        """Encode a chat.
+
+        Raises:
+            Refusal: If the template leaves out what a message says, if its turns cannot be found,
+                or if a message holds a control token and those are refused.
+            TemplateError: If the template refuses the chat.
+        """
+        rendering = self.template.find(chat)
+        said = self._notes_on_dropped(chat, rendering)
+        learnt = [turn for turn in rendering.turns if self._is_learnt(chat, turn)]
+        for turn in learnt:
+            message = chat.messages[turn.message]
+            if not message["content"].strip() and not message.get("tool_calls"):
+                said.append(notes.EMPTY_ANSWER)
+        tokens, plain = self._tokens(rendering.text, [], []), []
+        for first, last in self._written_controls(tokens, rendering):
+            token = rendering.text[first:last]
+            if self.control_tokens == "refuse":
+                raise Refusal(
+                    f"a message holds the control token {token}", remedies.CONTROL_TOKENS_AS_TEXT
+                )
+            said.append(notes.control_token(token, kept=self.control_tokens == "keep"))
+            plain.append((first, last))
+        if self.control_tokens == "keep":
+            plain = []
+        if plain:
+            tokens = self._tokens(rendering.text, [], plain)
+        answers = [t for t in learnt if chat.messages[t.message]["role"] == "assistant"]
+        cuts = [turn.first for turn in answers if not self._is_prompted_so(rendering, tokens, turn)]
+        if cuts:
+            said.append(notes.PROMPT_MERGES)
+            tokens = self._tokens(rendering.text, cuts, plain)
+        is_target = np.zeros(len(tokens.ids), dtype=np.int64)
+        if self.train_on == "all":
+            is_target[:] = 1
+            for turn in rendering.turns:
+                if chat.messages[turn.message].get("train") is False:
+                    is_target[(tokens.starts < turn.last) & (tokens.ends > turn.first)] = 0
+        for turn in learnt:
+            is_target |= (tokens.starts < turn.last) & (tokens.ends > turn.first)
+        ids, targets = tokens.ids.tolist(), is_target.tolist()
+        said += self._notes_on_ends(rendering, learnt, ids, targets)
+        return EncodedChat(ids, targets, list(dict.fromkeys(said)))
+
+    def _is_learnt(self, chat: Conversation, turn: Turn) -> bool:
+        message = chat.messages[turn.message]
+        if (own := message.get("train")) is not None:
+            return bool(own)
+        role: str = message["role"]
+        if self.train_on == "last":
+            later = chat.messages[turn.message + 1 :]
+            return role == "assistant" and all(one["role"] != "assistant" for one in later)
+        if self.train_on in ("assistant", "all"):
+            return role == "assistant"
+        return role in self.train_on
+
+    def _notes_on_dropped(self, chat: Conversation, rendering: Rendering) -> list[str]:
+        """Return notes about what the template leaves out, or refuse the row."""
+        said = [notes.changed(chat.messages[t.message]["role"], t.field) for t in rendering.changed]
+        answers = [i for i, one in enumerate(chat.messages) if one["role"] == "assistant"]
+        for text in rendering.dropped:
+            role = chat.messages[text.message]["role"]
+            where = "" if text.field == "tools" else f" of message {text.message} ({role})"
+            content = chat.messages[text.message]["content"]
+            is_thought = text.field == "reasoning_content" or "</think>" in content
+            by_design = is_thought and text.message != answers[-1]
+            if not (self.drop_unrendered or by_design):
+                raise Refusal(
+                    f"the chat template leaves out {notes.FIELDS[text.field]}{where}: "
+                    f"{text.text!r:.60}",
+                    remedies.OTHER_TEMPLATE,
+                    remedies.DROP_UNRENDERED,
+                )
+            said.append(notes.dropped(role, text.field, earlier=by_design))
+        return said
+
+    def _notes_on_ends(
+        self, rendering: Rendering, learnt: list[Turn], ids: list[int], targets: list[int]
+    ) -> list[str]:
+        """Return notes about turns after which the model would not stop."""
+        said = []
+        for turn in learnt:
+            if not turn.end:
+                said.append(notes.NO_END)
+                eos = self._tokenizer.eos_token_id
+                is_last = turn is learnt[-1] and not rendering.text[turn.last :].strip()
+                if is_last and eos is not None and ids[-1:] != [eos]:
+                    ids.append(eos)
+                    targets.append(1)
+                    said[-1] = notes.EOS_ADDED
+            elif len(self._ids(turn.end)) != 1:
+                said.append(notes.end_of_several_tokens(turn.end))
+        return said
+
+    def _written_controls(self, tokens: _Tokens, rendering: Rendering) -> Iterable[tuple[int, int]]:
+        """Yield the characters of control tokens that stand in the texts of messages."""
+        for place in np.flatnonzero(self._is_control[tokens.ids]):
+            first, last = int(tokens.starts[place]), int(tokens.ends[place])
+            if any(a <= first and last <= b for a, b in rendering.texts):
+                yield first, last
+
+    def _is_prompted_so(self, rendering: Rendering, tokens: _Tokens, turn: Turn) -> bool:
+        """Whether the tokens ahead of an answer are those of the prompt alone."""
+        ahead = int(np.searchsorted(tokens.ends, turn.first, side="right"))
+        start = ahead - 1
+        while start > 0 and not self._is_added[tokens.ids[start]]:
+            start -= 1
+        # Nothing merges over a control token, so the prompt can be compared from there on.
+        start = max(start, 0)
+        prompt = self._ids(rendering.text[int(tokens.starts[start]) : turn.first]) if ahead else ()
+        return tuple(tokens.ids[start:ahead].tolist()) == tuple(prompt) and (
+            ahead == len(tokens.ids) or int(tokens.starts[ahead]) >= turn.first
+        )
+
+    def _ids_of(self, text: str) -> tuple[int, ...]:
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return tuple(encoded["input_ids"])
+
+    def _tokens(self, text: str, cuts: Sequence[int], plain: Sequence[tuple[int, int]]) -> _Tokens:
+        """Tokenise a text, in pieces where it is cut.
+
+        Args:
+            text: The text to tokenise.
+            cuts: Characters over which no token reaches.
+            plain: Pieces [first, last) in which control tokens are ordinary text.
+        """
+        edges = sorted({0, len(text), *cuts, *(edge for piece in plain for edge in piece)})
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for first, last in zip(edges, edges[1:], strict=False):
+            encoded = self._tokenizer(
+                text[first:last],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                verbose=False,
+                split_special_tokens=(first, last) in plain,
             )
-        # The newline that templates put after the end of a turn is no part of it.
-        turn = through.rstrip()
-        spans.append((len(before), len(turn if turn.endswith(end_tokens) else through)))
-    return spans
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    assert isinstance(text, str)
-    return text
+            ids += encoded["input_ids"]
+            offsets += [(a + first, b + first) for a, b in encoded["offset_mapping"]]
+        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        return _Tokens(np.array(ids, dtype=np.int64), starts, ends)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lit_ft.data.formats import Conversation, Row
+from lit_ft.data.conversation import Content
+from lit_ft.data.formats import Row
 
 
 class SourceRow(NamedTuple):
@@ -12,12 +13,13 @@ class SourceRow(NamedTuple):
 
     Args:
         origin: The place of the row in its source, for errors (`my.jsonl:57`).
-        fields: The values of the row by column name, which a format reads.
+        fields: The values of the row by column name, which a format reads; an error if the row
+            could not be read.
         held_out: Whether the row is for validation; None where the source leaves that open.
     """
 
     origin: str
-    fields: Row
+    fields: Row | ValueError
     held_out: bool | None = None
 
 
@@ -26,10 +28,12 @@ class ParsedRow(NamedTuple):
 
     Args:
         origin: The place of the row in its source, for errors (`my.jsonl:57`).
-        conversation: The messages of a chat, or plain text.
+        content: A chat, plain text or labelled segments; an error if the row could not be read.
         held_out: Whether the row is for validation; None where the source leaves that open.
+        unread: The keys of the row that its format does not read.
     """
 
     origin: str
-    conversation: Conversation
+    content: Content | ValueError
     held_out: bool | None = None
+    unread: tuple[str, ...] = ()

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy, located
 from lit_ft.data.docstrings import Docstrings
-from lit_ft.data.files import READERS, read
-from lit_ft.data.formats import Format, detect
+from lit_ft.data.files import READERS, kind_of, read
+from lit_ft.data.formats import Format, Row, available, detect
 from lit_ft.data.rows import ParsedRow, SourceRow
 
 EMBEDDED = "python-docstrings"
@@ -40,9 +40,9 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
     """Return the source that a path names, without reading it.
 
     Args:
-        path: `python-docstrings` (the embedded data); a .jsonl, .json, .csv or .parquet file; a
-            folder of these files; or the name of a Hugging Face dataset, which may also be a local
-            folder laid out as on the hub.
+        path: `python-docstrings` (the embedded data); a .jsonl, .json, .csv, .tsv, .parquet or
+            .txt file, also compressed (.gz, .zst); a folder of these files; or the name of a
+            Hugging Face dataset, which may also be a local folder laid out as on the hub.
         streaming: Whether to read a hub dataset over the network while training, rather than
             download it first.
         **options: Options of `Docstrings` for the embedded data, or of `datasets.load_dataset`
@@ -60,39 +60,68 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
             raise ValueError(f"{path} is a file and takes no options, but got {sorted(options)}")
         return Files(path, [local])
     if local.is_dir() and not options:
-        files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS)
+        files = sorted(f for f in local.iterdir() if kind_of(f) in READERS and not _is_notice(f))
         if files:
             if unread := _unread(local, files):
                 raise Refusal(
-                    f"{path}: files in subfolders and compressed files would not be read "
+                    f"{path}: files in subfolders, archives and backups would not be read "
                     f"({', '.join(unread[:3])})",
                     Remedy("unpack them next to the others"),
                     Remedy("move them out of the folder"),
                     remedies.THROUGH_DATASETS,
                 )
             return Files(path, files)
-    if not local.is_dir() and (not HUB_NAME.fullmatch(path) or local.suffix.lower() in READERS):
+    if not local.is_dir() and (not HUB_NAME.fullmatch(path) or kind_of(local) in READERS):
         raise ValueError(f"{path}: no such file{_near(local)}")
     return Hub(path, streaming=streaming, **options)
 
 
-def parse(source: Source, format: Format | None = None) -> Iterator[ParsedRow]:
-    """Yield the conversations of a source.
+def parse(
+    source: Source, format: Format | None = None, *, keep_errors: bool = False
+) -> Iterator[ParsedRow]:
+    """Yield what the rows of a source say.
 
     Args:
         source: The source of the rows.
         format: The format that reads the rows; None detects it from the keys of the first row.
+        keep_errors: Whether a row that does not fit the format is yielded with its error as its
+            content. Otherwise the error is raised.
 
     Raises:
         ValueError: If a row cannot be read or does not fit the format. Names the row.
     """
+    is_detected = False
     for row in source.rows():
         try:
-            format = format or detect(row.fields)
-            conversation = format.parse(row.fields)
+            if isinstance(row.fields, ValueError):
+                raise row.fields
+            if format is None:
+                format, is_detected = detect(row.fields), True
+            elif is_detected and (other := _other_format(format, row.fields)) is not None:
+                raise other
+            content = format.parse(row.fields)
+            unread = getattr(format, "unread", None)
+            keys = tuple(unread(row.fields)) if unread else ()
         except ValueError as error:
-            raise located(error, row.origin) from error
-        yield ParsedRow(row.origin, conversation, row.held_out)
+            if not keep_errors:
+                raise located(error, row.origin) from error
+            yield ParsedRow(row.origin, error, row.held_out)
+        else:
+            yield ParsedRow(row.origin, content, row.held_out, keys)
+
+
+def _other_format(format: Format, row: Row) -> Refusal | None:
+    """Return the error for a row that has another format than those before it."""
+    others = [kind() for kind in available()]
+    if format.matches(row) or not any(other.matches(row) for other in others):
+        return None
+    other = next(other for other in others if other.matches(row))
+    return Refusal(
+        f"the row is in the format {type(other).__name__} {other.wants}, and those before it are "
+        f"in the format {type(format).__name__} {format.wants}",
+        Remedy("keep rows of one format in a file or folder"),
+        remedies.SEVERAL_SOURCES,
+    )
 
 
 class Files:
@@ -109,7 +138,7 @@ class Files:
 
     def __init__(self, name: str, files: list[Path]) -> None:
         for file in files:
-            if file.suffix.lower() not in READERS:
+            if kind_of(file) not in READERS:
                 known = ", ".join(READERS)
                 raise ValueError(f"{file}: unknown file type {file.suffix!r}; known are {known}")
         splits = [file.name for file in files if SPLIT_NAME.search(file.stem)]
@@ -196,7 +225,13 @@ def _unread(folder: Path, files: list[Path]) -> list[str]:
         for file in sorted(set(folder.rglob("*")) - set(files))
         if not (name := file.relative_to(folder).as_posix()).startswith(".")
         and not READERS.keys().isdisjoint(map(str.lower, file.suffixes))
+        and not _is_notice(file)
     ]
+
+
+def _is_notice(file: Path) -> bool:
+    """Whether a text file tells about the data beside it."""
+    return file.suffix == ".txt" and file.stem.lower() in ("readme", "license", "licence", "notice")
 
 
 def _near(missing: Path) -> str:

@@ -180,7 +180,10 @@ def open_streams(
     else:
         assert val_rows is not None
         skip = ceil(val_rows / len(train))
-        first = [islice(parse(one.source, one.format), skip) for one in train]
+        first = [
+            islice(parse(one.source, one.format, keep_errors=encoder.bad_rows == "skip"), skip)
+            for one in train
+        ]
         held_out = [encode_rows(rows, encoder) for rows in first]
     streams = [
         stream_source(one.source, one.format, encoder, skip=skip, tally=tally) for one in train

@@ -17,6 +17,7 @@ from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.data.cache import cache_key, cached
 from lit_ft.data.encoding import EncodedRow, Encoder, EncodingReport
 from lit_ft.data.formats import Format
+from lit_ft.data.notes import count
 from lit_ft.data.rows import ParsedRow
 from lit_ft.data.sources import Source, parse
 
@@ -37,7 +38,7 @@ def encode_source(source: Source, format: Format | None, encoder: Encoder) -> Da
     key = cache_key(source, format, encoder)
 
     def build(scratch: Path) -> Dataset:
-        return _table(encoder(parse(source, format)), scratch, key)
+        return _table(encoder(_parsed(source, format, encoder)), scratch, key)
 
     return cached(key, build)
 
@@ -81,9 +82,9 @@ def stream_source(
         if seen != EncodingReport() and not seen.examples:
             raise nothing_left(seen, f"training on {source.name}")
         count = 0
-        for row in parse(source, format):
+        for row in _parsed(source, format, encoder):
             count += 1
-            yield row._asdict()
+            yield {"row": row}
         if count <= skip:
             raise Refusal(
                 f"{source.name} has {count} rows, and the first {skip} are used for validation",
@@ -93,25 +94,26 @@ def stream_source(
 
     def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         nonlocal seen
-        parsed = (ParsedRow(*values) for values in zip(*columns.values(), strict=True))
-        encoded = list(encoder(parsed))
-        counts = EncodingReport.of(**{name: _array(encoded, name) for name in REPORT_COLUMNS})
+        encoded = list(encoder(columns["row"]))
+        counts = EncodingReport.of(
+            **{name: _array(encoded, name) for name in REPORT_COLUMNS},
+            notes=count([row.origin for row in encoded], [row.notes for row in encoded]),
+            errors=[row.error for row in encoded if row.error],
+        )
         seen += counts
         tally(counts)
         kept = [row for row in encoded if row.num_targets]
         return {name: [getattr(row, name) for row in kept] for name in TENSOR_COLUMNS}
 
     stream = IterableDataset.from_generator(rows).skip(skip)
-    return stream.map(
-        encode, batched=True, batch_size=STREAM_CHUNK, remove_columns=list(ParsedRow._fields)
-    )
+    return stream.map(encode, batched=True, batch_size=STREAM_CHUNK, remove_columns=["row"])
 
 
 def nothing_left(report: EncodingReport, purpose: str) -> Refusal:
     """Return the error for rows that give no example, with their counts and the remedies."""
     ways = [Remedy("give more data")]
     if report.dropped_overlong:
-        ways = [remedies.LONGER_ROWS, remedies.CUT_ROWS]
+        ways = [remedies.LONGER_ROWS, remedies.CUT_ROWS, remedies.SPLIT_ROWS]
     elif report.dropped_without_targets:
         ways = [remedies.LONGER_ROWS, Remedy("add assistant turns")]
     return Refusal(f"nothing is left for {purpose} ({report})", *ways)
@@ -119,7 +121,28 @@ def nothing_left(report: EncodingReport, purpose: str) -> Refusal:
 
 def report(table: Dataset) -> EncodingReport:
     """Return the counts of a table's rows."""
-    return EncodingReport.of(**{name: column(table, name) for name in REPORT_COLUMNS})
+    from pyarrow import compute
+
+    told = table.select_columns(["origin", "notes", "error"]).with_format("arrow")[:]
+    with_notes = told.filter(compute.greater(compute.list_value_length(told["notes"]), 0))
+    with_errors = told.filter(compute.not_equal(told["error"], ""))
+    return EncodingReport.of(
+        **{name: column(table, name) for name in REPORT_COLUMNS},
+        notes=count(with_notes["origin"].to_pylist(), with_notes["notes"].to_pylist()),
+        errors=with_errors["error"].to_pylist(),
+    )
+
+
+def repeated(train: Dataset, val: Dataset | None = None) -> int:
+    """Return how many examples repeat another one of the table, or one of `train` if given both."""
+    digests = column(train, "digest")
+    if val is None:
+        return len(digests) - len(np.unique(digests))
+    return int(np.isin(column(val, "digest"), digests).sum())
+
+
+def _parsed(source: Source, format: Format | None, encoder: Encoder) -> Iterator[ParsedRow]:
+    return parse(source, format, keep_errors=encoder.bad_rows == "skip")
 
 
 def column(table: Dataset, name: str) -> NDArray[Any]:
@@ -165,7 +188,10 @@ def _features() -> Any:
             "num_targets": Value("int32"),
             "truncated": Value("bool"),
             "overlong": Value("bool"),
-            "prompt": List({"role": Value("string"), "content": Value("string")}),
+            "prompt": Value("string"),
             "held_out": Value("bool"),
+            "notes": List(Value("string")),
+            "error": Value("string"),
+            "digest": Value("int64"),
         }
     )

@@ -21,6 +21,8 @@ TRUSTED_PACKAGES = (
 # Setting names of earlier versions, and what to type instead. If the replacement has no "=", the
 # value that the user typed is added to it.
 _MOVED = {
+    "data.drop_overlong=true": "data.overlong=drop",
+    "data.drop_overlong=false": "data.overlong=cut",
     "auto_batch_size": "'callbacks=[default,auto_batch_size]'",
     "galore.projector.every": "galore.refresh.every",
     "optim=galore_8bit": "optim=adamw_8bit galore=iteration",

@@ -23,7 +23,7 @@ DELIBERATE = {
     "adapter/lora.yaml adapter.lora_alpha": "twice the rank, as most comparisons",
     "adapter/lora.yaml adapter.target_modules": "all linear layers, as QLoRA found best",
     "adapter/qlora.yaml model.quantization_config": "the 4 bits of QLoRA's paper",
-    "data/docstrings.yaml drop_overlong": "half a function teaches a docstring of what is not seen",
+    "data/docstrings.yaml overlong": "half a function teaches a docstring of what is not seen",
     "data/docstrings.yaml max_val_examples": "a run of 40 steps shall not validate for longer",
     "data/docstrings.yaml source_options": "an empty node, which +data.source_options.x=y adds to",
     "data/docstrings.yaml val_source_options": "an empty node, which +x=y adds to",

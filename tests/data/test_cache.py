@@ -69,7 +69,7 @@ def _max_length(one: Ingredients, _: pytest.MonkeyPatch) -> None:
 
 
 def _drop_overlong(one: Ingredients, _: pytest.MonkeyPatch) -> None:
-    one.encoder = replace(one.encoder, drop_overlong=True)
+    one.encoder = replace(one.encoder, overlong="drop")
 
 
 def _chat_template(one: Ingredients, _: pytest.MonkeyPatch) -> None:

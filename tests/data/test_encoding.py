@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_both_ways_to_find_the_answers_agree(
     assert encode(tokenizer, chat) == by_prefix
 
 
-def test_a_token_across_the_turns_border_counts_in_both_ways(
+def test_no_token_reaches_from_the_prompt_into_the_answer(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     plain = (
@@ -109,7 +110,9 @@ def test_a_token_across_the_turns_border_counts_in_both_ways(
         "{% if message['role'] != 'assistant' %}{{ message['content'] }}{% endif %}{% endfor %}"
     )
     assert encode(tokenizer, chat) == by_prefix
-    assert learnt(tokenizer, by_prefix) == ":xy"
+    # The prompt "assistant:" has no token ":x", so the model is not trained on one there.
+    assert learnt(tokenizer, by_prefix) == f"xy{END}"
+    assert [note for note in by_prefix.notes if "share a token" in note]
 
 
 def test_the_shipped_template_serves_a_tokenizer_without_one(
@@ -124,7 +127,9 @@ def test_the_shipped_template_serves_a_tokenizer_without_one(
         f"<|im_start|>User: q1\nAssistant:  a1\n{END}\nUser: q2\nAssistant: a2{END}\n"
     )
     assert learnt(tokenizer, row) == f"  a1\n{END} a2{END}"
-    prompt = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        json.loads(row.prompt), tokenize=False, add_generation_prompt=True
+    )
     assert tokenizer.decode(row.input_ids).startswith(prompt)
 
 
@@ -140,30 +145,28 @@ def test_without_an_end_token_the_newline_ends_the_turn(tokenizer: PreTrainedTok
         "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
     )
-    assert learnt(tokenizer, encode(tokenizer, CHAT)) == " a1\n\na2\n"
+    row = encode(tokenizer, CHAT)
+    assert learnt(tokenizer, row) == f" a1\n\na2\n{END}"
+    assert [note for note in row.notes if "end-of-text token is added" in note]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_a_template_may_render_earlier_turns_otherwise(tokenizer: PreTrainedTokenizerFast) -> None:
     # As reasoning models do: only the last answer keeps its thoughts.
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"
         "{% if loop.last %}<think></think>{% endif %}{{ message['content'] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    with pytest.raises(
-        ValueError, match=r"my.jsonl:57: .*message 1 .*generation %}.*chat_template="
-    ):
-        encode(tokenizer, CHAT)
+    assert learnt(tokenizer, encode(tokenizer, CHAT)) == f" a1\n{END}a2{END}"
+    row = encode(tokenizer, CHAT, learn_empty_think=True)
+    assert learnt(tokenizer, row) == f" a1\n{END}<think></think>a2{END}"
 
 
-def test_a_chat_that_begins_with_the_assistant_needs_marks(
-    tokenizer: PreTrainedTokenizerFast,
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_chat_may_begin_with_the_assistant(
+    tokenizer: PreTrainedTokenizerFast, marks: bool
 ) -> None:
-    with pytest.raises(ValueError, match=r"my.jsonl:57: the chat begins with the assistant"):
-        encode(tokenizer, CHAT[1:])
-    tokenizer.chat_template = marked(CHATML)
+    tokenizer.chat_template = marked(CHATML) if marks else CHATML
     assert learnt(tokenizer, encode(tokenizer, CHAT[1:])) == f" a1\n{END}a2{END}"
 
 
@@ -178,7 +181,7 @@ def test_of_plain_text_everything_is_learnt(tokenizer: PreTrainedTokenizerFast) 
     assert tokenizer.decode(row.input_ids) == f"the user asks{END}"
     assert row.labels == [-100, *row.input_ids[1:]]
     assert encode(tokenizer, f"the user asks{END}").input_ids == row.input_ids
-    assert row.prompt == []
+    assert row.prompt == ""
 
 
 def test_plain_text_begins_as_the_tokenizer_wants(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -200,8 +203,9 @@ def test_plain_text_begins_as_the_tokenizer_wants(tokenizer: PreTrainedTokenizer
 def test_the_prompt_is_what_comes_before_the_last_answer(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    assert encode(tokenizer, CHAT).prompt == CHAT[:3]
-    assert encode(tokenizer, [*CHAT, {"role": "user", "content": "q3"}]).prompt == CHAT[:3]
+    longer = [*CHAT, {"role": "user", "content": "q3"}]
+    assert json.loads(encode(tokenizer, CHAT).prompt) == CHAT[:3]
+    assert json.loads(encode(tokenizer, longer).prompt) == CHAT[:3]
 
 
 @given(max_length=st.integers(2, 40))
@@ -214,7 +218,7 @@ def test_cutting_takes_tokens_from_the_end(
     assert cut.input_ids == whole.input_ids[:max_length]
     assert cut.labels == whole.labels[:max_length]
     assert cut.truncated == (whole.num_tokens > max_length)
-    dropped = encode(tokenizer, CHAT, max_length, drop_overlong=True)
+    dropped = encode(tokenizer, CHAT, max_length, overlong="drop")
     assert dropped.overlong == cut.truncated
     assert not dropped.truncated
     assert dropped.input_ids == ([] if dropped.overlong else whole.input_ids)
@@ -241,10 +245,10 @@ def test_every_row_is_counted_once(tokenizer: PreTrainedTokenizerFast) -> None:
         tokens=2 * tokens + 2 * 200,
         targets=2 * 2 + (200 - before) + 199,
     )
-    assert report(drop_overlong=True) == EncodingReport(
+    assert report(overlong="drop") == EncodingReport(
         examples=2, dropped_overlong=3, dropped_without_targets=1, tokens=2 * tokens, targets=4
     )
-    total = report() + report(drop_overlong=True)
+    total = report() + report(overlong="drop")
     assert (total.examples, total.dropped_overlong, total.dropped_without_targets) == (6, 3, 3)
     assert "6 examples" in str(total)
     assert "3 dropped as too long; 3 dropped for want of a target" in str(total)

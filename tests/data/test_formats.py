@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from lit_ft.data import formats
+from lit_ft.data.conversation import Conversation, chat_of
 from lit_ft.data.formats import available, detect
 from lit_ft.data.formats.alpaca import Alpaca
 from lit_ft.data.formats.chat import Chat
 from lit_ft.data.formats.prompt_completion import PromptCompletion
+from lit_ft.data.formats.segments import Segments
 from lit_ft.data.formats.text import Text
 
 CHAT = [
@@ -54,7 +56,13 @@ def test_detects_and_reads_every_format(
 ) -> None:
     found = detect(row)
     assert type(found) is kind
-    assert found.parse(row) == conversation
+    content = found.parse(row)
+    chat = chat_of(content)
+    assert (content if chat is None else without_flags(chat)) == conversation
+
+
+def without_flags(chat: Conversation) -> list[dict[str, Any]]:
+    return [{name: turn[name] for name in turn if name != "train"} for turn in chat.messages]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +100,22 @@ def test_columns_can_be_renamed(form: formats.Format, row: dict[str, Any]) -> No
         (
             Chat(),
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "calls a tool",
+            r"messages\[0\].tool_calls needs a function with a 'name'",
         ),
-        (Chat(), {"messages": [{"role": "assistant", "content": "", "weight": 0}]}, "weight 0"),
+        (
+            Chat(),
+            {"messages": [{"role": "assistant", "content": "", "weight": 0.5}]},
+            r"messages\[0\].weight is 0.5",
+        ),
+        (
+            Chat(),
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            r"messages\[0\].content has a part that is no text \(image_url\)",
+        ),
+        (Chat(), {"messages": CHAT, "tools": "[{"}, "tools is a string that is not JSON"),
+        (Chat(), {"messages": CHAT, "system": "be rude"}, "another message of the role system"),
+        (Alpaca(), {"instruction": "", "output": "", "history": ["q"]}, r"history\[0\] must be a"),
+        (Segments(), {"segments": [{"text": "a", "label": 1}]}, r"segments\[0\] needs"),
     ],
 )
 def test_refuses_what_it_cannot_read(
@@ -107,7 +128,9 @@ def test_refuses_what_it_cannot_read(
 def test_a_format_has_the_name_of_its_choice() -> None:
     for kind in formats.available():
         assert formats.named(kind.__module__.rpartition(".")[2]) == kind()
-    with pytest.raises(ValueError, match="There are: alpaca, chat, prompt_completion, text"):
+    with pytest.raises(
+        ValueError, match="There are: alpaca, chat, prompt_completion, segments, text"
+    ):
         formats.named("alpacca")
 
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
+from lit_ft.data.conversation import chat_of
 from lit_ft.data.files import READERS
 from lit_ft.data.formats.alpaca import Alpaca
+from lit_ft.data.rows import ParsedRow
 from lit_ft.data.sources import Files, Hub, open_source, parse
 
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i} é\u2028!"} for i in range(100)]
@@ -28,18 +32,34 @@ def lines(rows: list[Any]) -> list[bytes]:
 
 
 def conversations(path: Path) -> list[Any]:
-    return [row.conversation for row in parse(open_source(str(path)))]
+    return [said(row) for row in parse(open_source(str(path)))]
+
+
+def said(row: ParsedRow) -> Any:
+    """Return a row's text or its messages."""
+    chat = chat_of(row.content)
+    return row.content if chat is None else chat.messages
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Write rows as the file's suffix says."""
-    if path.suffix == ".jsonl":
+    if path.suffix == ".gz":
+        plain = write(path.with_suffix(""), rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    elif path.suffix == ".zst":
+        plain = write(path.with_suffix(""), rows)
+        with pyarrow.output_stream(str(path), compression="zstd") as stream:
+            stream.write(plain.read_bytes())
+        plain.unlink()
+    elif path.suffix == ".jsonl":
         path.write_bytes(b"\n".join(lines(rows)))
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="", encoding="utf-8") as stream:
-            table = csv.DictWriter(stream, list(rows[0]))
+            delimiter = "\t" if path.suffix == ".tsv" else ","
+            table = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
             table.writeheader()
             table.writerows(rows)
     else:
@@ -82,7 +102,10 @@ def test_byte_order_mark_and_carriage_returns_are_no_part_of_the_data(
     assert expected[0][1]["content"] == "a0 é\u2028!"
 
 
-@pytest.mark.parametrize("suffix", READERS)
+TABLES = [kind for kind in READERS if kind != ".txt"]
+
+
+@pytest.mark.parametrize("suffix", [*TABLES, ".jsonl.gz", ".jsonl.zst", ".csv.gz", ".json.zst"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     rows = [
         {"prompt": "007", "completion": answer} for answer in ("NA", "", " 1.0\n2,", "x" * 200_000)
@@ -117,7 +140,7 @@ def test_a_parquet_file_is_the_one_that_is_named(tmp_path: Path) -> None:
         write(tmp_path / name, [{"text": name}])
     for name in ("m*.parquet", "my[1].parquet"):
         [row] = parse(open_source(str(tmp_path / name)))
-        assert name in str(row.conversation)
+        assert name in str(row.content)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +156,11 @@ def test_a_parquet_file_is_the_one_that_is_named(tmp_path: Path) -> None:
         ("my.csv", b"text,text\r\na,b\r\n", "two columns have the same name"),
         ("my.csv", b'text\r\n"a"b\r\n', "my.csv:2: not valid CSV"),
         ("my.parquet", b"PAR1", "not a readable parquet file"),
-        ("my.txt", b"text", "unknown file type '.txt'; known are .jsonl, .json, .csv, .parquet"),
+        ("my.doc", b"text", "unknown file type '.doc'; known are .jsonl, .json, .csv, .tsv"),
+        ("my.txt", b" \n", "the file has no rows"),
+        ("my.txt", b"\xe9", "not UTF-8"),
+        ("my.jsonl.gz", b"text", "cannot be decompressed"),
+        ("my.json", b'{"a": [1, 2], "b": [1]}', "the columns differ in length"),
     ],
 )
 def test_unreadable_files_are_refused_by_name(
@@ -147,7 +174,7 @@ def test_unreadable_files_are_refused_by_name(
 
 def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
     file = write(tmp_path / "my.jsonl", ROWS).rename(tmp_path / "my.json")
-    assert conversations(file) == [row.conversation for row in parse(Files("x", [file]))]
+    assert conversations(file) == [said(row) for row in parse(Files("x", [file]))]
     assert len(conversations(file)) == len(ROWS)
 
 
@@ -156,11 +183,11 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ROWS[:50])
     (tmp_path / "README.md").write_text("no data")
     rows = list(parse(open_source(str(tmp_path))))
-    assert [row.conversation[0]["content"] for row in rows] == [row["prompt"] for row in ROWS]
+    assert [said(row)[0]["content"] for row in rows] == [row["prompt"] for row in ROWS]
     assert rows[49].origin == f"{tmp_path / 'a.jsonl'}:50"
 
 
-@pytest.mark.parametrize("name", ["b.jsonl.gz", "more/b.csv", "more/b.parquet.zst"])
+@pytest.mark.parametrize("name", ["b.jsonl.bak", "more/b.csv", "more/b.parquet.zst"])
 def test_a_folder_is_not_read_in_part(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a.jsonl", ROWS)
     (tmp_path / ".cache").mkdir()
@@ -186,7 +213,7 @@ def test_a_folder_in_the_hubs_layout_is_read_by_split(tmp_path: Path, streaming:
     write(tmp_path / "data" / "test-00000-of-00001.parquet", ROWS[9:20])
     train = list(parse(open_source(str(tmp_path), streaming=streaming)))
     test = list(parse(open_source(str(tmp_path), split="test", streaming=streaming)))
-    assert [row.conversation[0]["content"] for row in train + test] == [f"q{i}" for i in range(20)]
+    assert [said(row)[0]["content"] for row in train + test] == [f"q{i}" for i in range(20)]
     assert test[2].origin == f"{tmp_path}[test] row 3"
     with pytest.raises(ValueError, match=r"\[test\] row 1: the field 'output' is missing"):
         list(parse(open_source(str(tmp_path), split="test"), Alpaca(instruction="prompt")))

@@ -9,25 +9,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, Protocol, cast
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy
+from lit_ft.data.conversation import Content
 
 Row = Mapping[str, Any]
 
 
-Message = dict[str, str]
-"""One turn of a chat: `{role, content}`; the role is system, user, assistant or tool."""
-
-Conversation = list[Message] | str
-"""The content of a row as a format reads it: the messages of a chat, or plain text to continue."""
-
-
 class Format(Protocol):
-    """Reads conversations from rows."""
+    """Reads conversations from rows.
+
+    A format may also have a method `unread(row)`, which returns the names of the keys with a value
+    that it does not read. They are counted and named at the start of a run.
+    """
 
     @property
     def wants(self) -> str:
@@ -38,8 +36,8 @@ class Format(Protocol):
         """Whether the row has this format's keys."""
         ...
 
-    def parse(self, row: Row) -> Conversation:
-        """Return the row's conversation, every character as it was written.
+    def parse(self, row: Row) -> Content:
+        """Return what the row says, every character as it was written.
 
         Raises:
             ValueError: If a field is missing, a type is wrong or a role is unknown. Names it.
@@ -85,6 +83,14 @@ def detect(row: Row) -> Format:
         Remedy("rename the keys"),
         remedies.NAMED_COLUMNS,
     )
+
+
+def unread_keys(row: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """Return the keys of a row, or of a message, that have a value and are not among `read`."""
+    return [str(key) for key, value in row.items() if key not in read and value not in _NOTHING]
+
+
+_NOTHING: tuple[Any, ...] = (None, "", [], {})  # a table has every column in every row
 
 
 def text_field(row: Row, name: str) -> str:

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_ft.data.formats import Message, Row
+from lit_ft.data.conversation import Conversation, Message
+from lit_ft.data.formats import Row, unread_keys
 
-# OpenAI's names are the chat templates' own; the last two are ShareGPT's.
+# OpenAI's names are the chat templates' own; those of ShareGPT and of older files follow.
 ROLES = {
     "system": "system",
+    "developer": "developer",
     "user": "user",
     "assistant": "assistant",
     "tool": "tool",
     "human": "user",
     "gpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
 }
+COLUMNS = ("messages", "conversations")
+BESIDE = ("tools", "chat_template_kwargs", "system")  # columns that say more about the chat
+TRAIN_KEYS = ("train", "weight", "loss")
+MESSAGE_KEYS = (
+    *("role", "from", "content", "value", "name", "tool_call_id", "tool_calls", "function_call"),
+    *("reasoning_content", "reasoning", "thinking", *TRAIN_KEYS),
+)
 
 
 @dataclass(frozen=True)
 class Chat:
     """Rows `{messages: [{role, content}]}` or `{conversations: [{from, value}]}`.
+
+    A message may have `reasoning_content`, `tool_calls` (or an old `function_call`), and one of
+    `train`, `weight` and `loss`, which says whether it is learnt. Its content is a string or a list
+    of text parts. A row may have `tools`, a `system` message and `chat_template_kwargs`, as objects
+    or as JSON in strings.
 
     Sources: OpenAI's fine-tuning files, and FastChat's ShareGPT files
     (https://github.com/lm-sys/FastChat).
@@ -44,22 +62,66 @@ class Chat:
         """Whether the row has a list of messages under one of the names."""
         return any(name in row for name in self._columns)
 
-    def parse(self, row: Row) -> list[Message]:
-        """Return the messages with OpenAI's names for their roles."""
-        column = next((name for name in self._columns if name in row), None)
-        if column is None:
-            missing = " or ".join(map(repr, self._columns))
-            raise ValueError(f"the field {missing} is missing; the row has {sorted(map(str, row))}")
-        turns = row[column]
-        if not isinstance(turns, list):
-            raise ValueError(f"{column!r} must be a list of messages, not {type(turns).__name__}")
-        if not turns:
-            raise ValueError(f"{column!r} holds no message")
-        return [_message(turn, f"{column}[{place}]") for place, turn in enumerate(turns)]
+    def parse(self, row: Row) -> Conversation:
+        """Return the chat with OpenAI's names for its roles."""
+        return conversation(read_messages(row, *self._columns), row)
+
+    def unread(self, row: Row) -> list[str]:
+        """Return the keys of the row and of its messages that are not read."""
+        column = next(name for name in self._columns if name in row)
+        inside = [
+            f"{column}[].{key}" for turn in row[column] for key in unread_keys(turn, MESSAGE_KEYS)
+        ]
+        return [*unread_keys(row, (*self._columns, *BESIDE)), *dict.fromkeys(inside)]
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        return ("messages", "conversations") if self.messages is None else (self.messages,)
+        return COLUMNS if self.messages is None else (self.messages,)
+
+
+def read_messages(row: Row, *columns: str) -> list[Message]:
+    """Return the messages in the first of the columns that the row has.
+
+    Raises:
+        ValueError: If there is none of them, or if a message cannot be read. Names it.
+    """
+    column = next((name for name in columns if name in row), None)
+    if column is None:
+        missing = " or ".join(map(repr, columns))
+        raise ValueError(f"the field {missing} is missing; the row has {sorted(map(str, row))}")
+    turns = row[column]
+    if not isinstance(turns, list):
+        raise ValueError(f"{column!r} must be a list of messages, not {type(turns).__name__}")
+    if not turns:
+        raise ValueError(f"{column!r} holds no message")
+    return [_message(turn, f"{column}[{place}]") for place, turn in enumerate(turns)]
+
+
+def conversation(messages: Sequence[Message], row: Row) -> Conversation:
+    """Return the chat of these messages with what the row says beside them.
+
+    Raises:
+        ValueError: If the row's `tools`, `system` or `chat_template_kwargs` cannot be read.
+    """
+    system = row.get("system")
+    if system not in (None, ""):
+        if not isinstance(system, str):
+            raise ValueError(f"'system' must be a string, not {type(system).__name__}")
+        if messages[0]["role"] != "system":
+            messages = [Message(role="system", content=system), *messages]
+        elif messages[0]["content"] != system:
+            raise ValueError("the row has a 'system' and another message of the role system")
+    tools = _decoded(row.get("tools"), "tools", list) or None
+    options = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
+    return Conversation(messages, tools and [_tool(tool) for tool in tools], options)
+
+
+def _tool(tool: Any) -> Any:
+    """Read one schema, which may be JSON in a string or lack its wrapper."""
+    tool = _decoded(tool, "tools", dict)
+    if isinstance(tool, dict) and "name" in tool and "function" not in tool:
+        return {"type": "function", "function": tool}
+    return tool
 
 
 def _message(turn: Any, place: str) -> Message:
@@ -68,20 +130,88 @@ def _message(turn: Any, place: str) -> Message:
         raise ValueError(f"{place} must be an object, not {type(turn).__name__}")
     sharegpt = turn.get("role") is None and turn.get("from") is not None
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    for key in (role_key, content_key):
-        if not isinstance(turn.get(key), str):
-            raise ValueError(f"{place} needs a string {key!r}, found {turn.get(key)!r:.60}")
-    if turn[role_key] not in ROLES:
+    role = turn.get(role_key)
+    if not isinstance(role, str):
+        raise ValueError(f"{place} needs a string {role_key!r}, found {role!r:.60}")
+    if role not in ROLES:
         raise ValueError(
-            f"{place} has the unknown role {turn[role_key]!r}; known roles are {', '.join(ROLES)}: "
+            f"{place} has the unknown role {role!r}; known roles are {', '.join(ROLES)}: "
             "rename it in the file"
         )
-    # Ignoring these would lose what the author meant, or train on a turn that the author excluded.
-    if turn.get("tool_calls"):
-        raise ValueError(f"{place} calls a tool, which this format does not read: write the text")
-    if turn.get("weight") not in (None, 1):
-        raise ValueError(
-            f"{place} has the weight {turn['weight']!r}, but every assistant turn is learnt: "
-            "remove the weight, or end the conversation before this turn"
-        )
-    return Message(role=ROLES[turn[role_key]], content=turn[content_key])
+    message = Message(role=ROLES[role])
+    calls = _calls(turn, place)
+    if role == "function_call":  # ShareGPT's way to write a call: as JSON in place of the text
+        calls = [_call(_decoded(turn.get(content_key), place, dict), place)]
+        message["content"] = ""
+    else:
+        message["content"] = _text(turn.get(content_key), f"{place}.{content_key}", bool(calls))
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        if turn.get(key) not in (None, ""):
+            message["reasoning_content"] = _text(turn[key], f"{place}.{key}", False)
+            break
+    if calls:
+        message["tool_calls"] = calls
+    for key in ("name", "tool_call_id"):
+        if turn.get(key) is not None:
+            message[key] = turn[key]
+    for key in TRAIN_KEYS:
+        if turn.get(key) is not None:
+            message["train"] = _flag(turn[key], f"{place}.{key}")
+    return message
+
+
+def _text(value: Any, place: str, may_be_missing: bool) -> str:
+    """Return a content: a string, or the texts of a list of parts, joined."""
+    if value is None and may_be_missing:
+        return ""
+    if isinstance(value, list):
+        for part in value:
+            if not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise ValueError(
+                    f"{place} has a part that is no text ({kind}); only text is learnt"
+                )
+        return "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        name = place.rpartition(".")
+        raise ValueError(f"{name[0]} needs a string {name[2]!r}, found {value!r:.60}")
+    return value
+
+
+def _calls(turn: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """Return the calls of a turn in OpenAI's form, with arguments as objects."""
+    calls = _decoded(turn.get("tool_calls"), f"{place}.tool_calls", list) or []
+    if turn.get("function_call"):
+        calls = [*calls, {"function": turn["function_call"]}]
+    return [_call(call, f"{place}.tool_calls") for call in calls]
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
+        raise ValueError(f"{place} needs a function with a 'name', found {call!r:.60}")
+    arguments = _decoded(function.get("arguments"), f"{place}.arguments", dict)
+    wrapped = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    identity = {"id": call["id"]} if call.get("id") is not None else {}
+    return identity | wrapped
+
+
+def _decoded(value: Any, place: str, kind: type) -> Any:
+    """Return a list or an object, which may be written as JSON in a string."""
+    if value in (None, ""):
+        return kind()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{place} is a string that is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{place} must be a {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _flag(value: Any, place: str) -> bool:
+    """Return whether a turn is learnt. Shares between 0 and 1 are refused."""
+    if value not in (0, 1):
+        raise ValueError(f"{place} is {value!r}; a turn is learnt (1) or not (0)")
+    return bool(value)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_ft.data.formats import Conversation, Message, Row, text_field
-from lit_ft.data.formats.chat import Chat
+from lit_ft.data.conversation import Conversation, Message
+from lit_ft.data.formats import Row, text_field, unread_keys
+from lit_ft.data.formats.chat import BESIDE, conversation, read_messages
 
 
 @dataclass(frozen=True)
 class PromptCompletion:
     """Rows `{prompt, completion}`; the arguments name the columns.
 
-    Each column holds a string (one user turn, or one assistant turn) or a list of chat messages. In
-    a list, every assistant turn is learnt, including those of the prompt. Source: the TRL library's
+    Each column holds a string (one user turn, or one assistant turn) or a list of chat messages.
+    Of the prompt's messages none is learnt, unless it says so itself. Source: the TRL library's
     data formats, https://huggingface.co/docs/trl/dataset_formats.
     """
 
@@ -31,10 +32,15 @@ class PromptCompletion:
 
     def parse(self, row: Row) -> Conversation:
         """Return the prompt's messages and then the completion's."""
-        return _messages(row, self.prompt, "user") + _messages(row, self.completion, "assistant")
+        ahead = [{"train": False, **turn} for turn in _messages(row, self.prompt, "user")]
+        return conversation([*ahead, *_messages(row, self.completion, "assistant")], row)
+
+    def unread(self, row: Row) -> list[str]:
+        """Return the keys of the row that are not read."""
+        return unread_keys(row, (self.prompt, self.completion, *BESIDE))
 
 
 def _messages(row: Row, field: str, role: str) -> list[Message]:
     if isinstance(row.get(field), list):
-        return Chat(messages=field).parse(row)
+        return read_messages(row, field)
     return [Message(role=role, content=text_field(row, field))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_ft.data.formats import Conversation, Row, text_field
+from lit_ft.data.formats import Row, text_field, unread_keys
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Text:
         """Whether the row has the text."""
         return self.text in row
 
-    def parse(self, row: Row) -> Conversation:
+    def parse(self, row: Row) -> str:
         """Return the text."""
         return text_field(row, self.text)
+
+    def unread(self, row: Row) -> list[str]:
+        """Return the keys of the row that are not read."""
+        return unread_keys(row, (self.text,))

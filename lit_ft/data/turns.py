@@ -1,0 +1,499 @@
+"""Find, in the text that a chat template renders, what each message says and where turns end.
+
+No rule is made for single templates. Each text of a chat is replaced by a mark of its own, the
+template renders the marks, and the rendering splits at them into the template's own words. With the
+texts put back, the words must give the true rendering, so that no place is guessed. What stands
+between two marks is the template's: the prompt that opens an answer, and the marker that ends a
+turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
+from lit_ft.data.conversation import Conversation, Message
+
+_TEMPLATES = (remedies.MARKED_TEMPLATE, remedies.PLAIN_TEMPLATE)
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THINK_TAG = re.compile(r"(</?think>)")  # templates cut texts in two here
+_EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
+# The shape of control tokens, for templates that were written for another tokenizer.
+_CONTROL = r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,30}\]"
+_EmptyTexts = Literal["all", "alone", "none"]
+# Tried in turn, since templates often write something else where a text is empty.
+_EMPTY_TEXTS: tuple[_EmptyTexts, ...] = ("all", "alone", "none")
+_RENDER: Any = render_jinja_template  # whose annotations know neither schemas nor marks
+_KEPT = 10_000  # structures of chats in memory
+
+
+class Turn(NamedTuple):
+    """A turn in a rendered chat.
+
+    Args:
+        message: The place of the message in the chat.
+        first: The first character that the author of the turn writes: in an answer, what follows
+            the prompt that opens it.
+        last: The character behind the marker that ends the turn; behind its text if there is none.
+        end: The marker that ends the turn; empty if there is none.
+    """
+
+    message: int
+    first: int
+    last: int
+    end: str
+
+
+class Text(NamedTuple):
+    """A text of a message.
+
+    Args:
+        message: The place of the message in the chat.
+        field: The field that holds it: content, reasoning_content or tool_calls; or "tools", the
+            chat's own.
+        text: The text without the white space around it.
+    """
+
+    message: int
+    field: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered chat.
+
+    Args:
+        text: The text as the template renders it.
+        turns: The turns in it, in order.
+        texts: The places of the messages' texts, as pairs of characters [first, last).
+        dropped: The texts that the template leaves out.
+        changed: The texts that the template writes in another way, such as with JSON's escapes.
+    """
+
+    text: str
+    turns: Sequence[Turn]
+    texts: Sequence[tuple[int, int]]
+    dropped: Sequence[Text]
+    changed: Sequence[Text]
+
+
+class _Words(NamedTuple):
+    """The template's words in a rendering of marks, and the marks between them.
+
+    Args:
+        words: The words, one more than there are marks.
+        marks: The marks in order, each a message's place and the number of a text.
+    """
+
+    words: list[str]
+    marks: list[tuple[int, int]]
+
+
+class _Place(NamedTuple):
+    """A character of the template's words: which of them, and how far into it."""
+
+    word: int
+    offset: int
+
+
+class _Structure(NamedTuple):
+    """What all chats have in common that differ in their texts alone."""
+
+    words: _Words
+    turns: list[tuple[int, _Place, _Place, str]]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, which can tell where the turns of a chat are.
+
+    Args:
+        tokenizer: A tokenizer of transformers that has a chat template. Of several templates with
+            names, `tool_use` renders chats with tools, and `default` all others.
+        learn_empty_thinking: Whether an empty block of thinking belongs to an answer. Otherwise
+            the answer begins behind it.
+
+    Raises:
+        Refusal: If the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, learn_empty_thinking: bool = False
+    ) -> None:
+        named = tokenizer.chat_template
+        template = named.get("default") if isinstance(named, Mapping) else named
+        if not isinstance(template, str):
+            raise Refusal("the tokenizer has no chat template", *_TEMPLATES)
+        self.tokenizer = tokenizer
+        self.learn_empty_thinking = learn_empty_thinking
+        self._for_tools = (
+            named.get("tool_use", template) if isinstance(named, Mapping) else template
+        )
+        self.marks_answers = bool(_GENERATION_MARK.search(template))
+        self._template = template
+        # gpt-oss reads an assistant's reasoning under another name.
+        self._reads_thinking = "reasoning_content" not in template and "thinking" in template
+        self._reads_parts = False
+        self._reads_parts = not self._shows_text()
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._control = re.compile("|".join([*map(re.escape, added), _CONTROL]))
+        self._structure = lru_cache(_KEPT)(self._find_structure)
+        self._words = lru_cache(_KEPT)(self._render_marks)
+
+    def render(self, chat: Conversation, *, add_generation_prompt: bool = False) -> str:
+        """Return the text of a chat.
+
+        Args:
+            chat: The chat to render.
+            add_generation_prompt: Whether to add what opens the next answer.
+
+        Raises:
+            TemplateError: If the template refuses the chat.
+        """
+        return self._render(chat, add_generation_prompt=add_generation_prompt)[0]
+
+    def find(self, chat: Conversation) -> Rendering:
+        """Return the rendering of a chat with the places of its turns.
+
+        Raises:
+            Refusal: If the template writes the texts in a way in which they cannot be found again.
+            TemplateError: If the template refuses the chat.
+        """
+        text, answers = self._render(chat)
+        stem = _unused(text)
+        for empty in _EMPTY_TEXTS:
+            marked, texts = _mark(chat, stem, empty=empty)
+            structure = self._structure(json.dumps(_serial(marked)), stem)
+            found = _put_back(text, structure.words, texts)
+            if found is not None:
+                break
+        else:
+            raise Refusal(
+                "the chat template changes what the messages say, so the answers cannot be found",
+                *_TEMPLATES,
+            )
+        starts, spans, changed = found
+        shown = {number for _, number in structure.words.marks}
+        dropped = [one for k, one in enumerate(texts) if k not in shown and one.text]
+        if chat.tools and self._ignores_tools(marked, structure.words, stem):
+            dropped.append(Text(0, "tools", json.dumps(chat.tools)))
+        turns = [
+            Turn(i, starts[a.word] + a.offset, starts[b.word] + b.offset, end)
+            for i, a, b, end in structure.turns
+        ]
+        return Rendering(
+            text=text,
+            turns=self._as_marked(turns, answers, chat) if self.marks_answers else turns,
+            texts=spans,
+            dropped=dropped,
+            changed=changed,
+        )
+
+    def _ignores_tools(self, marked: Conversation, words: _Words, stem: str) -> bool:
+        without = Conversation(marked.messages, None, marked.template_options)
+        return self._alone(without, len(marked.messages), stem, False) == words
+
+    def _render(
+        self, chat: Conversation, *, add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return a chat's text, and the characters that the template itself marks as answers."""
+        try:
+            texts, answers = _RENDER(
+                [[self._readable(message) for message in chat.messages]],
+                tools=None if chat.tools is None else list(chat.tools),
+                chat_template=self._for_tools if chat.tools else self._template,
+                return_assistant_tokens_mask=self.marks_answers,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **chat.template_options},
+            )
+        except (TypeError, LookupError, AttributeError) as error:  # of the template's own code
+            raise TemplateError(f"the chat template cannot render this chat: {error}") from error
+        return texts[0], answers[0] if self.marks_answers else []
+
+    def _readable(self, message: Message) -> Message:
+        message = {name: value for name, value in message.items() if name != "train"}
+        if self._reads_thinking and "reasoning_content" in message:
+            message["thinking"] = message.pop("reasoning_content")
+        if self._reads_parts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        return message
+
+    def _shows_text(self) -> bool:
+        """Whether the template renders content that is a string: that of images wants lists."""
+        try:
+            return "qzj" in self.render(Conversation([{"role": "user", "content": "qzj"}]))
+        except TemplateError:
+            return "message['content'][0]" not in self._template
+
+    def _as_marked(
+        self, turns: list[Turn], answers: list[tuple[int, int]], chat: Conversation
+    ) -> list[Turn]:
+        """Return the turns with those of the assistant as the template marks them."""
+        marked = []
+        for turn in turns:
+            if chat.messages[turn.message]["role"] != "assistant":
+                marked.append(turn)
+                continue
+            # The marks decide, but the prompt that opens an answer is never the model's own.
+            parts = [
+                (max(first, turn.first), min(last, turn.last))
+                for first, last in answers
+                if first < turn.last and last > turn.first
+            ]
+            marked += [
+                Turn(turn.message, first, last, turn.end if last == turn.last else "")
+                for first, last in _joined(parts)
+            ]
+        return marked
+
+    def _find_structure(self, key: str, stem: str) -> _Structure:
+        chat = _parsed(key)
+        words = self._words(key, stem, False)
+        turns = []
+        for i, message in enumerate(chat.messages):
+            places = [k for k, (owner, _) in enumerate(words.marks) if owner == i]
+            if not places:
+                continue
+            first = _Place(places[0], len(words.words[places[0]]))
+            if message["role"] == "assistant":
+                first = _Place(places[0], self._answer_begins(chat, i, words, places[0], stem))
+            last, end = self._turn_ends(chat, i, words, places, stem)
+            turns.append((i, first, last, end))
+        return _Structure(words, turns)
+
+    def _answer_begins(
+        self, chat: Conversation, i: int, words: _Words, place: int, stem: str
+    ) -> int:
+        """Return how far into the words ahead of an answer the prompt reaches that opens it."""
+        ahead, begins = words.words[place], -1
+        before = self._alone(chat, i, stem, True)
+        if before.marks and before.marks[-1:] == words.marks[max(place - 1, 0) : place]:
+            begins = len(self._common(ahead, before.words[-1]))
+        begins = max(begins, self._after_opening(ahead, whole=begins >= 0))
+        thinking = _EMPTY_THINKING.match(ahead, begins)
+        return thinking.end() if thinking and not self.learn_empty_thinking else begins
+
+    def _after_opening(self, ahead: str, *, whole: bool) -> int:
+        """Return where the usual prompt for an answer ends in `ahead`, or the most of it there."""
+        opening = self._usual[2]
+        for length in range(len(opening), len(opening) - 1 if whole else 0, -1):
+            beginning = "".join(opening[:length])
+            if beginning and (at := ahead.rfind(beginning)) >= 0:
+                return at + len(beginning)
+        return -1 if whole else len(ahead)
+
+    def _turn_ends(
+        self, chat: Conversation, i: int, words: _Words, places: list[int], stem: str
+    ) -> tuple[_Place, str]:
+        """Return the place behind a turn and the marker that ends it."""
+        calls = bool(chat.messages[i].get("tool_calls"))
+        alone = self._alone(chat, i + 1, stem, False) if calls else _Words([""], [])
+        if calls and (own := sum(owner == i for owner, _ in alone.marks)):
+            places = places[:own]  # a tool's answer may repeat the name of the function
+        word = places[-1] + 1
+        after = words.words[word]
+        inside, at_end, _ = self._usual
+        ends = (at_end, inside) if word + 1 == len(words.words) else (inside, at_end)
+        if not calls:
+            content = chat.messages[i]["content"]
+            for space in (content[len(content.rstrip()) :], ""):  # which some templates strip
+                for end in filter(None, ends):
+                    if after.startswith(space + end):
+                        return _Place(word, len(space + end)), self.last_control(end)
+            return _Place(word, 0), ""
+        same = alone.marks[-1:] == words.marks[word - 1 : word]
+        common = self._common(after, alone.words[-1]) if same else ""
+        if controls := list(self._control.finditer(common)):
+            return _Place(word, controls[-1].end()), controls[-1].group()
+        for end in filter(None, ends):
+            if end in after:
+                return _Place(word, after.index(end) + len(end)), self.last_control(end)
+        return _Place(word, 0), ""
+
+    def _alone(self, chat: Conversation, length: int, stem: str, prompt: bool) -> _Words:
+        """Render the beginning of a chat alone; nothing where the template refuses that."""
+        start = Conversation(chat.messages[:length], chat.tools, chat.template_options)
+        try:
+            return self._words(json.dumps(_serial(start)), stem, prompt)
+        except TemplateError:  # not every template renders any beginning
+            return _Words([""], [])
+
+    @cached_property
+    def _usual(self) -> tuple[str, str, list[str]]:
+        """The markers that end a turn inside a chat and at its end, and what opens an answer."""
+        stem = _unused("")
+        user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+
+        def words(messages: list[Message], prompt: bool = False) -> list[str]:
+            marked, _ = _mark(Conversation(messages), stem)
+            return self._words(json.dumps(_serial(marked)), stem, prompt).words
+
+        try:
+            inside, at_end = words([user, answer, user])[2], words([user, answer])[2]
+            opened, closed = words([user], True)[-1], words([user])[-1]
+        except TemplateError:
+            return "", "", []
+        opening = self._atoms(opened.removeprefix(self._common(opened, closed)))
+        common = self._common(inside, at_end)
+        if controls := list(self._control.finditer(common)):
+            common = common[: controls[-1].end()]
+        elif first := self._control.search(at_end):  # another token ends the chat than its turns
+            other = self._control.search(inside)
+            return inside[: other.end()] if other else "", at_end[: first.end()], opening
+        return common, common, opening
+
+    def end_tokens(self) -> list[int]:
+        """Return the ids of the tokens that end an answer; none if no single token does."""
+        ids = [self.tokenizer.encode(end, add_special_tokens=False) for end in self._ends]
+        return list(dict.fromkeys(id for one in ids for id in one if len(one) == 1))
+
+    @property
+    def _ends(self) -> list[str]:
+        return [end for text in self._usual[:2] if (end := self.last_control(text))]
+
+    def last_control(self, text: str) -> str:
+        """Return the last control token in a text, or nothing."""
+        found = self._control.findall(text)
+        return found[-1] if found else ""
+
+    def _common(self, one: str, other: str) -> str:
+        """Return what two texts begin with in common, without a part of a control token."""
+        pairs = zip(self._atoms(one), self._atoms(other), strict=False)
+        return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _atoms(self, text: str) -> list[str]:
+        """Split a text into its control tokens and its other characters."""
+        atoms, at = [], 0
+        for control in self._control.finditer(text):
+            atoms += [*text[at : control.start()], control.group()]
+            at = control.end()
+        return [*atoms, *text[at:]]
+
+    def _render_marks(self, key: str, stem: str, add_generation_prompt: bool) -> _Words:
+        text = self.render(_parsed(key), add_generation_prompt=add_generation_prompt)
+        parts = re.split(rf"{stem}(\d+)x(\d+){stem}", text)
+        marks = list(zip(map(int, parts[1::3]), map(int, parts[2::3]), strict=True))
+        return _Words(parts[::3], marks)
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """Return the ids of the tokens that end an answer in a tokenizer's chat template.
+
+    Args:
+        tokenizer: A tokenizer of transformers; None, or one without a template, has no such tokens.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return []
+    return ChatTemplate(tokenizer).end_tokens()
+
+
+def _mark(
+    chat: Conversation, stem: str, *, empty: _EmptyTexts = "none"
+) -> tuple[Conversation, list[Text]]:
+    """Return a chat with marks in place of its texts, and the texts by the marks' numbers.
+
+    Args:
+        chat: The chat to mark.
+        stem: What the marks begin and end with.
+        empty: Which empty contents of the assistant are marked too: all, those of messages that
+            hold nothing else, or none.
+    """
+    texts: list[Text] = []
+
+    def marked(i: int, field: str, value: str) -> str:
+        parts = []
+        for part in _THINK_TAG.split(value):
+            text = part.strip()
+            if text and not _THINK_TAG.fullmatch(part):
+                part = part.replace(text, f"{stem}{i}x{len(texts)}{stem}", 1)
+                texts.append(Text(i, field, text))
+            parts.append(part)
+        return "".join(parts)
+
+    messages = []
+    for i, message in enumerate(chat.messages):
+        message = {name: value for name, value in message.items() if name != "train"}
+        for field in ("reasoning_content", "content"):
+            if field in message:
+                message[field] = marked(i, field, message[field])
+        if "tool_calls" in message:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "name": marked(i, "tool_calls", name)}}
+                for call in message["tool_calls"]
+                if (name := call["function"]["name"]) is not None
+            ]
+        is_empty = message["role"] == "assistant" and not message["content"].strip()
+        alone = not any(text.message == i for text in texts)
+        if is_empty and (empty == "all" or (empty == "alone" and alone)):
+            message["content"] += f"{stem}{i}x{len(texts)}{stem}"
+            texts.append(Text(i, "content", ""))
+        messages.append(message)
+    return Conversation(messages, chat.tools, chat.template_options), texts
+
+
+def _put_back(
+    text: str, words: _Words, texts: Sequence[Text]
+) -> tuple[list[int], list[tuple[int, int]], list[Text]] | None:
+    """Find the template's words and the texts between them in a rendering.
+
+    Returns:
+        The characters at which the words start, the places of the texts and the texts that the
+        template has changed; None if the rendering is made of other words.
+    """
+    starts, spans, changed = [0], [], []
+    if not text.startswith(words.words[0]):
+        return None
+    at = len(words.words[0])
+    for (_, number), following in zip(words.marks, words.words[1:], strict=True):
+        is_last = len(starts) == len(words.marks)
+        after = at + len(texts[number].text)
+        if not text.startswith(texts[number].text + following, at):
+            after = text.find(following, at) if following else -1
+            if after < 0:
+                return None
+            changed.append(texts[number])
+        if is_last and after + len(following) != len(text):
+            return None
+        spans.append((at, after))
+        starts.append(after)
+        at = after + len(following)
+    return (starts, spans, changed) if at == len(text) else None
+
+
+def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join the parts of a text that follow directly on one another."""
+    joined: list[tuple[int, int]] = []
+    for first, last in parts:
+        if joined and joined[-1][1] >= first:
+            joined[-1] = (joined[-1][0], last)
+        else:
+            joined.append((first, last))
+    return joined
+
+
+def _serial(chat: Conversation) -> list[Any]:
+    return [list(chat.messages), chat.tools, dict(chat.template_options)]
+
+
+def _parsed(key: str) -> Conversation:
+    messages, tools, options = json.loads(key)
+    return Conversation(messages, tools, options)
+
+
+def _unused(text: str) -> str:
+    """Return a stem for marks that does not occur in a text."""
+    stem = "qzj"
+    while stem in text:
+        stem += "q"
+    return stem
