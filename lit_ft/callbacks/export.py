@@ -17,6 +17,9 @@ from lit_ft.tensors.sharding import is_model_sharded
 class ExportHF(Callback):
     """Write `pl_module.model` and `pl_module.tokenizer` at the end of `fit`.
 
+    The token that ends an answer in the tokenizer's chat template joins the tokens at which
+    `generate` stops.
+
     `AutoModelForCausalLM.from_pretrained(folder)` loads the result without lit_ft. A run that
     fails exports nothing.
 
@@ -76,6 +79,7 @@ class ExportHF(Callback):
         if not trainer.is_global_zero and not is_model_sharded(pl_module.model):
             return  # only ranks that hold a part of the model write
         # Imported here because it imports transformers and peft.
+        from lit_ft.data.turns import end_tokens
         from lit_ft.models.export.whole import export_model
 
         tokenizer = getattr(pl_module, "tokenizer", None)
@@ -85,6 +89,7 @@ class ExportHF(Callback):
             folder,
             merge=self.merge,
             dtype=self.dtype,
+            end_tokens=end_tokens(tokenizer),
         )
         if self.push_to_hub is not None and trainer.is_global_zero:
             _upload(self.export_path, self.push_to_hub, private=self.private)

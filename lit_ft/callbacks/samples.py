@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.protocols import OffersPrompts
+from lit_ft.data.turns import end_tokens
 from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
 
 Prompt = str | Sequence[dict[str, str]]
@@ -217,11 +218,12 @@ def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the end tokens of the model, and that of the tokenizer, which training teaches."""
+    """Return the tokens at which an export of the model would stop, and the tokenizer's own."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys(end for end in [*ends, tokenizer.eos_token_id] if end is not None))
+    ends = [*ends, tokenizer.eos_token_id, *end_tokens(tokenizer)]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins import HalfPrecision, Precision
 from torch import Tensor
 
 from lit_ft.data.encoding import load_chat_template
+from lit_ft.data.turns import end_tokens
 from lit_ft.run.config import refuse_untrusted
 from lit_ft.run.old_names import with_current_names
 from lit_ft.run.summary import read_summary
@@ -89,7 +90,14 @@ def export_run(
     else:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     module.load_state_dict(_without_subspaces(saved["state_dict"]))
-    return export_model(module.model, module.tokenizer, target, merge=merge, dtype=dtype)
+    return export_model(
+        module.model,
+        module.tokenizer,
+        target,
+        merge=merge,
+        dtype=dtype,
+        end_tokens=end_tokens(module.tokenizer),
+    )
 
 
 def _export_parts(
@@ -97,6 +105,7 @@ def _export_parts(
 ) -> Path:
     """Export a checkpoint of several ranks, which may be too large for one process's memory."""
     from lit_ft.models import dtype_named, export_streamed
+    from lit_ft.models.export.chat import save_tokenizer, stop_at
 
     prefix = "state_dict.model."
     weights = {
@@ -118,8 +127,9 @@ def _export_parts(
         dtype=None if dtype is None else dtype_named(dtype),
         max_shard_size=max_shard_size,
     )
+    stop_at(folder, end_tokens(module.tokenizer))
     if module.tokenizer is not None:
-        module.tokenizer.save_pretrained(folder)
+        save_tokenizer(module.tokenizer, folder)
     return folder
 
 

@@ -1,13 +1,20 @@
 """Exports: merged models, adapters apart, and what a folder never mixes."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
+from lit_ft.data.turns import end_tokens
 from lit_ft.models import Pretrained, add_adapter, export_model
 
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -98,3 +105,33 @@ def test_a_process_without_lit_ft_loads_the_export(folder, tmp_path, tokenizer):
         "assert 'lit_ft' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("own", [None, 0, [0, 1]])
+def test_the_export_stops_where_an_answer_ends(folder, tokenizer, tmp_path, own):
+    """A base model stops at the end of a text only, and would run on behind an answer."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = Pretrained(str(folder)).load_model(torch.float32)
+    model.generation_config.eos_token_id = own
+    export_model(model, tokenizer, tmp_path, end_tokens=end_tokens(tokenizer))
+    stops = GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    assert stops == (end if own is None else [0, end] if own == 0 else [0, 1, end])
+    assert model.generation_config.eos_token_id == own
+
+
+def test_a_tokenizer_without_a_chat_template_ends_no_answer(tokenizer):
+    tokenizer.chat_template = None
+    assert end_tokens(tokenizer) == end_tokens(None) == []
+
+
+def test_the_exported_tokenizer_is_read_by_transformers_4_too(folder, tokenizer, tmp_path):
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|speaker|>"]})
+    export_model(Pretrained(str(folder)).load_model(torch.float32), tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    # What transformers 4 does not know: tried with 4.57.6.
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(config.get("extra_special_tokens"), list)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    assert again.chat_template == tokenizer.chat_template
+    assert again.encode("<|speaker|> the end") == tokenizer.encode("<|speaker|> the end")

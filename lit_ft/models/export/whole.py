@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ft.models.adapters import in_place_of_adapters, merged_layer
+from lit_ft.models.export.chat import save_tokenizer, stop_at
 from lit_ft.models.export.sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
 from lit_ft.tensors.sharding import full_tensor, is_model_sharded
@@ -31,6 +33,7 @@ def export_model(
     *,
     merge: bool = True,
     dtype: str | None = None,
+    end_tokens: Sequence[int] = (),
 ) -> Path:
     """Write `model` and its tokenizer to `folder`, and return the folder.
 
@@ -44,6 +47,8 @@ def export_model(
         folder: The folder to write to, created if it is missing.
         merge: Whether to merge the adapter into the model's weights.
         dtype: The dtype of the written weights, such as "bfloat16"; None keeps the model's own.
+        end_tokens: The ids of the tokens that end an answer, which `generate` shall stop at beside
+            the model's own.
 
     Raises:
         ValueError: If `dtype` is not one of torch's floating-point types. Also if only the adapter
@@ -60,11 +65,13 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     if is_model_sharded(model):
         _export_together(model, folder, merge=merge, dtype=target_dtype)
-        tokenizer = tokenizer if dist.get_rank() == 0 else None
+        if dist.get_rank() != 0:
+            return folder
     else:
         _export_here(model, folder, merge=merge, dtype=target_dtype)
+    stop_at(folder, end_tokens)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return folder
 
 
