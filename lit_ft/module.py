@@ -44,6 +44,7 @@ from lit_ft.optim import (
     row_chunked,
     stochastically_rounded,
 )
+from lit_ft.optim.schedules import LENGTH_UNKNOWN, OBEYED, obey_options, rebuilt
 from lit_ft.subspace.checks import check_steps_from_zero
 from lit_ft.tensors.sharding import full_tensor
 from lit_ft.tensors.stochastic_rounding import keyed_generator
@@ -107,6 +108,7 @@ class CausalLMModule(LightningModule):
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
         self._token_mean = TokenMean(self._sum_over_ranks)
+        self._options: list[dict[str, Any]] = []
         self._unchecked = {"loss", "packing of one row", "packing of rows"}
 
     @cached_property
@@ -197,17 +199,42 @@ class CausalLMModule(LightningModule):
         """Build the optimizer from the groups, and its schedule for the trainer's steps."""
         optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
         optimizer = row_chunked(stochastically_rounded(optimizer, seed=self.seed))
+        self._options = [
+            {name: group[name] for name in OBEYED if name in group}
+            for group in optimizer.param_groups
+        ]
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A fused optimizer would remove float16's loss scale in its kernel, after clipping.
             # This makes the trainer remove it before clipping.
             optimizer._step_supports_amp_scaling = False
         if self.schedule is None or traits_of(type(optimizer)).own_rate:
             return optimizer
-        scheduler = self.schedule(optimizer, self.trainer.estimated_stepping_batches)
+        resumes = self.trainer.ckpt_path is not None
+        length = LENGTH_UNKNOWN if resumes else self.trainer.estimated_stepping_batches
+        scheduler = self.schedule(optimizer, length)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Give a resumed run the learning rate, weight decay and schedule of its settings.
+
+        A schedule needs the length of the run. A run of epochs takes it from its data, which must
+        not be set up before Lightning has restored the place in them: it would begin the epoch
+        again (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
+        """
+        if self.trainer.ckpt_path is None:
+            return
+        [optimizer] = self.trainer.optimizers
+        changed = obey_options(optimizer, self._options)
+        if changed:
+            rank_zero_info(f"Unlike the checkpoint's run: {', '.join(changed)}.")
+        for config in self.trainer.lr_scheduler_configs:
+            assert self.schedule is not None
+            config.scheduler = rebuilt(
+                self.schedule, optimizer, self.trainer.estimated_stepping_batches, config.scheduler
+            )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout depend only on seed, rank, epoch and batch, so a resumed run repeats it."""

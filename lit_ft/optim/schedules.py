@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
+
+LENGTH_UNKNOWN = 10**9  # steps; a stand-in until `rebuilt` knows the length
+OBEYED = ("lr", "weight_decay", "betas", "eps", "momentum")
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,57 @@ class _OfThisLength(LambdaLR):
         ]
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
+
+
+def obey_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Set the options of an optimizer's groups to those of this run, after a checkpoint was loaded.
+
+    Args:
+        optimizer: The optimizer, whose groups hold the options of the checkpoint's run.
+        options: The options of this run by name, for each group; `lr` is the peak of a schedule.
+
+    Returns:
+        What has changed, as in "lr 0.0002 (was 0.0001)".
+    """
+    changed: dict[str, None] = {}
+    for group, wanted in zip(optimizer.param_groups, options, strict=True):
+        for name, value in wanted.items():
+            saved = "initial_lr" if name == "lr" and "initial_lr" in group else name
+            was = group.get(saved, value)
+            if _plain(was) == _plain(value):
+                continue
+            changed[f"{name} {_plain(value)} (was {_plain(was)})"] = None
+            if saved == "initial_lr":
+                group["lr"] *= value / was if was else 0.0
+            group[saved] = value
+    return list(changed)
+
+
+def rebuilt(
+    schedule: Callable[[Optimizer, float], Any],
+    optimizer: Optimizer,
+    num_training_steps: float,
+    restored: Any,
+) -> Any:
+    """Return a scheduler for a run whose length has become known, at the place of a restored one.
+
+    Args:
+        schedule: Builds the scheduler from the optimizer and the number of steps.
+        optimizer: The optimizer; the `initial_lr` of its groups are the peaks.
+        num_training_steps: The number of optimizer steps in the whole run.
+        restored: The scheduler that was built with a stand-in for the length, with the state of the
+            checkpoint.
+    """
+    state, rates = restored.state_dict(), [group["lr"] for group in optimizer.param_groups]
+    scheduler = schedule(optimizer, num_training_steps)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # building a scheduler sets the rates of step 0
+    state["base_lrs"] = [group["initial_lr"] for group in optimizer.param_groups]
+    scheduler.load_state_dict(state)
+    return scheduler
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):  # a compiled optimizer's rate
+        return value.item()
+    return tuple(value) if isinstance(value, list) else value

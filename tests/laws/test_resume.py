@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lit_ft.run.summary import read_summary
-from tests.support.checkpoints import same
+from tests.support.checkpoints import same, state
 from tests.support.running import LORA, QLORA
 from tests.support.stopping import at, stopped
 
@@ -53,3 +54,46 @@ def test_a_larger_max_steps_goes_on_inside_the_epoch(job, tmp_path):
     job("parts", constant, "trainer.max_steps=2")
     job("parts", constant, "trainer.max_steps=7", "resume=auto")
     same(tmp_path / "whole", tmp_path / "parts")
+
+
+EPOCHS = {
+    "max_steps": ["trainer.max_steps=8"],
+    "max_epochs": ["trainer.max_steps=-1", "trainer.max_epochs=2"],
+    "both": ["trainer.max_steps=7", "trainer.max_epochs=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", EPOCHS)
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_however_a_run_says_its_length_it_resumes_on_its_own_rows(job, tmp_path, length, schedule):
+    """Every stop of two epochs: a run of epochs must not begin the epoch again."""
+    options = [f"schedule={schedule}", *EPOCHS[length]]
+    whole = job("whole", *options)
+    for stop in range(whole["steps"] - 1):
+        name = f"parts{stop}"
+        stopped(job, name, *options, *at("on_train_batch_start", stop))
+        resumed = job(name, *options, "resume=auto")
+        assert resumed["steps"] == whole["steps"], stop
+        same(tmp_path / "whole", tmp_path / name)
+
+
+def test_a_run_of_epochs_resumes_inside_one(job, tmp_path):
+    options = ["schedule=cosine", *EPOCHS["max_epochs"]]
+    whole = job("whole", *options)
+    stopped(job, "parts", *options, *at("on_train_batch_start", 1))
+    resumed = job("parts", *options, "resume=auto")
+    assert resumed["steps"] == whole["steps"] == 8
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_another_rate_or_decay_is_obeyed_at_resume(job, tmp_path, schedule):
+    """The weights are those of a run that had the rate for all steps after the first two."""
+    options = ["optim=adamw", f"schedule={schedule}", "schedule.warmup=0", "trainer.max_steps=4"]
+    stopped(job, "parts", *options, *at("on_train_batch_start", 1))
+    job("slow", *options, f"resume={tmp_path}/parts/checkpoints/last.ckpt", "optim.lr=0")
+    job("fast", *options, f"resume={tmp_path}/parts/checkpoints/last.ckpt", "optim.lr=1e-1")
+    before, slow, fast = (state(tmp_path / name)[0] for name in ("parts", "slow", "fast"))
+    assert all(torch.equal(before[name], slow[name]) for name in before)
+    assert any((before[name] - fast[name]).abs().max() > 0.05 for name in before)
