@@ -116,7 +116,7 @@ def test_half_precision_trains(tmp_path, precision):
 @pytest.mark.parametrize(
     "option",
     # A C++ compiler runs.
-    ["activation_checkpointing", pytest.param("compile", marks=pytest.mark.process)],
+    ["activation_checkpointing", pytest.param("compile", marks=pytest.mark.slow)],
 )
 def test_checkpointing_and_compilation_change_nothing_but_the_cost(tmp_path, option):
     modules = []

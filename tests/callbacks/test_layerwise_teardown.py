@@ -97,7 +97,7 @@ def test_without_a_second_backward_pass_the_switch_is_not_touched() -> None:
     assert watch.seen == [True, True]
 
 
-@pytest.mark.process  # torch.compile starts a C++ compiler
+@pytest.mark.slow  # torch.compile starts a C++ compiler
 def test_a_graph_that_was_compiled_before_stands_the_second_backward_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ FORMATS = {
     "alpaca": {"instruction": "Add.", "input": "1+1", "output": "2"},
     "prompt_completion": {"prompt": "1+1?", "completion": "2"},
     "text": {"text": "One and one is two."},
+    "segments": {"segments": [{"text": "1+1?", "label": False}, {"text": " 2", "label": True}]},
 }
 ELSEWHERE = {
     "strategy/ddp": "tests/distributed trains it on two ranks",

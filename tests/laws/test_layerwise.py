@@ -17,6 +17,8 @@ OPTIMIZERS = [
     "adamw_8bit_torchao galore=online",
 ]
 
+COMPILED = "adamw_8bit_torchao"  # whose steps a C++ compiler compiles first
+
 JOB = [
     "model=tiny",
     "strategy=cpu",
@@ -40,7 +42,10 @@ def run(folder: Path, optimizer: str, *overrides: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(x, marks=pytest.mark.slow) if x == COMPILED else x for x in OPTIMIZERS],
+)
 def test_every_optimizer_trains_the_same_weights(optimizer: str, tmp_path: Path) -> None:
     options = ["trainer.gradient_clip_val=null"]
     whole = run(tmp_path / "whole", optimizer, *options)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from lit_ft.models import Pretrained
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2  # by its file's name
 def test_gguf_weights_are_dequantised_once_and_are_those_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path))

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from lit_ft.subspace import inject
 from tests.support.tiny_model import tiny_model
 
 
+@pytest.mark.slow
 def test_every_rule_trains_on_a_device_that_is_not_the_cpu():
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.support.other_device"]
