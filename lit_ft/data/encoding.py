@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -260,9 +261,23 @@ class Encoder:
     def _parts(self, chat: Conversation) -> Iterator[Conversation]:
         """Split a chat ahead of users' turns into the longest parts that fit."""
         messages = list(chat.messages)
-        first = next((i for i, one in enumerate(messages) if one["role"] == "user"), 0)
-        preamble = messages[:first]  # what the system says is said in each part
-        starts = [i for i in range(first, len(messages)) if messages[i]["role"] == "user"]
+        if self.train_on == "last":
+            last = len(prompt_of(chat))  # the last answer of the chat, not of each part
+            messages = [
+                {"train": i == last, **one} if one["role"] == "assistant" else one
+                for i, one in enumerate(messages)
+            ]
+        roles = [one["role"] for one in messages]
+        told = list(takewhile(("system", "developer").__contains__, roles))
+        preamble = messages[: len(told)]  # what the system says is said in each part
+        starts = [
+            len(told),
+            *(
+                i
+                for i in range(len(told) + 1, len(roles))
+                if roles[i] == "user" and roles[i - 1] != "user"
+            ),
+        ]
         exchanges = [
             messages[a:b] for a, b in zip(starts, [*starts[1:], len(messages)], strict=True)
         ]

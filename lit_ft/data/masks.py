@@ -77,7 +77,10 @@ class ChatEncoder:
         self._tokenizer: Any = tokenizer
         size = max(tokenizer.get_vocab().values()) + 1
         self._is_control = np.zeros(size, dtype=bool)
+        # Tokenizers name only some of their control tokens, such as the end of text.
+        added = tokenizer.added_tokens_decoder.items()
         self._is_control[tokenizer.all_special_ids] = True
+        self._is_control[[id for id, token in added if token.special]] = True
         self._is_added = np.zeros(size, dtype=bool)
         self._is_added[list(tokenizer.get_added_vocab().values())] = True
         self._ids = lru_cache(10_000)(self._ids_of)
@@ -147,8 +150,10 @@ class ChatEncoder:
             role = chat.messages[text.message]["role"]
             where = "" if text.field == "tools" else f" of message {text.message} ({role})"
             content = chat.messages[text.message]["content"]
-            is_thought = text.field == "reasoning_content" or "</think>" in content
-            by_design = is_thought and text.message != answers[-1]
+            is_thought = text.field == "reasoning_content" or (
+                text.field == "content" and "</think>" in content
+            )
+            by_design = is_thought and text.message in answers[:-1]
             if not (self.drop_unrendered or by_design):
                 raise Refusal(
                     f"the chat template leaves out {notes.FIELDS[text.field]}{where}: "
@@ -181,6 +186,9 @@ class ChatEncoder:
         """Yield the characters of control tokens that stand in the texts of messages."""
         for place in np.flatnonzero(self._is_control[tokens.ids]):
             first, last = int(tokens.starts[place]), int(tokens.ends[place])
+            token = self._tokenizer.convert_ids_to_tokens(int(tokens.ids[place]))
+            if token not in rendering.text[first:last]:
+                continue  # the token of unknown words stands for one
             if any(a <= first and last <= b for a, b in rendering.texts):
                 yield first, last
 

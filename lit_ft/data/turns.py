@@ -170,6 +170,17 @@ class ChatTemplate:
             Refusal: If the template writes the texts in a way in which they cannot be found again.
             TemplateError: If the template refuses the chat.
         """
+        try:
+            return self._find(chat)
+        except Refusal:
+            if "strftime_now" not in self._template + self._for_tools:
+                raise
+        # The template's words hold the date, which changes when a run goes on over midnight.
+        self._structure.cache_clear()
+        self._words.cache_clear()
+        return self._find(chat)
+
+    def _find(self, chat: Conversation) -> Rendering:
         text, answers = self._render(chat)
         stem = _unused(text)
         for empty in _EMPTY_TEXTS:
@@ -299,18 +310,19 @@ class ChatTemplate:
         """Return the place behind a turn and the marker that ends it."""
         calls = bool(chat.messages[i].get("tool_calls"))
         alone = self._alone(chat, i + 1, stem, False) if calls else _Words([""], [])
-        if calls and (own := sum(owner == i for owner, _ in alone.marks)):
-            places = places[:own]  # a tool's answer may repeat the name of the function
+        if calls and (shown := sum(owner == i for owner, _ in alone.marks)):
+            places = places[:shown]  # a tool's answer may repeat the name of the function
         word = places[-1] + 1
         after = words.words[word]
         inside, at_end, _ = self._usual
         ends = (at_end, inside) if word + 1 == len(words.words) else (inside, at_end)
         if not calls:
-            content = chat.messages[i]["content"]
-            for space in (content[len(content.rstrip()) :], ""):  # which some templates strip
+            # White space, which some templates strip, and tags behind the last text.
+            tail = chat.messages[i]["content"].rpartition(stem)[2]
+            for own in dict.fromkeys((tail, tail.rstrip(), "")):
                 for end in filter(None, ends):
-                    if after.startswith(space + end):
-                        return _Place(word, len(space + end)), self.last_control(end)
+                    if after.startswith(own + end):
+                        return _Place(word, len(own + end)), self.last_control(end)
             return _Place(word, 0), ""
         same = alone.marks[-1:] == words.marks[word - 1 : word]
         common = self._common(after, alone.words[-1]) if same else ""
@@ -433,8 +445,9 @@ def _mark(
                 for call in message["tool_calls"]
                 if (name := call["function"]["name"]) is not None
             ]
-        is_empty = message["role"] == "assistant" and not message["content"].strip()
-        alone = not any(text.message == i for text in texts)
+        fields = [text.field for text in texts if text.message == i]
+        is_empty = message["role"] == "assistant" and "content" not in fields
+        alone = not fields
         if is_empty and (empty == "all" or (empty == "alone" and alone)):
             message["content"] += f"{stem}{i}x{len(texts)}{stem}"
             texts.append(Text(i, "content", ""))

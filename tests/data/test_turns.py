@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from lit_ft.compat.refusal import Refusal
@@ -301,3 +304,103 @@ def test_a_structure_is_rendered_once(tokenizer: PreTrainedTokenizerFast) -> Non
         if i == 0:
             first = len(rendered)
     assert len(rendered) == first
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<think>why</think>", f"<think>why</think>{END}"),
+        ("<think>\nwhy\n</think>\n\n", f"<think>\nwhy\n</think>\n\n{END}"),
+        ("<think></think>", END),
+    ],
+)
+def test_an_answer_of_thoughts_alone_is_learnt_with_its_end(
+    tokenizer: PreTrainedTokenizerFast, answer: str, expected: str
+) -> None:
+    tokenizer.chat_template = OPEN + PLAIN + CLOSE
+    chat = [TALK[0], {"role": "assistant", "content": answer}]
+    assert learnt(tokenizer, encode(tokenizer, chat)) == expected
+
+
+@pytest.mark.parametrize("chat", [TALK[:1], TALK[:2]])
+def test_what_the_system_says_of_thinking_is_no_thought(
+    tokenizer: PreTrainedTokenizerFast, chat: list[dict[str, Any]]
+) -> None:
+    tokenizer.chat_template = (
+        OPEN + "{% if m['role'] != 'system' %}" + PLAIN + "{% endif %}" + CLOSE
+    )
+    system = {"role": "system", "content": "Think in <think></think>."}
+    with pytest.raises(Refusal, match=r"leaves out the content of message 0 \(system\)"):
+        encode(tokenizer, [system, *chat])
+
+
+def test_a_run_goes_on_over_midnight(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        day = "01"
+
+        @classmethod
+        def now(cls) -> Any:
+            return cls
+
+        @classmethod
+        def strftime(cls, form: str) -> str:
+            return cls.day
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + OPEN + PLAIN + CLOSE
+    encoder = Encoder(tokenizer, 10_000)
+    for Clock.day in ("01", "02"):
+        (row,) = encoder([ParsedRow("f:1", TALK)])
+        assert learnt(tokenizer, row) == f"a1{END}a2{END}"
+        assert str(tokenizer.decode(row.input_ids)).startswith(Clock.day)
+
+
+def test_every_control_token_of_the_tokenizer_is_text_in_a_message(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = OPEN + PLAIN + CLOSE
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])  # no name knows this one
+    chat = [{"role": "user", "content": "say <|eot|>"}, TALK[1]]
+    row = encode(tokenizer, chat)
+    assert tokenizer.convert_tokens_to_ids("<|eot|>") not in row.input_ids
+    assert any("<|eot|>" in note for note in row.notes)
+
+
+def test_an_unknown_word_is_no_control_token() -> None:
+    backend = Tokenizer(WordLevel({"<unk>": 0, "user": 1, "assistant": 2, "</s>": 3}, "<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    words.chat_template = "{% for m in messages %}{{ m.role + ' ' + m.content }} </s> {% endfor %}"
+    row = encode(words, TALK[:2], control_tokens="refuse")
+    assert row.input_ids == [1, 0, 3, 2, 0, 3]
+
+
+SPLIT = [
+    [TALK[1], TALK[0], TALK[3]],
+    [{"role": "system", "content": "s"}, TALK[1], TALK[0], TALK[0], TALK[3]],
+]
+
+
+@pytest.mark.parametrize("chat", SPLIT)
+@pytest.mark.parametrize(("train_on", "expected"), [("assistant", ["a1", "a2"]), ("last", ["a2"])])
+def test_a_split_chat_learns_no_other_answers_than_a_whole_one(
+    tokenizer: PreTrainedTokenizerFast, chat: Any, train_on: Any, expected: list[str]
+) -> None:
+    tokenizer.chat_template = OPEN + PLAIN + CLOSE
+    size = encode(tokenizer, chat).num_tokens - 1
+    encoder = Encoder(tokenizer, size, overlong="split", train_on=train_on)
+    rows = list(encoder([ParsedRow("f:1", chat)]))
+    assert len(rows) == 2
+    assert [said for row in rows if (said := learnt(tokenizer, row))] == [e + END for e in expected]
+    asked = str(tokenizer.decode(rows[-1].input_ids)).count("q1")
+    assert asked == len([turn for turn in chat if turn["role"] == "user"])
+
+
+def test_a_chat_that_cannot_be_split_is_dropped_as_too_long(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = OPEN + PLAIN + CLOSE
+    (row,) = Encoder(tokenizer, 5, overlong="split")([ParsedRow("f:1", TALK[1:2])])
+    assert row.overlong
