@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,36 @@ def test_a_new_file_is_a_new_format(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert detect({"q": "1", "a": "2"}).parse({"q": "1", "a": "2"}) == "12"
     finally:
         available.cache_clear()
+
+
+def called(function: dict[str, Any]) -> dict[str, Any]:
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    return {"messages": [TURNS[0], turn]}
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (called({"name": "f", "parameters": {"x": 1}}), "no 'arguments', but 'parameters'"),
+        (called({"name": "f", "arguments": '{"x": "\\ud83d"}'}), "surrogates not allowed"),
+        (called({"name": "f", "arguments": {"x": date(2026, 1, 1)}}), "date is not JSON"),
+    ],
+)
+def test_a_call_is_read_whole_or_not_at_all(row: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Chat().parse(row)
+
+
+@pytest.mark.parametrize("arguments", [None, "", "null", "{}"])
+def test_a_call_may_have_no_arguments(arguments: str | None) -> None:
+    chat = Chat().parse(called({"name": "f", "arguments": arguments}))
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_of_two_columns_of_messages_the_other_is_not_read_without_a_word() -> None:
+    row = {"messages": TURNS, "conversations": CHAT}
+    assert Chat().parse(row).messages == TURNS
+    assert Chat().unread(row) == ["conversations"]
+    row = {"messages": None, "conversations": CHAT}  # as in a table of both
+    assert Chat().parse(row).messages == CHAT
+    assert Chat().unread(row) == []

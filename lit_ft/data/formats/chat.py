@@ -68,11 +68,11 @@ class Chat:
 
     def unread(self, row: Row) -> list[str]:
         """Return the keys of the row and of its messages that are not read."""
-        column = next(name for name in self._columns if name in row)
+        column = _column(row, self._columns)
         inside = [
             f"{column}[].{key}" for turn in row[column] for key in unread_keys(turn, MESSAGE_KEYS)
         ]
-        return [*unread_keys(row, (*self._columns, *BESIDE)), *dict.fromkeys(inside)]
+        return [*unread_keys(row, (column, *BESIDE)), *dict.fromkeys(inside)]
 
     @property
     def _columns(self) -> tuple[str, ...]:
@@ -85,10 +85,7 @@ def read_messages(row: Row, *columns: str) -> list[Message]:
     Raises:
         ValueError: If there is none of them, or if a message cannot be read. Names it.
     """
-    column = next((name for name in columns if name in row), None)
-    if column is None:
-        missing = " or ".join(map(repr, columns))
-        raise ValueError(f"the field {missing} is missing; the row has {sorted(map(str, row))}")
+    column = _column(row, columns)
     turns = row[column]
     if not isinstance(turns, list):
         raise ValueError(f"{column!r} must be a list of messages, not {type(turns).__name__}")
@@ -97,11 +94,21 @@ def read_messages(row: Row, *columns: str) -> list[Message]:
     return [_message(turn, f"{column}[{place}]") for place, turn in enumerate(turns)]
 
 
+def _column(row: Row, columns: Sequence[str]) -> str:
+    """Return the first of the columns that the row has; one with a value, if there is any."""
+    found = [name for name in columns if name in row]
+    if not found:
+        missing = " or ".join(map(repr, columns))
+        raise ValueError(f"the field {missing} is missing; the row has {sorted(map(str, row))}")
+    return next((name for name in found if row[name] is not None), found[0])
+
+
 def conversation(messages: Sequence[Message], row: Row) -> Conversation:
     """Return the chat of these messages with what the row says beside them.
 
     Raises:
-        ValueError: If the row's `tools`, `system` or `chat_template_kwargs` cannot be read.
+        ValueError: If the row's `tools`, `system` or `chat_template_kwargs` cannot be read, or if
+            the chat holds what JSON cannot hold, such as a date or half of a surrogate pair.
     """
     system = row.get("system")
     if system not in (None, ""):
@@ -113,7 +120,12 @@ def conversation(messages: Sequence[Message], row: Row) -> Conversation:
             raise ValueError("the row has a 'system' and another message of the role system")
     tools = _decoded(row.get("tools"), "tools", list) or None
     options = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
-    return Conversation(messages, tools and [_tool(tool) for tool in tools], options)
+    tools = tools and [_tool(tool) for tool in tools]
+    try:
+        json.dumps([messages, tools, options], ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the chat cannot be written as JSON in UTF-8: {error}") from error
+    return Conversation(messages, tools, options)
 
 
 def _tool(tool: Any) -> Any:
@@ -190,6 +202,9 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
         raise ValueError(f"{place} needs a function with a 'name', found {call!r:.60}")
+    others = unread_keys(function, ("id", "index", "type", "name", "arguments"))
+    if function.get("arguments") is None and others:
+        raise ValueError(f"{place} has no 'arguments', but {', '.join(map(repr, others))}")
     arguments = _decoded(function.get("arguments"), f"{place}.arguments", dict)
     wrapped = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     identity = {"id": call["id"]} if call.get("id") is not None else {}
@@ -205,6 +220,8 @@ def _decoded(value: Any, place: str, kind: type) -> Any:
             value = json.loads(value)
         except ValueError as error:
             raise ValueError(f"{place} is a string that is not JSON: {error}") from error
+    if value is None:
+        return kind()
     if not isinstance(value, kind):
         raise ValueError(f"{place} must be a {kind.__name__}, not {type(value).__name__}")
     return value
