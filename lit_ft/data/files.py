@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from lit_ft.data.formats import Row
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -49,14 +49,15 @@ def read(file: Path) -> Iterator[tuple[str, Row | ValueError]]:
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     """Open a file for reading in binary mode, decompressed."""
-    if file.suffix.lower() not in COMPRESSIONS:
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    if compression is None:
         with file.open("rb") as stream:
             yield stream
         return
     from pyarrow import input_stream
 
     try:
-        with input_stream(str(file), compression="detect") as raw:
+        with input_stream(str(file), compression=compression) as raw:
             yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
     except OSError as error:
         raise ValueError(f"{file}: cannot be decompressed: {error}") from error
@@ -109,7 +110,7 @@ def _rows_of_object(value: dict[str, Any], file: Path) -> Iterator[tuple[str, ob
         for key, rows in lists.items()
         if rows and all(isinstance(row, dict) and not {"role", "from"} & row.keys() for row in rows)
     ]
-    if len(rows_under) == 1 and not {"segments"} & set(rows_under):
+    if len(rows_under) == 1 and rows_under[0] not in ("segments", "tools"):
         for number, row in enumerate(value[rows_under[0]], start=1):
             yield f"{file} {rows_under[0]}[{number - 1}]", row
     elif len(lists) == len(value) and not any(isinstance(x, dict) for x in sum(lists.values(), [])):
@@ -172,9 +173,24 @@ def read_parquet(file: Path) -> Iterator[tuple[str, object]]:
             for batch in table.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file} row {number}", row
+                    yield f"{file} row {number}", without_nulls(row)
     except (ArrowException, OSError, ValueError, LookupError) as error:  # text, time zones, ...
         raise ValueError(f"{file}: not a readable parquet file: {error}") from error
+
+
+def without_nulls(row: Row) -> Row:
+    """Return a row of a table without the nulls inside its objects.
+
+    A table has every key in every object of a column, and null where the object had none. A call
+    must not be learnt with the arguments of other rows' calls.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _decoded(text: bytes) -> Any:

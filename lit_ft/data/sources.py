@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy, located
 from lit_ft.data.docstrings import Docstrings
-from lit_ft.data.files import READERS, kind_of, read
+from lit_ft.data.files import READERS, kind_of, read, without_nulls
 from lit_ft.data.formats import Format, Row, available, detect
 from lit_ft.data.rows import ParsedRow, SourceRow
 
@@ -188,7 +188,8 @@ class Hub:
     def rows(self) -> Iterator[SourceRow]:
         """Yield the rows of the split; their origins are `name[split] row 57`."""
         for number, fields in enumerate(self._load(), start=1):
-            yield SourceRow(f"{self.name}[{self.split}] row {number}", fields)
+            origin = f"{self.name}[{self.split}] row {number}"
+            yield SourceRow(origin, without_nulls(fields))
 
     def identity(self) -> dict[str, object]:
         """Return the name, options and fingerprint, which covers the hub's revision."""

@@ -242,3 +242,30 @@ def test_identity_follows_the_content(tmp_path: Path) -> None:
     assert open_source(str(file)).identity() == before
     write(file, ROWS[:-1] + [{"prompt": "q99", "completion": "a98 é\u2028!"}])
     assert open_source(str(file)).identity() != before
+
+
+@pytest.mark.parametrize("options", [{}, {"data_files": "my.parquet"}])
+def test_a_table_gives_no_call_the_arguments_of_another(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    arguments: list[dict[str, str]] = [{"city": "Rome"}, {"date": "now"}]
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": one}]}]}
+        for one in arguments
+    ]
+    file = write(tmp_path / "my.parquet", rows)
+    found = parse(open_source(str(tmp_path if options else file), **options))
+    calls = [said(row)[0]["tool_calls"][0]["function"]["arguments"] for row in found]
+    assert calls == arguments
+
+
+def test_the_tools_of_a_single_row_are_not_the_rows(tmp_path: Path) -> None:
+    file = tmp_path / "my.json"
+    messages = [{"role": "user", "content": "q"}]
+    file.write_text(json.dumps({"messages": messages, "tools": [{"name": "f"}]}, indent=1))
+    assert conversations(file) == [messages]
+
+
+def test_suffixes_may_be_capitals(tmp_path: Path) -> None:
+    file = write(tmp_path / "my.jsonl.gz", ROWS).rename(tmp_path / "MY.JSONL.GZ")
+    assert len(conversations(file)) == len(ROWS)
