@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 
 from lit_ft.data.turns import end_tokens
 from lit_ft.models import Pretrained, add_adapter, export_model
+from lit_ft.models.export.chat import stop_at
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -135,3 +137,17 @@ def test_the_exported_tokenizer_is_read_by_transformers_4_too(folder, tokenizer,
     assert again.all_special_tokens == tokenizer.all_special_tokens
     assert again.chat_template == tokenizer.chat_template
     assert again.encode("<|speaker|> the end") == tokenizer.encode("<|speaker|> the end")
+
+
+def test_an_exported_model_keeps_its_own_ends(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    stop_at(tmp_path, [7])
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [2, 7]
+    # Llama 2 comes with these, which transformers reads and refuses to write.
+    config |= {"do_sample": False, "temperature": 0.9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    stop_at(tmp_path, [7, 8])
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == config | {
+        "eos_token_id": [2, 7, 8]
+    }

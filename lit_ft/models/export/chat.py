@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -36,15 +36,15 @@ def stop_at(folder: str | Path, end_tokens: Sequence[int]) -> None:
         folder: The folder of the exported model.
         end_tokens: The ids of tokens that end an answer; none changes nothing.
     """
-    folder = Path(folder)
-    if not end_tokens or not (folder / "config.json").is_file():
+    path, model = Path(folder) / "generation_config.json", Path(folder) / "config.json"
+    if not end_tokens or not model.is_file():
         return
-    try:
-        config = GenerationConfig.from_pretrained(folder)
-    except OSError:  # the model came with none
-        config = GenerationConfig()  # type: ignore[no-untyped-call]
-    own = config.eos_token_id
+    # As JSON: the class refuses to write what some models come with, and it knows no other file.
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own = config.get("eos_token_id")
+    if own is None:
+        own = json.loads(model.read_text(encoding="utf-8")).get("eos_token_id")
     own = [] if own is None else own if isinstance(own, list) else [own]
     ends = list(dict.fromkeys([*own, *end_tokens]))
-    config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    config.save_pretrained(folder)
+    config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
