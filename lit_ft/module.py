@@ -44,7 +44,7 @@ from lit_ft.optim import (
     row_chunked,
     stochastically_rounded,
 )
-from lit_ft.optim.schedules import LENGTH_UNKNOWN, OBEYED, obey_options, rebuilt
+from lit_ft.optim.schedules import LENGTH_UNKNOWN, obey_options, options_of, rebuilt
 from lit_ft.subspace.checks import check_steps_from_zero
 from lit_ft.tensors.sharding import full_tensor
 from lit_ft.tensors.stochastic_rounding import keyed_generator
@@ -199,10 +199,7 @@ class CausalLMModule(LightningModule):
         """Build the optimizer from the groups, and its schedule for the trainer's steps."""
         optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
         optimizer = row_chunked(stochastically_rounded(optimizer, seed=self.seed))
-        self._options = [
-            {name: group[name] for name in OBEYED if name in group}
-            for group in optimizer.param_groups
-        ]
+        self._options = options_of(optimizer)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A fused optimizer would remove float16's loss scale in its kernel, after clipping.
             # This makes the trainer remove it before clipping.

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_ft.compat import remedies
+from lit_ft.compat.optimizers import traits_of
 from lit_ft.compat.refusal import Refusal
 
 LENGTH_UNKNOWN = 10**9  # steps; a stand-in until `rebuilt` knows the length
@@ -118,13 +119,29 @@ def obey_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> 
         for name, value in wanted.items():
             saved = "initial_lr" if name == "lr" and "initial_lr" in group else name
             was = group.get(saved, value)
-            if _plain(was) == _plain(value):
+            if _plain(was) == value:
                 continue
-            changed[f"{name} {_plain(value)} (was {_plain(was)})"] = None
+            changed[f"{name} {value} (was {_plain(was)})"] = None
             if saved == "initial_lr":
                 group["lr"] *= value / was if was else 0.0
-            group[saved] = value
+            if isinstance(was, Tensor):
+                was.fill_(value)
+            else:
+                group[saved] = value
     return list(changed)
+
+
+def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of a new optimizer's groups that `obey_options` sets, as plain values."""
+    own_rate = traits_of(type(optimizer)).own_rate  # then `lr` only reports the last step
+    return [
+        {
+            name: _plain(group[name])  # a schedule writes into a rate that is a tensor
+            for name in OBEYED
+            if name in group and not (own_rate and name == "lr")
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 def rebuilt(

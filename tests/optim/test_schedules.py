@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lit_ft.optim import WarmupSchedule
+from lit_ft.optim.schedules import LENGTH_UNKNOWN, obey_options, options_of
 
 COSINE = partial(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=0.1)
 SCHEDULES = [COSINE, get_linear_schedule_with_warmup, get_constant_schedule_with_warmup]
@@ -142,3 +143,32 @@ def test_state_is_plain_enough_for_a_safe_load(tmp_path: Any) -> None:
     state = torch.load(tmp_path / "schedule.pt", weights_only=True)
     assert state["base_lrs"] == list(PEAKS)
     assert state["_last_lr"] == scheduler.get_last_lr()
+
+
+def test_a_rate_that_is_a_tensor_resumes_as_it_was() -> None:
+    def built(length: int) -> Any:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=torch.tensor(0.5))
+        options = options_of(optimizer)
+        return (
+            optimizer,
+            options,
+            WarmupSchedule(get_constant_schedule_with_warmup, 3)(optimizer, length),
+        )
+
+    first, _, ran = built(10)
+    for _ in range(5):
+        first.step()
+        ran.step()
+    second, options, resumed = built(LENGTH_UNKNOWN)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(ran.state_dict())
+    assert obey_options(second, options) == []
+    assert float(second.param_groups[0]["lr"]) == 0.5
+
+
+def test_a_rate_that_only_reports_is_no_option() -> None:
+    from lit_ft.optim.adafactor import RelativeStepAdafactor
+
+    optimizer = RelativeStepAdafactor([torch.nn.Parameter(torch.ones(2))])
+    assert "lr" not in options_of(optimizer)[0]
+    assert "weight_decay" in options_of(optimizer)[0]
