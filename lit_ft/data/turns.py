@@ -144,6 +144,7 @@ class ChatTemplate:
         self._template = template
         # gpt-oss reads an assistant's reasoning under another name.
         self._reads_thinking = "reasoning_content" not in template and "thinking" in template
+        self._needs_middle = False
         self._reads_parts = False
         self._reads_parts = not self._shows_text()
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
@@ -213,7 +214,7 @@ class ChatTemplate:
 
     def _ignores_tools(self, marked: Conversation, words: _Words, stem: str) -> bool:
         without = Conversation(marked.messages, None, marked.template_options)
-        return self._alone(without, len(marked.messages), stem, False) == words
+        return self._begun(without, marked.messages, stem, False) == words
 
     def _render(
         self, chat: Conversation, *, add_generation_prompt: bool = False
@@ -335,7 +336,25 @@ class ChatTemplate:
 
     def _alone(self, chat: Conversation, length: int, stem: str, prompt: bool) -> _Words:
         """Render the beginning of a chat alone; nothing where the template refuses that."""
-        start = Conversation(chat.messages[:length], chat.tools, chat.template_options)
+        messages = chat.messages[:length]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        calls = any(message.get("tool_calls") for message in messages)
+        if not calls or len(answers) < 3 or self._needs_middle:
+            return self._begun(chat, messages, stem, prompt)
+        # The arguments of calls make each chat another structure. Rendering all beginnings of a
+        # long one takes time that grows with its square, and its middle says nothing about its end.
+        short = self._begun(chat, [*messages[: answers[0]], *messages[answers[-1] :]], stem, prompt)
+        if len(answers) == 3 or not short.marks:
+            whole = self._begun(chat, messages, stem, prompt)
+            last = answers[-1]
+            self._needs_middle = _end_of(short, last) != _end_of(whole, last)
+            return whole
+        return short
+
+    def _begun(
+        self, chat: Conversation, messages: Sequence[Message], stem: str, prompt: bool
+    ) -> _Words:
+        start = Conversation(messages, chat.tools, chat.template_options)
         try:
             return self._words(json.dumps(_serial(start)), stem, prompt)
         except TemplateError:  # not every template renders any beginning
@@ -493,6 +512,11 @@ def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((first, last))
     return joined
+
+
+def _end_of(words: _Words, message: int) -> tuple[list[tuple[int, int]], str]:
+    """Return the marks from a message on and the words behind them."""
+    return [mark for mark in words.marks if mark[0] >= message], words.words[-1]
 
 
 def _serial(chat: Conversation) -> list[Any]:

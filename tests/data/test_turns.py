@@ -404,3 +404,43 @@ def test_a_chat_that_cannot_be_split_is_dropped_as_too_long(
     tokenizer.chat_template = OPEN + PLAIN + CLOSE
     (row,) = Encoder(tokenizer, 5, overlong="split")([ParsedRow("f:1", TALK[1:2])])
     assert row.overlong
+
+
+def agent(calls: int) -> list[dict[str, Any]]:
+    chat = [TALK[0]]
+    for i in range(calls):
+        call = {"name": "f", "arguments": {"x": str(i)}}
+        chat += [{"role": "assistant", "content": "", "tool_calls": [{"function": call}]}, TALK[2]]
+    return [*chat, TALK[3]]
+
+
+def test_the_time_for_a_chat_with_calls_grows_with_its_length(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = OPEN + CALLS + CLOSE
+    template = ChatTemplate(tokenizer)
+    rendered: list[int] = []
+    render = template.render
+
+    def counted(chat: Conversation, **options: Any) -> str:
+        rendered.append(len(chat.messages))
+        return render(chat, **options)
+
+    template.render = counted  # type: ignore[method-assign]
+    template.find(Conversation(agent(30)))
+    assert sum(rendered) < 10 * len(agent(30))
+
+
+def test_a_template_may_count_its_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    answers = "(messages[:{}] | selectattr('role', 'equalto', 'assistant') | list | length)"
+    count = "{{ " + answers.format("loop.index0") + " ~ ':' }}"
+    tokenizer.chat_template = (
+        (OPEN + "{% if m.role == 'assistant' %}" + count + "{% endif %}" + CALLS + CLOSE).replace(
+            "{{ '<|im_start|>assistant\n' }}{% endif %}", "{{ '<|im_start|>assistant\n' ~ "
+        )
+        + answers.format("messages | length")
+        + " ~ ':' }}{% endif %}"
+    )
+    said = learnt(tokenizer, encode(tokenizer, agent(6)))
+    assert said.startswith("<tool_call>") and said.endswith(f"{END}a2{END}")
+    assert f"{END}<tool_call>" in said and ":<tool_call>" not in said
