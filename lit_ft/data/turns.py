@@ -35,7 +35,7 @@ _EmptyTexts = Literal["all", "alone", "none"]
 # Tried in turn, since templates often write something else where a text is empty.
 _EMPTY_TEXTS: tuple[_EmptyTexts, ...] = ("all", "alone", "none")
 _RENDER: Any = render_jinja_template  # whose annotations know neither schemas nor marks
-_KEPT = 10_000  # structures of chats in memory
+_KEPT = 1_000  # structures of chats in memory; calls make them long
 
 
 class Turn(NamedTuple):
