@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,6 +64,8 @@ def export_streamed(
         tensors = {name: torch.empty_like(weights[name], device="cpu") for name in names}
         read(tensors)
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+        gc.collect()  # torch's readers leave cycles that hold what they have read
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
