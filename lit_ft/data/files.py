@@ -91,7 +91,7 @@ def read_json(file: Path) -> Iterator[tuple[str, object]]:
     with _opened(file) as stream:
         value = _decoded(stream.read().removeprefix(BYTE_ORDER_MARK))
     if isinstance(value, ValueError):
-        if first.startswith(b"{"):  # lines, of which the first is broken
+        if first.startswith(b"{"):  # JSON lines whose first line is broken
             yield from read_json_lines(file)
             return
         raise ValueError(f"{file}: {value}") from value
@@ -113,7 +113,9 @@ def _rows_of_object(value: dict[str, Any], file: Path) -> Iterator[tuple[str, ob
     if len(rows_under) == 1 and rows_under[0] not in ("segments", "tools"):
         for number, row in enumerate(value[rows_under[0]], start=1):
             yield f"{file} {rows_under[0]}[{number - 1}]", row
-    elif len(lists) == len(value) and not any(isinstance(x, dict) for x in sum(lists.values(), [])):
+    elif len(lists) == len(value) and not any(
+        isinstance(entry, dict) for column in lists.values() for entry in column
+    ):
         lengths = {key: len(column) for key, column in lists.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"{file}: the columns differ in length: {lengths}")

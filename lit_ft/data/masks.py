@@ -43,6 +43,10 @@ class _Tokens(NamedTuple):
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
 
+    def of(self, turn: Turn) -> NDArray[np.bool_]:
+        """Return whether each token reaches into a turn, [tokens]."""
+        return (self.starts < turn.last) & (self.ends > turn.first)
+
 
 class ChatEncoder:
     """Turns chats into tokens, and knows which are learnt.
@@ -94,41 +98,51 @@ class ChatEncoder:
             TemplateError: If the template refuses the chat.
         """
         rendering = self.template.find(chat)
-        said = self._notes_on_dropped(chat, rendering)
         learnt = [turn for turn in rendering.turns if self._is_learnt(chat, turn)]
-        for turn in learnt:
-            message = chat.messages[turn.message]
-            if not message["content"].strip() and not message.get("tool_calls"):
-                said.append(notes.EMPTY_ANSWER)
-        tokens, plain = self._tokens(rendering.text, [], []), []
-        for first, last in self._written_controls(tokens, rendering):
-            token = rendering.text[first:last]
+        said = [*self._notes_on_dropped(chat, rendering), *_notes_on_empty(chat, learnt)]
+        tokens, apart = self._tokens_apart(chat, rendering, learnt)
+        ids = tokens.ids.tolist()
+        targets = self._targets(chat, rendering, learnt, tokens).tolist()
+        said += [*apart, *self._notes_on_ends(rendering, learnt, ids, targets)]
+        return EncodedChat(ids, targets, list(dict.fromkeys(said)))
+
+    def _tokens_apart(
+        self, chat: Conversation, rendering: Rendering, learnt: list[Turn]
+    ) -> tuple[_Tokens, list[str]]:
+        """Tokenise a rendering, with prompts apart from answers and text apart from control."""
+        text, said = rendering.text, []
+        tokens = self._tokens(text, [], [])
+        written = list(self._written_controls(tokens, rendering))
+        for first, last in written:
+            token = text[first:last]
             if self.control_tokens == "refuse":
                 raise Refusal(
                     f"a message holds the control token {token}", remedies.CONTROL_TOKENS_AS_TEXT
                 )
             said.append(notes.control_token(token, kept=self.control_tokens == "keep"))
-            plain.append((first, last))
-        if self.control_tokens == "keep":
-            plain = []
+        plain = [] if self.control_tokens == "keep" else written
         if plain:
-            tokens = self._tokens(rendering.text, [], plain)
-        answers = [t for t in learnt if chat.messages[t.message]["role"] == "assistant"]
+            tokens = self._tokens(text, [], plain)
+        answers = [turn for turn in learnt if chat.messages[turn.message]["role"] == "assistant"]
         cuts = [turn.first for turn in answers if not self._is_prompted_so(rendering, tokens, turn)]
         if cuts:
             said.append(notes.PROMPT_MERGES)
-            tokens = self._tokens(rendering.text, cuts, plain)
-        is_target = np.zeros(len(tokens.ids), dtype=np.int64)
-        if self.train_on == "all":
-            is_target[:] = 1
+            tokens = self._tokens(text, cuts, plain)
+        return tokens, said
+
+    def _targets(
+        self, chat: Conversation, rendering: Rendering, learnt: list[Turn], tokens: _Tokens
+    ) -> NDArray[np.int64]:
+        """Return 1 where a token is learnt, [tokens]."""
+        everything = self.train_on == "all"
+        is_target = np.full(len(tokens.ids), int(everything), dtype=np.int64)
+        if everything:
             for turn in rendering.turns:
                 if chat.messages[turn.message].get("train") is False:
-                    is_target[(tokens.starts < turn.last) & (tokens.ends > turn.first)] = 0
+                    is_target[tokens.of(turn)] = 0
         for turn in learnt:
-            is_target |= (tokens.starts < turn.last) & (tokens.ends > turn.first)
-        ids, targets = tokens.ids.tolist(), is_target.tolist()
-        said += self._notes_on_ends(rendering, learnt, ids, targets)
-        return EncodedChat(ids, targets, list(dict.fromkeys(said)))
+            is_target[tokens.of(turn)] = 1
+        return is_target
 
     def _is_learnt(self, chat: Conversation, turn: Turn) -> bool:
         message = chat.messages[turn.message]
@@ -232,3 +246,13 @@ class ChatEncoder:
             offsets += [(a + first, b + first) for a, b in encoded["offset_mapping"]]
         starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         return _Tokens(np.array(ids, dtype=np.int64), starts, ends)
+
+
+def _notes_on_empty(chat: Conversation, learnt: list[Turn]) -> list[str]:
+    """Return notes about learnt turns that say nothing."""
+    messages = [chat.messages[turn.message] for turn in learnt]
+    return [
+        notes.EMPTY_ANSWER
+        for message in messages
+        if not message["content"].strip() and not message.get("tool_calls")
+    ]

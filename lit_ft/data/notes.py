@@ -87,15 +87,8 @@ def added(*counts: Mapping[str, Counted]) -> dict[str, Counted]:
 
 def count(origins: Iterable[str], notes: Iterable[Iterable[str]]) -> dict[str, Counted]:
     """Count the rows that each note is about, given the place and the notes of each row."""
-    counts: dict[str, Counted] = {}
-    for origin, row in zip(origins, notes, strict=True):
-        for note in row:
-            counts[note] = (
-                Counted(counts[note].count + 1, counts[note].first)
-                if note in counts
-                else Counted(1, origin)
-            )
-    return counts
+    rows = zip(origins, notes, strict=True)
+    return added(*({note: Counted(1, origin) for note in row} for origin, row in rows))
 
 
 def lines(counts: Mapping[str, Counted]) -> Iterable[str]:

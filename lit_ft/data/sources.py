@@ -112,10 +112,11 @@ def parse(
 
 def _other_format(format: Format, row: Row) -> Refusal | None:
     """Return the error for a row that has another format than those before it."""
-    others = [kind() for kind in available()]
-    if format.matches(row) or not any(other.matches(row) for other in others):
+    if format.matches(row):
         return None
-    other = next(other for other in others if other.matches(row))
+    other = next((kind for kind in (kind() for kind in available()) if kind.matches(row)), None)
+    if other is None:
+        return None
     return Refusal(
         f"the row is in the format {type(other).__name__} {other.wants}, and those before it are "
         f"in the format {type(format).__name__} {format.wants}",
@@ -231,7 +232,7 @@ def _unread(folder: Path, files: list[Path]) -> list[str]:
 
 
 def _is_notice(file: Path) -> bool:
-    """Whether a text file tells about the data beside it."""
+    """Whether a text file describes the data in its folder."""
     return file.suffix == ".txt" and file.stem.lower() in ("readme", "license", "licence", "notice")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -24,16 +24,23 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
 from lit_ft.data.conversation import Conversation, Message
+from lit_ft.data.marks import (
+    EMPTY_TEXTS,
+    Text,
+    Words,
+    chat_of_key,
+    key_of,
+    mark_texts,
+    put_back,
+    split_at_marks,
+    unused_stem,
+)
 
 _TEMPLATES = (remedies.MARKED_TEMPLATE, remedies.PLAIN_TEMPLATE)
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_THINK_TAG = re.compile(r"(</?think>)")  # templates cut texts in two here
 _EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 # The shape of control tokens, for templates that were written for another tokenizer.
 _CONTROL = r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,30}\]"
-_EmptyTexts = Literal["all", "alone", "none"]
-# Tried in turn, since templates often write something else where a text is empty.
-_EMPTY_TEXTS: tuple[_EmptyTexts, ...] = ("all", "alone", "none")
 _RENDER: Any = render_jinja_template  # whose annotations know neither schemas nor marks
 _KEPT = 1_000  # structures of chats in memory; calls make them long
 
@@ -55,21 +62,6 @@ class Turn(NamedTuple):
     end: str
 
 
-class Text(NamedTuple):
-    """A text of a message.
-
-    Args:
-        message: The place of the message in the chat.
-        field: The field that holds it: content, reasoning_content or tool_calls; or "tools", the
-            chat's own.
-        text: The text without the white space around it.
-    """
-
-    message: int
-    field: str
-    text: str
-
-
 @dataclass(frozen=True)
 class Rendering:
     """A rendered chat.
@@ -89,18 +81,6 @@ class Rendering:
     changed: Sequence[Text]
 
 
-class _Words(NamedTuple):
-    """The template's words in a rendering of marks, and the marks between them.
-
-    Args:
-        words: The words, one more than there are marks.
-        marks: The marks in order, each a message's place and the number of a text.
-    """
-
-    words: list[str]
-    marks: list[tuple[int, int]]
-
-
 class _Place(NamedTuple):
     """A character of the template's words: which of them, and how far into it."""
 
@@ -111,7 +91,7 @@ class _Place(NamedTuple):
 class _Structure(NamedTuple):
     """What all chats have in common that differ in their texts alone."""
 
-    words: _Words
+    words: Words
     turns: list[tuple[int, _Place, _Place, str]]
 
 
@@ -145,8 +125,7 @@ class ChatTemplate:
         # gpt-oss reads an assistant's reasoning under another name.
         self._reads_thinking = "reasoning_content" not in template and "thinking" in template
         self._needs_middle = False
-        self._reads_parts = False
-        self._reads_parts = not self._shows_text()
+        self._reads_parts = self._wants_parts()
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._control = re.compile("|".join([*map(re.escape, added), _CONTROL]))
         self._structure = lru_cache(_KEPT)(self._find_structure)
@@ -183,11 +162,11 @@ class ChatTemplate:
 
     def _find(self, chat: Conversation) -> Rendering:
         text, answers = self._render(chat)
-        stem = _unused(text)
-        for empty in _EMPTY_TEXTS:
-            marked, texts = _mark(chat, stem, empty=empty)
-            structure = self._structure(json.dumps(_serial(marked)), stem)
-            found = _put_back(text, structure.words, texts)
+        stem = unused_stem(text)
+        for empty in EMPTY_TEXTS:
+            marked, texts = mark_texts(chat, stem, empty=empty)
+            structure = self._structure(key_of(marked), stem)
+            found = put_back(text, structure.words, texts)
             if found is not None:
                 break
         else:
@@ -212,7 +191,7 @@ class ChatTemplate:
             changed=changed,
         )
 
-    def _ignores_tools(self, marked: Conversation, words: _Words, stem: str) -> bool:
+    def _ignores_tools(self, marked: Conversation, words: Words, stem: str) -> bool:
         without = Conversation(marked.messages, None, marked.template_options)
         return self._begun(without, marked.messages, stem, False) == words
 
@@ -241,12 +220,16 @@ class ChatTemplate:
             message["content"] = [{"type": "text", "text": message["content"]}]
         return message
 
-    def _shows_text(self) -> bool:
-        """Whether the template renders content that is a string: that of images wants lists."""
-        try:
-            return "qzj" in self.render(Conversation([{"role": "user", "content": "qzj"}]))
-        except TemplateError:
-            return "message['content'][0]" not in self._template
+    def _wants_parts(self) -> bool:
+        """Whether the template renders content as a list of parts only: that of images does."""
+        text = unused_stem()
+        for self._reads_parts in (False, True):
+            try:
+                if text in self.render(Conversation([{"role": "user", "content": text}])):
+                    return self._reads_parts
+            except TemplateError:
+                continue
+        return False
 
     def _as_marked(
         self, turns: list[Turn], answers: list[tuple[int, int]], chat: Conversation
@@ -270,7 +253,7 @@ class ChatTemplate:
         return marked
 
     def _find_structure(self, key: str, stem: str) -> _Structure:
-        chat = _parsed(key)
+        chat = chat_of_key(key)
         words = self._words(key, stem, False)
         turns = []
         for i, message in enumerate(chat.messages):
@@ -285,7 +268,7 @@ class ChatTemplate:
         return _Structure(words, turns)
 
     def _answer_begins(
-        self, chat: Conversation, i: int, words: _Words, place: int, stem: str
+        self, chat: Conversation, i: int, words: Words, place: int, stem: str
     ) -> int:
         """Return how far into the words ahead of an answer the prompt reaches that opens it."""
         ahead, begins = words.words[place], -1
@@ -306,11 +289,11 @@ class ChatTemplate:
         return -1 if whole else len(ahead)
 
     def _turn_ends(
-        self, chat: Conversation, i: int, words: _Words, places: list[int], stem: str
+        self, chat: Conversation, i: int, words: Words, places: list[int], stem: str
     ) -> tuple[_Place, str]:
         """Return the place behind a turn and the marker that ends it."""
         calls = bool(chat.messages[i].get("tool_calls"))
-        alone = self._alone(chat, i + 1, stem, False) if calls else _Words([""], [])
+        alone = self._alone(chat, i + 1, stem, False) if calls else Words([""], [])
         if calls and (shown := sum(owner == i for owner, _ in alone.marks)):
             places = places[:shown]  # a tool's answer may repeat the name of the function
         word = places[-1] + 1
@@ -334,7 +317,7 @@ class ChatTemplate:
                 return _Place(word, after.index(end) + len(end)), self.last_control(end)
         return _Place(word, 0), ""
 
-    def _alone(self, chat: Conversation, length: int, stem: str, prompt: bool) -> _Words:
+    def _alone(self, chat: Conversation, length: int, stem: str, prompt: bool) -> Words:
         """Render the beginning of a chat alone; nothing where the template refuses that."""
         messages = chat.messages[:length]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -353,22 +336,22 @@ class ChatTemplate:
 
     def _begun(
         self, chat: Conversation, messages: Sequence[Message], stem: str, prompt: bool
-    ) -> _Words:
+    ) -> Words:
         start = Conversation(messages, chat.tools, chat.template_options)
         try:
-            return self._words(json.dumps(_serial(start)), stem, prompt)
+            return self._words(key_of(start), stem, prompt)
         except TemplateError:  # not every template renders any beginning
-            return _Words([""], [])
+            return Words([""], [])
 
     @cached_property
     def _usual(self) -> tuple[str, str, list[str]]:
         """The markers that end a turn inside a chat and at its end, and what opens an answer."""
-        stem = _unused("")
+        stem = unused_stem()
         user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 
         def words(messages: list[Message], prompt: bool = False) -> list[str]:
-            marked, _ = _mark(Conversation(messages), stem)
-            return self._words(json.dumps(_serial(marked)), stem, prompt).words
+            marked, _ = mark_texts(Conversation(messages), stem)
+            return self._words(key_of(marked), stem, prompt).words
 
         try:
             inside, at_end = words([user, answer, user])[2], words([user, answer])[2]
@@ -411,11 +394,9 @@ class ChatTemplate:
             at = control.end()
         return [*atoms, *text[at:]]
 
-    def _render_marks(self, key: str, stem: str, add_generation_prompt: bool) -> _Words:
-        text = self.render(_parsed(key), add_generation_prompt=add_generation_prompt)
-        parts = re.split(rf"{stem}(\d+)x(\d+){stem}", text)
-        marks = list(zip(map(int, parts[1::3]), map(int, parts[2::3]), strict=True))
-        return _Words(parts[::3], marks)
+    def _render_marks(self, key: str, stem: str, add_generation_prompt: bool) -> Words:
+        text = self.render(chat_of_key(key), add_generation_prompt=add_generation_prompt)
+        return split_at_marks(text, stem)
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
@@ -429,80 +410,6 @@ def end_tokens(tokenizer: Any) -> list[int]:
     return ChatTemplate(tokenizer).end_tokens()
 
 
-def _mark(
-    chat: Conversation, stem: str, *, empty: _EmptyTexts = "none"
-) -> tuple[Conversation, list[Text]]:
-    """Return a chat with marks in place of its texts, and the texts by the marks' numbers.
-
-    Args:
-        chat: The chat to mark.
-        stem: What the marks begin and end with.
-        empty: Which empty contents of the assistant are marked too: all, those of messages that
-            hold nothing else, or none.
-    """
-    texts: list[Text] = []
-
-    def marked(i: int, field: str, value: str) -> str:
-        parts = []
-        for part in _THINK_TAG.split(value):
-            text = part.strip()
-            if text and not _THINK_TAG.fullmatch(part):
-                part = part.replace(text, f"{stem}{i}x{len(texts)}{stem}", 1)
-                texts.append(Text(i, field, text))
-            parts.append(part)
-        return "".join(parts)
-
-    messages = []
-    for i, message in enumerate(chat.messages):
-        message = {name: value for name, value in message.items() if name != "train"}
-        for field in ("reasoning_content", "content"):
-            if field in message:
-                message[field] = marked(i, field, message[field])
-        if "tool_calls" in message:
-            message["tool_calls"] = [
-                {**call, "function": {**call["function"], "name": marked(i, "tool_calls", name)}}
-                for call in message["tool_calls"]
-                if (name := call["function"]["name"]) is not None
-            ]
-        fields = [text.field for text in texts if text.message == i]
-        is_empty = message["role"] == "assistant" and "content" not in fields
-        alone = not fields
-        if is_empty and (empty == "all" or (empty == "alone" and alone)):
-            message["content"] += f"{stem}{i}x{len(texts)}{stem}"
-            texts.append(Text(i, "content", ""))
-        messages.append(message)
-    return Conversation(messages, chat.tools, chat.template_options), texts
-
-
-def _put_back(
-    text: str, words: _Words, texts: Sequence[Text]
-) -> tuple[list[int], list[tuple[int, int]], list[Text]] | None:
-    """Find the template's words and the texts between them in a rendering.
-
-    Returns:
-        The characters at which the words start, the places of the texts and the texts that the
-        template has changed; None if the rendering is made of other words.
-    """
-    starts, spans, changed = [0], [], []
-    if not text.startswith(words.words[0]):
-        return None
-    at = len(words.words[0])
-    for (_, number), following in zip(words.marks, words.words[1:], strict=True):
-        is_last = len(starts) == len(words.marks)
-        after = at + len(texts[number].text)
-        if not text.startswith(texts[number].text + following, at):
-            after = text.find(following, at) if following else -1
-            if after < 0:
-                return None
-            changed.append(texts[number])
-        if is_last and after + len(following) != len(text):
-            return None
-        spans.append((at, after))
-        starts.append(after)
-        at = after + len(following)
-    return (starts, spans, changed) if at == len(text) else None
-
-
 def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Join the parts of a text that follow directly on one another."""
     joined: list[tuple[int, int]] = []
@@ -514,23 +421,6 @@ def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _end_of(words: _Words, message: int) -> tuple[list[tuple[int, int]], str]:
+def _end_of(words: Words, message: int) -> tuple[list[tuple[int, int]], str]:
     """Return the marks from a message on and the words behind them."""
     return [mark for mark in words.marks if mark[0] >= message], words.words[-1]
-
-
-def _serial(chat: Conversation) -> list[Any]:
-    return [list(chat.messages), chat.tools, dict(chat.template_options)]
-
-
-def _parsed(key: str) -> Conversation:
-    messages, tools, options = json.loads(key)
-    return Conversation(messages, tools, options)
-
-
-def _unused(text: str) -> str:
-    """Return a stem for marks that does not occur in a text."""
-    stem = "qzj"
-    while stem in text:
-        stem += "q"
-    return stem

@@ -76,6 +76,19 @@ def learnt(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:
     return str(tokenizer.decode([label for label in row.labels if label != -100]))
 
 
+def watched(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of messages of each chat that is rendered from now on."""
+    rendered: list[int] = []
+    render = template.render
+
+    def counted(chat: Conversation, **options: Any) -> str:
+        rendered.append(len(chat.messages))
+        return render(chat, **options)
+
+    monkeypatch.setattr(template, "render", counted)
+    return rendered
+
+
 @pytest.mark.parametrize("body", [PLAIN, STRIPS, CALLS, QUOTES])
 @whole
 @given(chat=chats())
@@ -293,12 +306,12 @@ def test_a_split_chat_learns_each_answer_that_fits_once(
         assert "".join(learnt(tokenizer, row) for row in rows) == learnt(tokenizer, whole_row)
 
 
-def test_a_structure_is_rendered_once(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_structure_is_rendered_once(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer.chat_template = OPEN + PLAIN + CLOSE
     template = ChatTemplate(tokenizer)
-    rendered = []
-    render = template.render
-    template.render = lambda *args, **kwargs: rendered.append(1) or render(*args, **kwargs)  # type: ignore[method-assign, func-returns-value]
+    rendered = watched(template, monkeypatch)
     for i in range(5):
         template.find(Conversation([{"role": "user", "content": f"q{i}"}, TALK[1]]))
         if i == 0:
@@ -415,18 +428,11 @@ def agent(calls: int) -> list[dict[str, Any]]:
 
 
 def test_the_time_for_a_chat_with_calls_grows_with_its_length(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer.chat_template = OPEN + CALLS + CLOSE
     template = ChatTemplate(tokenizer)
-    rendered: list[int] = []
-    render = template.render
-
-    def counted(chat: Conversation, **options: Any) -> str:
-        rendered.append(len(chat.messages))
-        return render(chat, **options)
-
-    template.render = counted  # type: ignore[method-assign]
+    rendered = watched(template, monkeypatch)
     template.find(Conversation(agent(30)))
     assert sum(rendered) < 10 * len(agent(30))
 

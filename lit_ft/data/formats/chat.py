@@ -104,7 +104,7 @@ def _column(row: Row, columns: Sequence[str]) -> str:
 
 
 def conversation(messages: Sequence[Message], row: Row) -> Conversation:
-    """Return the chat of these messages with what the row says beside them.
+    """Return the chat of these messages, with the row's tools, system message and options.
 
     Raises:
         ValueError: If the row's `tools`, `system` or `chat_template_kwargs` cannot be read, or if

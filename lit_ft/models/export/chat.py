@@ -1,4 +1,4 @@
-"""What an exported model needs to chat beside its weights: the tokenizer and the end tokens."""
+"""Export what a model needs to chat, besides its weights: the tokenizer and the end tokens."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def export_model(
         folder: The folder to write to, created if it is missing.
         merge: Whether to merge the adapter into the model's weights.
         dtype: The dtype of the written weights, such as "bfloat16"; None keeps the model's own.
-        end_tokens: The ids of the tokens that end an answer, which `generate` shall stop at beside
+        end_tokens: The ids of the tokens that end an answer. `generate` will stop at them and at
             the model's own.
 
     Raises:

@@ -1,0 +1,142 @@
+"""Marks in place of a chat's texts, and the words that a chat template puts between them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from lit_ft.data.conversation import Conversation
+
+_THINK_TAG = re.compile(r"(</?think>)")  # templates cut texts in two here
+_EmptyTexts = Literal["all", "alone", "none"]
+# Tried in turn, since templates often write something else where a text is empty.
+EMPTY_TEXTS: tuple[_EmptyTexts, ...] = ("all", "alone", "none")
+
+
+class Text(NamedTuple):
+    """A text of a message.
+
+    Args:
+        message: The place of the message in the chat.
+        field: The field that holds it: content, reasoning_content or tool_calls; or "tools", the
+            chat's own.
+        text: The text without the white space around it.
+    """
+
+    message: int
+    field: str
+    text: str
+
+
+class Words(NamedTuple):
+    """The template's words in a rendering of marks, and the marks between them.
+
+    Args:
+        words: The words, one more than there are marks.
+        marks: The marks in order, each a message's place and the number of a text.
+    """
+
+    words: list[str]
+    marks: list[tuple[int, int]]
+
+
+def mark_texts(
+    chat: Conversation, stem: str, *, empty: _EmptyTexts = "none"
+) -> tuple[Conversation, list[Text]]:
+    """Return a chat with marks in place of its texts, and the texts by the marks' numbers.
+
+    Args:
+        chat: The chat to mark.
+        stem: What the marks begin and end with.
+        empty: Which empty contents of the assistant are marked too: all, those of messages that
+            hold nothing else, or none.
+    """
+    texts: list[Text] = []
+
+    def marked(i: int, field: str, value: str) -> str:
+        parts = []
+        for part in _THINK_TAG.split(value):
+            text = part.strip()
+            if text and not _THINK_TAG.fullmatch(part):
+                part = part.replace(text, f"{stem}{i}x{len(texts)}{stem}", 1)
+                texts.append(Text(i, field, text))
+            parts.append(part)
+        return "".join(parts)
+
+    messages = []
+    for i, message in enumerate(chat.messages):
+        message = {name: value for name, value in message.items() if name != "train"}
+        for field in ("reasoning_content", "content"):
+            if field in message:
+                message[field] = marked(i, field, message[field])
+        if "tool_calls" in message:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "name": marked(i, "tool_calls", name)}}
+                for call in message["tool_calls"]
+                if (name := call["function"]["name"]) is not None
+            ]
+        fields = [text.field for text in texts if text.message == i]
+        is_empty = message["role"] == "assistant" and "content" not in fields
+        alone = not fields
+        if is_empty and (empty == "all" or (empty == "alone" and alone)):
+            message["content"] += f"{stem}{i}x{len(texts)}{stem}"
+            texts.append(Text(i, "content", ""))
+        messages.append(message)
+    return Conversation(messages, chat.tools, chat.template_options), texts
+
+
+def put_back(
+    text: str, words: Words, texts: Sequence[Text]
+) -> tuple[list[int], list[tuple[int, int]], list[Text]] | None:
+    """Find the template's words and the texts between them in a rendering.
+
+    Returns:
+        The characters at which the words start, the places of the texts and the texts that the
+        template has changed; None if the rendering is made of other words.
+    """
+    starts, spans, changed = [0], [], []
+    if not text.startswith(words.words[0]):
+        return None
+    at = len(words.words[0])
+    for (_, number), following in zip(words.marks, words.words[1:], strict=True):
+        is_last = len(starts) == len(words.marks)
+        after = at + len(texts[number].text)
+        if not text.startswith(texts[number].text + following, at):
+            after = text.find(following, at) if following else -1
+            if after < 0:
+                return None
+            changed.append(texts[number])
+        if is_last and after + len(following) != len(text):
+            return None
+        spans.append((at, after))
+        starts.append(after)
+        at = after + len(following)
+    return (starts, spans, changed) if at == len(text) else None
+
+
+def split_at_marks(text: str, stem: str) -> Words:
+    """Return the words of a rendering, and the marks between them."""
+    parts = re.split(rf"{stem}(\d+)x(\d+){stem}", text)
+    marks = list(zip(map(int, parts[1::3]), map(int, parts[2::3]), strict=True))
+    return Words(parts[::3], marks)
+
+
+def key_of(chat: Conversation) -> str:
+    """Return a chat as JSON, from which `chat_of_key` makes it again."""
+    return json.dumps([list(chat.messages), chat.tools, dict(chat.template_options)])
+
+
+def chat_of_key(key: str) -> Conversation:
+    """Return the chat of a key."""
+    messages, tools, options = json.loads(key)
+    return Conversation(messages, tools, options)
+
+
+def unused_stem(text: str = "") -> str:
+    """Return a stem for marks that does not occur in a text."""
+    stem = "qzj"
+    while stem in text:
+        stem += "q"
+    return stem
