@@ -147,7 +147,7 @@ class ThroughputMonitor(Callback):
             callbacks.remove(self._restart)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew, and look up the device's peak rate and the model's FLOPs."""
+        """Reset the counts, and look up the device's peak rate and the model's FLOPs."""
         self._reset()
         self._every_n.start(trainer)
         self._global_step = trainer.global_step

@@ -53,7 +53,7 @@ class Splits:
 
     Args:
         train: The mixed training examples, as a table or a stream.
-        val: The table of validation examples, each of which occurs once.
+        val: The table of validation examples. Each example occurs once.
         reports: The counts of "train" and "val". Those of a stream grow while it is read.
     """
 

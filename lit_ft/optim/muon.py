@@ -99,7 +99,7 @@ class MuonAdamW(Optimizer):
             groups = [group for group in self.param_groups if group["use_muon"] is uses_muon]
             if groups:
                 # torch's constructors keep the dicts themselves and fill in missing options. They
-                # are cheap. Built anew at each step, no reload or added group can be missed.
+                # are cheap. Rebuilt at each step, they miss no reload and no added group.
                 optimizer: Optimizer = optimizer_class(groups)
                 optimizer.state = self.state
                 optimizer.step()

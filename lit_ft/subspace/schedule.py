@@ -133,7 +133,7 @@ class RefreshSchedule:
         return {"made_with": self._made_with, "next": self.next, "interval": self.interval}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Continue from `state`, or start anew at `step` if it was made with other settings."""
+        """Continue from `state`, or start again at `step` if its settings were different."""
         if state.get("made_with") == self._made_with:
             self.next, self.interval = dict(state["next"]), dict(state["interval"])
         else:

@@ -74,7 +74,7 @@ def _moved_and_rounded(weight: Tensor, step: Tensor, bits: Tensor, keep: Tensor)
 def _in_one_kernel(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply an elementwise operation to tensors of one shape, in one kernel if that compiles."""
     shape = tensors[0].shape
-    # Flattened: otherwise each number of dimensions, and square matrices, would be compiled anew.
+    # Flattened, since each number of dimensions, and square matrices, would be compiled again.
     rows = [tensor.reshape(-1) if tensor.ndim else tensor for tensor in tensors]
     if tensors[0].is_cuda and _compiles(tensors[0].device):
         operation = _compiled(operation)

@@ -450,3 +450,15 @@ def test_a_template_may_count_its_answers(tokenizer: PreTrainedTokenizerFast) ->
     said = learnt(tokenizer, encode(tokenizer, agent(6)))
     assert said.startswith("<tool_call>") and said.endswith(f"{END}a2{END}")
     assert f"{END}<tool_call>" in said and ":<tool_call>" not in said
+
+
+def test_the_name_of_a_function_in_its_answer_is_not_learnt(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    name = "{{ messages[loop.index0 - 1].tool_calls[0].function.name ~ ' says: ' }}"
+    tokenizer.chat_template = OPEN + "{% if m['role'] == 'tool' %}" + name + "{% endif %}" + CALLS
+    tokenizer.chat_template += CLOSE
+    call = {"function": {"name": "look", "arguments": {}}}
+    chat = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}, *TALK[2:]]
+    text = learnt(tokenizer, encode(tokenizer, chat))
+    assert text.startswith("<tool_call>") and text.endswith(f"</tool_call>{END}a2{END}")
