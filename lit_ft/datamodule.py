@@ -1,4 +1,4 @@
-"""InstructionDataModule: conversations from any source as batches for CausalLMModule."""
+"""InstructionDataModule: rows from any source as batches for CausalLMModule."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class InstructionDataModule(LightningDataModule):
             file, also compressed (.gz, .zst); a folder of these files; or the name of a Hugging
             Face dataset.
         val_path: The path of the data to validate on; None splits the training data.
-        sources: Several sources in place of `path`, each as `{path, weight, format?, ...}` with
+        sources: Several sources in place of `path`, each as `{path, weight?, format?, ...}`, with
             further entries as in `source_options`. Each example is drawn from one of them by weight
             until all are exhausted. A source that is small for its weight repeats within the epoch.
         format: The format that reads the rows, such as `lit_ft.data.formats.alpaca.Alpaca()`, or
@@ -77,41 +77,43 @@ class InstructionDataModule(LightningDataModule):
             `batch_size`.
         packing: Whether to put several examples into a training row, kept apart by `position_ids`.
         group_by_length: Whether to put rows of similar length into one global batch.
-        overlong: What to do with an example that is too long: "drop" leaves it out, "cut" cuts its
-            end off and "cut_left" its start. "split" makes several examples of it, of texts with
-            no token lost, and of chats between their turns.
+        overlong: What to do with a row that is too long. "drop" leaves it out, "cut" cuts off its
+            end, and "cut_left" cuts off its start. "split" makes several examples of it: a text
+            loses no token, and a chat is split before turns of the user. A part of a chat that is
+            still too long is left out.
         train_on: The turns of a chat to learn: "assistant" for all answers, "last" for the last
-            answer, "all" for every token, or a list of roles. What a row says of a turn of its own
-            takes precedence.
-        control_tokens: What to do with a control token of the tokenizer in the text of a message:
-            "text" encodes it as ordinary text, "keep" leaves it a token, "refuse" makes the row a
-            bad one.
-        learn_empty_think: Whether an empty block of thinking ahead of an answer is learnt.
+            answer, "all" for every token, or a list of roles. A message's own `train` takes
+            precedence.
+        control_tokens: What to do with a control token of the tokenizer in the text of a message.
+            "text" encodes it as ordinary text, "keep" keeps it as a token, and "refuse" treats the
+            row as bad.
+        learn_empty_think: Whether an empty thinking block before an answer is learnt.
         drop_unrendered: Whether a text that the chat template leaves out is dropped and counted.
-            Otherwise its row is a bad one.
-        bad_rows: What to do with a row that cannot be read or encoded: "stop" raises its error,
-            "skip" leaves it out, and counts and lists it.
+            Otherwise its row is treated as bad, unless the text is reasoning in an earlier answer.
+        bad_rows: What to do with a row that cannot be read or encoded. "stop" raises its error, and
+            "skip" leaves it out, counts it and lists it.
         val_fraction: The share of the rows to validate on, between 0 and 1, if neither `val_path`
             nor the source decides.
-        max_train_examples: The number of examples to train on, a fixed random choice; None
-            trains on all. A stream trains on its first ones.
-        max_val_examples: The largest number of examples to validate on, a fixed random choice. A
-            stream without `val_path` takes its first ones.
+        max_train_examples: The largest number of examples to train on, chosen at random but the
+            same in every run; None trains on all. A stream takes its first examples.
+        max_val_examples: The largest number of examples to validate on, chosen at random but the
+            same in every run; None validates on all. A stream without `val_path` takes its first
+            rows.
         streaming: Whether to encode while training and not before, for data larger than the disk. A
-            stream has no length, so set `trainer.max_steps`.
-        num_workers: The number of processes that load batches.
-        seed: The seed of the order and of the mixture. The split does not depend on it, so that
-            seeds can be compared.
-        source_options: The options of `path`: those of `datasets.load_dataset` (name, split,
-            revision ...) for a hub dataset, or of `lit_ft.data.docstrings.Docstrings` for the
-            embedded data.
+            stream has no length, so set `Trainer(max_steps=...)`.
+        num_workers: The number of processes that load batches; 0 loads them in the main process.
+        seed: The seed of the order of the rows and of the mixture. The split does not depend on it,
+            so that runs with different seeds can be compared.
+        source_options: The options of `path`: those of `datasets.load_dataset` (such as `name`,
+            `split` and `revision`) for a hub dataset, or of `lit_ft.data.docstrings.Docstrings` for
+            the embedded data.
         val_source_options: The options of `val_path`, of the same kinds as `source_options`.
 
     Raises:
         ValueError: At once, if an argument is bad or a path is unknown. In `setup`, if a row cannot
-            be read (names file and line), or if no example is left.
+            be read or encoded (the message names it), or if no example is left.
         Misconfiguration: At once, if `streaming` cannot be combined with the other arguments. In
-            `setup`, if there is no tokenizer, or a stream has no `trainer.max_steps`.
+            `setup`, if there is no tokenizer, or if the trainer of a stream has no `max_steps`.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ class InstructionDataModule(LightningDataModule):
             raise Misconfiguration("a stream is read by the main process", remedies.NO_WORKERS)
 
     def prepare_data(self) -> None:
-        """Encode the sources into the cache, in one process a machine."""
+        """Encode the sources into the cache, in one process per machine."""
         encoder = self._encoder()
         for source in [*([] if self.streaming else self._train), *self._val]:
             source.table(encoder)
@@ -243,7 +245,7 @@ class InstructionDataModule(LightningDataModule):
         self._say_counts()
 
     def teardown(self, stage: str | None = None) -> None:
-        """Log the counts of a stream's rows."""
+        """Log the counts and the notes of a stream's rows."""
         if self.streaming and stage == "fit":
             rank_zero_info(f"Training data, repetitions included: {self.reports['train']}.")
             for line in notes.lines(self.reports["train"].notes):
@@ -316,7 +318,7 @@ class InstructionDataModule(LightningDataModule):
             self._say_notes()
 
     def _say_notes(self) -> None:
-        """Tell about rows that were skipped, repeat others, or do not say all that they seem to."""
+        """Log the notes, the rows that were skipped, and the number of repeated examples."""
         train, val = self.reports["train"], self.reports["val"]
         for line in notes.lines(notes.added(train.notes, val.notes)):
             rank_zero_info(line)

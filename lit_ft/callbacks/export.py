@@ -17,11 +17,9 @@ from lit_ft.tensors.sharding import is_model_sharded
 class ExportHF(Callback):
     """Write `pl_module.model` and `pl_module.tokenizer` at the end of `fit`.
 
-    The token that ends an answer in the tokenizer's chat template joins the tokens at which
-    `generate` stops.
-
-    `AutoModelForCausalLM.from_pretrained(folder)` loads the result without lit_ft. A run that
-    fails exports nothing.
+    `AutoModelForCausalLM.from_pretrained(folder)` loads the result without lit_ft. `generate` then
+    stops at the model's own end tokens, and at the token that ends an answer in the tokenizer's
+    chat template. A run that fails exports nothing.
 
     Args:
         folder: The folder to write to, created if it is missing.

@@ -24,9 +24,8 @@ class ProgressBar(LightningProgressBar):
         every_n_steps: The number of optimizer steps between two lines of `LineProgress`; None uses
             the Trainer's `log_every_n_steps`. A `TerminalProgress` ignores it and shows every
             batch.
-        every_n_seconds: The number of seconds without a line after which `LineProgress` prints one
-            at the end of the next batch, in training and in validation. A `TerminalProgress`
-            ignores it.
+        every_n_seconds: The longest time in seconds between two lines of `LineProgress`, rounded up
+            to the end of a batch, in training and in validation. A `TerminalProgress` ignores it.
 
     Example:
         >>> import lightning as L
@@ -104,8 +103,8 @@ class LineProgress(ProgressBar):
     Args:
         every_n_steps: The number of optimizer steps between two lines; None uses the Trainer's
             `log_every_n_steps`.
-        every_n_seconds: The number of seconds without a line after which one is printed at the end
-            of the next batch, in training and in validation.
+        every_n_seconds: The longest time in seconds between two lines, rounded up to the end of a
+            batch, in training and in validation.
 
     Example:
         >>> import lightning as L

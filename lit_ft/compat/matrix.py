@@ -57,7 +57,7 @@ def support_table(
 
 
 def first_reason(plan: Plan, galore: str | None = None) -> str | None:
-    """Return the first reason why a plan cannot work, worded for the command line, or None.
+    """Return the first reason why a plan cannot work, worded for the command line; None if it can.
 
     Args:
         plan: The plan to check.

@@ -36,7 +36,7 @@ def epoch_order(
         global_size: The number of rows in a global batch, over all ranks and micro-batches.
         shuffle: Whether to draw a new permutation from (seed, epoch). Otherwise the order of the
             data is kept.
-        group_by_length: Whether to sort rows by length within chunks of many global batches.
+        group_by_length: Whether to sort rows by length within chunks of up to 50 global batches.
         seed: The non-negative seed of the shuffling.
         epoch: The non-negative number of the epoch.
 
@@ -69,8 +69,8 @@ def assign_rows(
 
     Rows of similar length share a micro-batch, which keeps padding small. The longest rows come
     first. The ranks of one micro-step get similar work, and a rank that has had less work so far
-    gets the longer rows. The padded tokens of two ranks therefore differ by no more than those of
-    two micro-batches of one step.
+    gets the longer rows. Over the whole global batch, two ranks therefore differ in padded tokens
+    by no more than two micro-batches of the same micro-step do.
 
     Args:
         lengths: The number of tokens of each row of the global batch, [rows].
@@ -79,8 +79,8 @@ def assign_rows(
 
     Returns:
         Positions in `lengths`, indexed [micro-step][rank]. There are ceil(rows / (batch_size *
-        num_replicas)) micro-steps, and rows are spread evenly over them. A list is empty where
-        there are too few rows.
+        num_replicas)) micro-steps, and rows are spread evenly over them. A rank's list is empty
+        if there are too few rows for all ranks.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if not len(sizes):
@@ -113,20 +113,20 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     Each iteration is one epoch. A finished epoch advances to the next unless `set_epoch` is called.
     Iterators have `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader requires.
-    The state is the same on all ranks. It can be loaded when the same global batch is cut
-    differently.
+    The state is the same on all ranks. It can be loaded if global batches of the same size are cut
+    differently. Inside a global batch, `micro_batches` must stay the same.
 
     Under Lightning, set `Trainer(use_distributed_sampler=False)`. If the loader has workers, also
-    call `set_epoch(trainer.fit_loop.epoch_progress.current.processed)` when it is made, because
-    workers start before Lightning sets the epoch. Save checkpoints in on_train_batch_end or at a
-    validation: with max_steps, Lightning 2.6 skips an epoch when it resumes from
-    on_train_epoch_end.
+    call `set_epoch(trainer.fit_loop.epoch_progress.current.processed)` when the loader is made,
+    because workers start before Lightning sets the epoch. Save checkpoints in on_train_batch_end or
+    at a validation. With max_steps, Lightning 2.6 skips an epoch when it resumes from a checkpoint
+    that was saved in on_train_epoch_end.
 
     Args:
         lengths: The number of tokens of each row, [rows].
         batch_size: The number of rows in a micro-batch on one rank.
-        micro_batches: The number of micro-batches of a rank in one global batch (gradient
-            accumulation).
+        micro_batches: The number of micro-batches that each rank takes from a global batch, as
+            with Lightning's `accumulate_grad_batches`.
         num_replicas: The number of data-parallel ranks.
         rank: The index of this data-parallel rank.
         shuffle: Whether to reshuffle the rows every epoch.
@@ -163,12 +163,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> GlobalBatchSampler:
-        """Itself: Lightning calls `dataloader.batch_sampler.sampler.set_epoch`."""
+        """This sampler, because Lightning calls `dataloader.batch_sampler.sampler.set_epoch`."""
         return self
 
     @property
     def global_size(self) -> int:
-        """Rows of a full global batch."""
+        """The number of rows in a full global batch."""
         return self.batch_size * self.micro_batches * self.num_replicas
 
     @cached_property  # a state is taken at each batch
@@ -267,7 +267,8 @@ class _EpochIterator(Iterator[list[int]]):
         """Resume where `state` was taken.
 
         Raises:
-            ValueError: If `state` lies inside an epoch with other data, settings or global batches.
+            ValueError: If `state` was taken inside an epoch, and the data, the settings or the size
+                of a global batch have changed since then.
         """
         sampler = self._sampler
         if state["global_batch"] or state["micro_batch"]:

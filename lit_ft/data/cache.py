@@ -37,9 +37,11 @@ def cache_folder() -> Path:
 
 
 def cache_key(source: Source, format: Format | None, encoder: Encoder) -> str:
-    """Hash everything that determines the encoded rows: content, format, tokenizer, limits, code.
+    """Return a hash of everything that determines the encoded rows.
 
-    The split into training and validation is not part of the key, because it is made later.
+    The hash covers the content of the source, the format, the tokenizer, the settings of the
+    encoder, the code of `lit_ft.data`, and the versions of transformers, tokenizers and datasets.
+    It does not cover the split into training and validation, because that is made later.
     """
     ingredients = {
         "source": source.identity(),
@@ -55,11 +57,13 @@ def cache_key(source: Source, format: Format | None, encoder: Encoder) -> str:
 def cached(key: str, build: Callable[[Path], Dataset]) -> Dataset:
     """Return the table under a key, and build it first if it is missing or damaged.
 
-    An entry is complete or absent, so several processes may build it at once. The first one wins.
+    An entry of the cache is either complete or absent, so several processes may build it at once.
+    The table of the first one to finish is kept.
 
     Args:
         key: The name of the entry, from `cache_key`.
-        build: Builds the table. It is passed a folder for its own files, which is deleted later.
+        build: The function that builds the table. It receives the path of a folder for temporary
+            files, which is deleted afterwards.
 
     Raises:
         RuntimeError: If the entry is still damaged after three attempts.

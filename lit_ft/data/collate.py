@@ -23,8 +23,8 @@ class Collator:
     examples that follow one another. The batch is a dict with B rows of T tokens:
 
     - `input_ids` [B, T]: token ids, padded on the right;
-    - `labels` [B, T]: -100 on padding and on the first token of every example, which no token of
-      its own example predicts;
+    - `labels` [B, T]: -100 on padding and on the first token of every example, because no token of
+      the same example predicts it;
     - `position_ids` [B, T], only in packed batches: they restart at 0 with each example, and once
       more where padding begins. From the restarts, transformers builds the mask that keeps
       examples apart, if it is given neither an attention_mask nor a cache (call the model with
@@ -33,14 +33,15 @@ class Collator:
     - `num_tokens`: the number of tokens that are not padding;
     - `num_targets`: the number of labels that are not -100.
 
-    Without any tokens, the batch is a dummy: one short row that counts no tokens and no targets,
-    so that a rank without work stays in step with the others.
+    If the rows hold no tokens, the batch is a dummy: one short row that counts no tokens and no
+    targets, so that a rank without work stays in step with the others.
 
     Args:
         pad_token_id: The token id that fills `input_ids` after the end of a row.
         packed: Whether to always include `position_ids`. Otherwise they are included only if a row
             holds several examples.
-        pad_to_multiple_of: The number of tokens that the row length T is padded to a multiple of.
+        pad_to_multiple_of: The divisor of the row length T, in tokens: T is rounded up to a
+            multiple of it.
 
     Raises:
         ValueError: If `pad_to_multiple_of` is below 1.

@@ -1,4 +1,4 @@
-"""What a row says: the messages of a chat, plain text, or pieces of text with their own labels."""
+"""The content of a row: a chat, plain text, or segments of text with their own labels."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 Message = dict[str, Any]
 """One turn of a chat, as chat templates read it.
 
-It has a `role`, a `content` (a string), and where the row says so `reasoning_content`,
-`tool_calls`, `name` or `tool_call_id`. `train`, a bool, is not rendered: it says whether the turn
-is learnt, whatever its role.
+It has a `role` and a `content` (a string). It may also have `reasoning_content`, `tool_calls`,
+`name` and `tool_call_id`. A bool `train`, which is not rendered, says whether the turn is learnt,
+whatever its role.
 """
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat, and what else its row gives to the chat template.
+    """A chat: its messages, and the other values that the chat template reads.
 
     Args:
-        messages: The turns, in order.
+        messages: The messages of the chat, in order.
         tools: The JSON schemas of the functions that the assistant may call; None if there are
             none.
         template_options: Further variables of the chat template, such as `enable_thinking`.
@@ -32,11 +32,11 @@ class Conversation:
 
 
 class Segment(NamedTuple):
-    """A piece of text that is rendered by no template.
+    """A piece of text that is encoded without a chat template.
 
     Args:
         text: The text, with every control token that the model needs.
-        label: Whether its tokens are learnt.
+        label: Whether the tokens of the text are learnt.
     """
 
     text: str
@@ -44,11 +44,11 @@ class Segment(NamedTuple):
 
 
 Content = Conversation | Sequence[Message] | Sequence[Segment] | str
-"""What a row says: a chat (or its messages alone), segments, or plain text to continue."""
+"""The content of a row: a chat (or only its messages), segments, or plain text."""
 
 
 def chat_of(content: Content) -> Conversation | None:
-    """Return the chat that a row's content is; None for plain text and segments."""
+    """Return the content of a row as a chat; None if it is plain text or segments."""
     if isinstance(content, Conversation):
         return content
     if isinstance(content, str):

@@ -102,7 +102,7 @@ class Docstrings:
         return sorted(found, key=Path.as_posix)
 
     def identity(self) -> dict[str, object]:
-        """Return the kind, the Python version, and the sizes and times of the modules."""
+        """Return the kind, the Python version, and the modules' sizes and modification times."""
         stats = [(file.as_posix(), (self.library / file).stat()) for file in self.files]
         return {
             "source": type(self).__name__,
@@ -130,7 +130,7 @@ def prompt(pair: Pair) -> str:
 
 
 def in_validation(module: str) -> bool:
-    """Whether a module's pairs are for validation, by a hash that is the same in every Python."""
+    """Whether a module is for validation, by a hash that is the same in every Python version."""
     digest = hashlib.sha256(module.encode()).digest()
     return int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
 

@@ -1,9 +1,9 @@
-"""Encoding: a conversation becomes token ids, and labels on what is learnt.
+"""Encoding: the content of a row becomes token ids and labels.
 
-In a chat every assistant turn is learnt, with the token that ends it, and nothing else, unless
-`train_on` or the row says otherwise. In plain text, every token is learnt. Labels follow the
-Hugging Face convention: unshifted, and -100 where there is nothing to learn. The first label is
-always -100, since nothing predicts the first token.
+By default, the model learns every assistant turn of a chat, with the token that ends the turn, and
+nothing else. `train_on` or the row itself can change this. In plain text, the model learns every
+token. Labels follow the Hugging Face convention: they are unshifted, and -100 where there is
+nothing to learn. The first label is always -100, because no token predicts the first one.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ Overlong = Literal["drop", "cut", "cut_left", "split"]
 
 
 class EncodedRow(NamedTuple):
-    """One example's tokens and labels, and what became of its row.
+    """The tokens and labels of one row, or of one part of a row that was split.
 
-    A row is an example if `num_targets` is positive. Other rows stay in the table, so that they
-    can be counted.
+    An encoded row is an example if `num_targets` is positive. The others stay in the table, so that
+    they can be counted.
 
     Args:
-        origin: The place of the row in its source, for errors (`my.jsonl:57`).
+        origin: The place of the row in its source, such as `my.jsonl:57`, for error messages.
         input_ids: The token ids, [tokens]; empty if the row was left out.
         labels: The unshifted labels, [tokens]; -100 where there is nothing to learn.
         num_tokens: The number of token ids.
         num_targets: The number of labels that are not -100.
-        truncated: Whether tokens were cut off.
+        truncated: Whether tokens were cut off, because the row was too long.
         overlong: Whether the row was left out because it was too long.
-        prompt: The chat before the last assistant turn, as JSON; empty if there is none.
-        held_out: Whether the row is for validation; None where the source leaves that open.
-        notes: What is worth telling about the row; see `lit_ft.data.notes`.
+        prompt: The messages before the last assistant turn, as JSON; empty if there are none.
+        held_out: Whether the row is for validation; None if the source does not decide this.
+        notes: The notes about the row, which are counted over all rows; see `lit_ft.data.notes`.
         error: The message of the error for which the row was skipped; empty otherwise.
         digest: A number that is the same for rows with the same tokens and labels.
     """
@@ -84,7 +84,7 @@ class EncodingReport:
         skipped: The number of rows left out because they could not be read or encoded.
         tokens: The number of tokens in the examples.
         targets: The number of tokens in the examples that are learnt.
-        notes: The number of rows that each note is about, and the first of them.
+        notes: The number of rows that each note is about and the first such row, keyed by note.
         errors: The messages of the errors for which rows were skipped.
     """
 
@@ -109,7 +109,7 @@ class EncodingReport:
         notes: Mapping[str, Counted] | None = None,
         errors: Sequence[str] = (),
     ) -> EncodingReport:
-        """Count rows, given their columns, each [rows], their notes and their errors."""
+        """Return the report of some rows, from their columns [rows], notes and errors."""
         kept = num_targets > 0
         return cls(
             examples=int(kept.sum()),
@@ -148,28 +148,28 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns conversations into tokens and labels.
+    """Turns the content of rows into tokens and labels.
 
     Args:
         tokenizer: A fast tokenizer of transformers, whose chat template renders the chats.
         max_length: The largest number of tokens in an example, at least 2.
-        overlong: What to do with a row that is too long: "drop" leaves it out, "cut" cuts its end
-            off and "cut_left" its start. "split" makes several examples of it, of texts with no
-            token lost, and of chats between their turns.
+        overlong: What to do with a row that is too long. "drop" leaves it out, "cut" cuts off its
+            end, and "cut_left" cuts off its start. "split" makes several examples of it: a text
+            loses no token, and a chat is split before turns of the user. A part of a chat that is
+            still too long is left out.
         train_on: The turns to learn: "assistant" for all answers, "last" for the last answer,
-            "all" for every token, or the names of roles. What a row says of a turn of its own
-            takes precedence.
-        control_tokens: What to do with a control token in the text of a message: "text" encodes it
-            as ordinary text, "keep" leaves it a token, "refuse" makes the row a bad one.
-        learn_empty_think: Whether an empty block of thinking ahead of an answer is learnt.
+            "all" for every token, or a list of roles. A message's own `train` takes precedence.
+        control_tokens: What to do with a control token in the text of a message. "text" encodes it
+            as ordinary text, "keep" keeps it as a token, and "refuse" treats the row as bad.
+        learn_empty_think: Whether an empty thinking block before an answer is learnt.
         drop_unrendered: Whether a text that the chat template leaves out is dropped and counted.
-            Otherwise its row is a bad one.
-        bad_rows: What to do with a row that cannot be read or encoded: "stop" raises its error,
+            Otherwise its row is treated as bad, unless the text is reasoning in an earlier answer.
+        bad_rows: What to do with a row that cannot be read or encoded. "stop" raises its error, and
             "skip" leaves it out and counts it.
 
     Raises:
-        ValueError: If the tokenizer is not a fast one, since only fast ones know the characters of
-            their tokens, or if an argument is unknown.
+        ValueError: If the tokenizer is not a fast one, because only fast tokenizers know which
+            characters a token stands for, or if the value of an argument is unknown.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -191,18 +191,19 @@ class Encoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that determine the encoded rows, besides the tokenizer."""
+        """The arguments that determine the encoded rows, apart from the tokenizer."""
         return {
             one.name: getattr(self, one.name) for one in fields(self) if one.name != "tokenizer"
         }
 
     def __call__(self, rows: Iterable[ParsedRow]) -> Iterator[EncodedRow]:
-        """Yield each row encoded, in order; several times, if it is split.
+        """Yield the encoded rows in order. A row that is split gives several of them.
 
         Raises:
-            ValueError: If a row is bad and bad rows are not skipped: it could not be read, the
-                tokenizer has no chat template or no end-of-text token, or its template fails on
-                the row or cannot tell the turns apart. Names the row.
+            ValueError: If a row is bad and `bad_rows` is "stop". A row is bad if it could not be
+                read, if the tokenizer lacks the chat template or the end-of-text token that the row
+                needs, if the template fails on it, or if `ChatEncoder` refuses it. The message
+                names the row.
         """
         for row in rows:
             try:
@@ -236,7 +237,8 @@ class Encoder:
         else:
             ids, labels = self._segments(row.content)
         if len(ids) > self.max_length and self.overlong == "split":
-            # The last token of a piece begins the next, where it is context: each is learnt once.
+            # The last token of a piece is also the first of the next one, where it is only context.
+            # So each token is learnt once.
             for start in range(0, len(ids) - 1, self.max_length - 1):
                 piece = slice(start, start + self.max_length)
                 yield self._row(row, ids[piece], labels[piece], [*said, notes.SPLIT])
@@ -259,7 +261,7 @@ class Encoder:
             yield self._row(row, encoded.ids, labels, [*said, *encoded.notes], part)
 
     def _parts(self, chat: Conversation) -> Iterator[Conversation]:
-        """Split a chat ahead of users' turns into the longest parts that fit."""
+        """Split a chat before turns of the user, into the longest parts that fit."""
         messages = list(chat.messages)
         if self.train_on == "last":
             last = len(prompt_of(chat))  # the last answer of the chat, not of each part
@@ -269,7 +271,7 @@ class Encoder:
             ]
         roles = [one["role"] for one in messages]
         told = list(takewhile(("system", "developer").__contains__, roles))
-        preamble = messages[: len(told)]  # what the system says is said in each part
+        preamble = messages[: len(told)]  # each part repeats the system messages
         starts = [
             len(told),
             *(
@@ -331,7 +333,7 @@ class Encoder:
             raise ValueError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.tokenizer.bos_token):
-            ids = ids[1:]  # the text has what the tokenizer adds
+            ids = ids[1:]  # the text already begins with the token
         return ids if ids[-1:] == [eos] else [*ids, eos]
 
     def _segments(self, segments: Any) -> tuple[list[int], list[int]]:
@@ -345,10 +347,13 @@ class Encoder:
 
 
 def chosen(**choices: Any) -> dict[str, Any]:
-    """Return the choices of `overlong`, `control_tokens` and `bad_rows` as they are.
+    """Return `choices` unchanged, after checking that their values are known.
+
+    Args:
+        **choices: The values of `overlong`, `control_tokens` and `bad_rows` to check.
 
     Raises:
-        ValueError: If one is unknown. Names the others.
+        ValueError: If a value is unknown. The message names the known values.
     """
     known = {
         "overlong": get_args(Overlong),

@@ -1,7 +1,8 @@
-"""Readers of local files, one for each suffix, that name the place of every row.
+"""Readers of local files, one for each suffix; they also give the place of every row.
 
-Each reader yields pairs (origin, row) in the file's order, with an error in place of a row that
-cannot be read. An error about a whole file is raised, and starts with the file's name.
+Each reader yields pairs (origin, row) in the order of the file. A line of JSON that cannot be read
+is yielded as its error, and the next line is read. Any other error is raised, with a message that
+starts with the name of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def kind_of(file: Path) -> str:
-    """Return what chooses the reader of a file: its suffix, ahead of that of a compression."""
+    """Return the suffix that chooses a file's reader, without the suffix of a compression."""
     compressed = file.suffix.lower() in COMPRESSIONS
     return (file.with_suffix("") if compressed else file).suffix.lower()
 
@@ -31,10 +32,11 @@ def kind_of(file: Path) -> str:
 def read(file: Path) -> Iterator[tuple[str, Row | ValueError]]:
     """Yield the origin and the fields of every row of a file whose kind is in `READERS`.
 
-    A row that cannot be read, or that is no object with named fields, is yielded as its error.
+    A line of JSON that cannot be read, and a row that is not an object, are yielded as errors.
 
     Raises:
-        ValueError: If the file as a whole cannot be read, or has no rows. Names the file.
+        ValueError: If the file has no rows, or if it cannot be read to its end. The message names
+            the file.
     """
     origin = None
     for origin, row in READERS[kind_of(file)](file):
@@ -76,8 +78,8 @@ def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
 def read_json(file: Path) -> Iterator[tuple[str, object]]:
     """Yield the rows of a JSON file, read whole unless it holds JSON lines.
 
-    The file may hold an array of rows, one object with the rows under a key, or one object with a
-    list for each column.
+    The file may hold an array of rows, one object with the rows under a key, one object with a list
+    for each column, one row, or JSON lines.
     """
     with _opened(file) as stream:
         first = stream.readline().removeprefix(BYTE_ORDER_MARK).strip()
@@ -137,10 +139,10 @@ def read_text(file: Path) -> Iterator[tuple[str, object]]:
 
 
 def read_csv(file: Path, *, delimiter: str = ",") -> Iterator[tuple[str, object]]:
-    """Yield the rows of UTF-8 values between commas under a header line; all stay strings.
+    """Yield the rows of a UTF-8 CSV file with a header line; all values stay strings.
 
-    The standard library reads them and not `datasets`, in which pandas guesses the types: an
-    answer such as `007`, `NA` or an empty one must stay as it is.
+    The standard library reads the file, because `datasets` reads it with pandas, which guesses
+    types. An answer such as `007` or `NA`, or an empty one, must stay as it is.
     """
     csv.field_size_limit(sys.maxsize)  # the default refuses answers over 128 KiB
     with _opened(file) as binary:
@@ -164,7 +166,7 @@ def read_csv(file: Path, *, delimiter: str = ",") -> Iterator[tuple[str, object]
 
 
 def read_parquet(file: Path) -> Iterator[tuple[str, object]]:
-    """Yield the rows of an Apache Parquet file, a batch of rows in memory at a time."""
+    """Yield the rows of an Apache Parquet file, with one batch of them in memory at a time."""
     # Not through `datasets`, which reads [ and * in a path as patterns.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -183,8 +185,9 @@ def read_parquet(file: Path) -> Iterator[tuple[str, object]]:
 def without_nulls(row: Row) -> Row:
     """Return a row of a table without the nulls inside its objects.
 
-    A table has every key in every object of a column, and null where the object had none. A call
-    must not be learnt with the arguments of other rows' calls.
+    In a table, all objects of a column have the same keys, with null where the original object had
+    no such key. Without this function, a tool call would be learnt with the arguments of the calls
+    in other rows.
     """
     return {name: _without_nulls(value) for name, value in row.items()}
 

@@ -1,4 +1,8 @@
-"""Marks in place of a chat's texts, and the words that a chat template puts between them."""
+"""Replace the texts of a chat by marks, and find what its template writes between them.
+
+A *rendering* is the text that a template makes of a chat. Its *words* are the pieces that the
+template itself writes before, between and after the marks.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from typing import Literal, NamedTuple
 
 from lit_ft.data.conversation import Conversation
 
-_THINK_TAG = re.compile(r"(</?think>)")  # templates cut texts in two here
+_THINK_TAG = re.compile(r"(</?think>)")  # some templates cut a text at these tags
 _EmptyTexts = Literal["all", "alone", "none"]
-# Tried in turn, since templates often write something else where a text is empty.
+# Tried in turn, because many templates write something else if a text is empty.
 EMPTY_TEXTS: tuple[_EmptyTexts, ...] = ("all", "alone", "none")
 
 
@@ -19,9 +23,9 @@ class Text(NamedTuple):
     """A text of a message.
 
     Args:
-        message: The place of the message in the chat.
-        field: The field that holds it: content, reasoning_content or tool_calls; or "tools", the
-            chat's own.
+        message: The index of the message in the chat.
+        field: The field of the message that holds the text: "content", "reasoning_content" or
+            "tool_calls". "tools" stands for the tools of the whole chat.
         text: The text without the white space around it.
     """
 
@@ -34,8 +38,8 @@ class Words(NamedTuple):
     """The template's words in a rendering of marks, and the marks between them.
 
     Args:
-        words: The words, one more than there are marks.
-        marks: The marks in order, each a message's place and the number of a text.
+        words: The words in order, one more than there are marks.
+        marks: The marks in order, each as the index of a message and the number of a text.
     """
 
     words: list[str]
@@ -45,13 +49,13 @@ class Words(NamedTuple):
 def mark_texts(
     chat: Conversation, stem: str, *, empty: _EmptyTexts = "none"
 ) -> tuple[Conversation, list[Text]]:
-    """Return a chat with marks in place of its texts, and the texts by the marks' numbers.
+    """Return a chat with marks in place of its texts, and the texts in the order of their numbers.
 
     Args:
         chat: The chat to mark.
-        stem: What the marks begin and end with.
-        empty: Which empty contents of the assistant are marked too: all, those of messages that
-            hold nothing else, or none.
+        stem: The string that each mark begins and ends with.
+        empty: The empty contents of assistant messages that get a mark too: "all", "alone" for
+            those of messages without any other text, or "none".
     """
     texts: list[Text] = []
 
@@ -90,11 +94,16 @@ def mark_texts(
 def put_back(
     text: str, words: Words, texts: Sequence[Text]
 ) -> tuple[list[int], list[tuple[int, int]], list[Text]] | None:
-    """Find the template's words and the texts between them in a rendering.
+    """Find the template's words, and the texts between them, in the rendering of a chat.
+
+    Args:
+        text: The rendering of the chat with its own texts.
+        words: The words and marks in the rendering of the chat with marks.
+        texts: The texts of the chat, in the order of their numbers.
 
     Returns:
-        The characters at which the words start, the places of the texts and the texts that the
-        template has changed; None if the rendering is made of other words.
+        The index of the character at which each word starts, the places [first, last) of the texts,
+        and the texts that the template has changed. None if the rendering has other words.
     """
     starts, spans, changed = [0], [], []
     if not text.startswith(words.words[0]):
@@ -124,12 +133,12 @@ def split_at_marks(text: str, stem: str) -> Words:
 
 
 def key_of(chat: Conversation) -> str:
-    """Return a chat as JSON, from which `chat_of_key` makes it again."""
+    """Return a chat as JSON, which `chat_of_key` turns back into the chat."""
     return json.dumps([list(chat.messages), chat.tools, dict(chat.template_options)])
 
 
 def chat_of_key(key: str) -> Conversation:
-    """Return the chat of a key."""
+    """Return the chat that `key_of` has turned into a key."""
     messages, tools, options = json.loads(key)
     return Conversation(messages, tools, options)
 

@@ -1,4 +1,4 @@
-"""Tokens of a chat, and which of them are learnt."""
+"""Turn a chat into tokens, and choose the tokens that are learnt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_ft.data.conversation import Conversation
 from lit_ft.data.turns import ChatTemplate, Rendering, Turn
 
 TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
-"""The turns to learn: the assistant's, its last one, all of them, or those of the roles named."""
+"""The turns to learn: all answers, the last answer, every token, or the turns of some roles."""
 
 ControlTokens = Literal["text", "keep", "refuse"]
 """What to do with a control token that somebody wrote into a message."""
@@ -27,8 +27,8 @@ class EncodedChat(NamedTuple):
 
     Args:
         ids: The token ids, [tokens].
-        is_target: 1 where a token is learnt, [tokens].
-        notes: What is worth telling about the chat; see `lit_ft.data.notes`.
+        is_target: The mask of the learnt tokens, [tokens]: 1 if a token is learnt, otherwise 0.
+        notes: The notes about the chat, which are counted over all rows; see `lit_ft.data.notes`.
     """
 
     ids: list[int]
@@ -49,20 +49,21 @@ class _Tokens(NamedTuple):
 
 
 class ChatEncoder:
-    """Turns chats into tokens, and knows which are learnt.
+    """Turns chats into tokens, and chooses the tokens that are learnt.
 
-    A learnt turn is learnt whole with the marker that ends it; of an answer, all that follows the
-    prompt that opens it. The tokens ahead of an answer are those with which the model is prompted
-    later.
+    A learnt turn is learnt together with the marker that ends it. An answer, which is a turn of the
+    assistant, begins after the prompt that opens it. The tokens before a learnt answer are the same
+    as when the model is prompted for the answer.
 
     Args:
         template: The chat template, with its tokenizer.
-        train_on: The turns to learn. What a row says of a turn of its own takes precedence.
-        control_tokens: What to do with a control token in the text of a message: encode it as
-            ordinary text, keep it as a token, or refuse the row.
+        train_on: The turns to learn: "assistant" for all answers, "last" for the last answer,
+            "all" for every token, or a list of roles. A message's own `train` takes precedence.
+        control_tokens: What to do with a control token in the text of a message. "text" encodes it
+            as ordinary text, "keep" keeps it as a token, and "refuse" refuses the chat.
         drop_unrendered: Whether a text that the template leaves out is dropped and counted.
-            Otherwise its row is refused, except for thoughts in earlier answers, which many
-            templates leave out on purpose.
+            Otherwise the chat is refused. Reasoning in earlier answers is counted in either case,
+            because many templates leave it out on purpose.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class ChatEncoder:
         """Encode a chat.
 
         Raises:
-            Refusal: If the template leaves out what a message says, if its turns cannot be found,
-                or if a message holds a control token and those are refused.
+            Refusal: If the template leaves out a text and `drop_unrendered` is false, if the turns
+                cannot be found in the rendering, or if a message holds a control token and
+                `control_tokens` is "refuse".
             TemplateError: If the template refuses the chat.
         """
         rendering = self.template.find(chat)
@@ -109,7 +111,7 @@ class ChatEncoder:
     def _tokens_apart(
         self, chat: Conversation, rendering: Rendering, learnt: list[Turn]
     ) -> tuple[_Tokens, list[str]]:
-        """Tokenise a rendering, with prompts apart from answers and text apart from control."""
+        """Return the tokens of a rendering, and notes about control tokens and merging prompts."""
         text, said = rendering.text, []
         tokens = self._tokens(text, [], [])
         written = list(self._written_controls(tokens, rendering))
@@ -181,7 +183,7 @@ class ChatEncoder:
     def _notes_on_ends(
         self, rendering: Rendering, learnt: list[Turn], ids: list[int], targets: list[int]
     ) -> list[str]:
-        """Return notes about turns after which the model would not stop."""
+        """Return notes about learnt turns without an end token, and append one to the last turn."""
         said = []
         for turn in learnt:
             if not turn.end:
@@ -197,22 +199,22 @@ class ChatEncoder:
         return said
 
     def _written_controls(self, tokens: _Tokens, rendering: Rendering) -> Iterable[tuple[int, int]]:
-        """Yield the characters of control tokens that stand in the texts of messages."""
+        """Yield the places [first, last) of control tokens in the texts of messages."""
         for place in np.flatnonzero(self._is_control[tokens.ids]):
             first, last = int(tokens.starts[place]), int(tokens.ends[place])
             token = self._tokenizer.convert_ids_to_tokens(int(tokens.ids[place]))
             if token not in rendering.text[first:last]:
-                continue  # the token of unknown words stands for one
+                continue  # the token for unknown words, which the text does not contain
             if any(a <= first and last <= b for a, b in rendering.texts):
                 yield first, last
 
     def _is_prompted_so(self, rendering: Rendering, tokens: _Tokens, turn: Turn) -> bool:
-        """Whether the tokens ahead of an answer are those of the prompt alone."""
+        """Whether the tokens before an answer are the same if the prompt is tokenised alone."""
         ahead = int(np.searchsorted(tokens.ends, turn.first, side="right"))
         start = ahead - 1
         while start > 0 and not self._is_added[tokens.ids[start]]:
             start -= 1
-        # Nothing merges over a control token, so the prompt can be compared from there on.
+        # No token spans an added token, so it is enough to compare from the last one on.
         start = max(start, 0)
         prompt = self._ids(rendering.text[int(tokens.starts[start]) : turn.first]) if ahead else ()
         return tuple(tokens.ids[start:ahead].tolist()) == tuple(prompt) and (
@@ -224,12 +226,12 @@ class ChatEncoder:
         return tuple(encoded["input_ids"])
 
     def _tokens(self, text: str, cuts: Sequence[int], plain: Sequence[tuple[int, int]]) -> _Tokens:
-        """Tokenise a text, in pieces where it is cut.
+        """Tokenise a text in pieces.
 
         Args:
             text: The text to tokenise.
-            cuts: Characters over which no token reaches.
-            plain: Pieces [first, last) in which control tokens are ordinary text.
+            cuts: The indices of the characters before which the text is cut. No token spans a cut.
+            plain: The pieces [first, last) of the text in which control tokens are ordinary text.
         """
         edges = sorted({0, len(text), *cuts, *(edge for piece in plain for edge in piece)})
         ids: list[int] = []

@@ -1,4 +1,4 @@
-"""Operations on tables of examples: hold some out, choose some, mix several, fill rows."""
+"""Operations on tables of examples: split one, choose from one, mix several, and fill rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SPLIT_SEED = 0  # not a setting, so that runs with other seeds validate on the s
 def split(table: Dataset, *, val_fraction: float) -> tuple[Dataset, Dataset]:
     """Split a table into a training and a validation side.
 
-    If the source marks the rows to hold out, they are the validation side. Otherwise a row's side
-    depends only on its place in the source, so that neither a seed nor rows appended to a file
-    move other rows. Each side gets at least one example, if there are two.
+    If the source marks the rows for validation, the table is split by these marks. Otherwise the
+    side of a row is drawn at random, and depends only on its place in the source. So neither a seed
+    nor rows appended to a file move other rows to another side. Each side gets at least one
+    example, if there are two.
 
     Args:
         table: The encoded rows of one source.
@@ -44,7 +45,7 @@ def side(table: Dataset, *, held_out: bool) -> Dataset:
 
 
 def subset(table: Dataset, size: int | None) -> Dataset:
-    """Return `size` rows in order, the same random choice in every run; all rows if None."""
+    """Return `size` rows in order, chosen at random but the same in every run; None takes all."""
     if size is None or size >= len(table):
         return table
     chosen = np.argsort(_random(len(table)), kind="stable")[:size]
@@ -55,12 +56,13 @@ def mix(tables: Sequence[Any], weights: Sequence[float], *, seed: int) -> Any:
     """Interleave tables or streams, drawing each example from one of them by weight.
 
     The mixture ends when every table has been read completely (`all_exhausted` in `datasets`). No
-    example is left out. Those of a table that is small for its weight occur several times an epoch.
+    example is left out. The examples of a table that is small for its weight occur several times
+    per epoch.
 
     Args:
         tables: The tables or streams to mix.
-        weights: The positive weight of each, relative to the others.
-        seed: The seed of the drawing.
+        weights: The positive weight of each table or stream, relative to the others.
+        seed: The seed of the random draws.
     """
     if len(tables) == 1:
         return tables[0]
@@ -102,7 +104,7 @@ def _splits_itself(table: Dataset) -> bool:
 
 
 def _draw(rows: int, *, usable: NDArray[Any], share: float) -> NDArray[np.bool_]:
-    """Draw a share of the rows by their places; of several usable rows, some but not all."""
+    """Draw a share of the rows by their places; draw some, but not all, of several usable ones."""
     numbers = _random(rows)
     drawn: NDArray[np.bool_] = numbers < int(share * 2**64)
     places = np.flatnonzero(usable)

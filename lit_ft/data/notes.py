@@ -1,4 +1,4 @@
-"""What is worth telling about a row that is trained on: short sentences, counted over the rows."""
+"""Notes about rows: short sentences that are counted over all rows, and then printed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def control_token(token: str, *, kept: bool) -> str:
 
 
 def end_of_several_tokens(end: str) -> str:
-    """Return the note about an end marker that the tokenizer does not know."""
+    """Return the note about an end marker that is not a single token of the tokenizer."""
     return (
         f"answers end with {end!r}, which is not one token of this tokenizer, so the model may not "
         "stop there; give the chat template that belongs to the tokenizer"
@@ -62,11 +62,11 @@ def unread(key: str) -> str:
 
 @dataclass(frozen=True)
 class Counted:
-    """How many rows a note is about.
+    """The number of rows that a note is about, and the first of them.
 
     Args:
-        count: The number of rows.
-        first: The place of the first of them, such as `my.jsonl:57`.
+        count: The number of rows that the note is about.
+        first: The place of the first of these rows, such as `my.jsonl:57`.
     """
 
     count: int
@@ -77,7 +77,7 @@ class Counted:
 
 
 def added(*counts: Mapping[str, Counted]) -> dict[str, Counted]:
-    """Return the sum of several counts."""
+    """Return the sum of several counts, keyed by note."""
     total: dict[str, Counted] = {}
     for one in counts:
         for note, counted in one.items():

@@ -12,10 +12,9 @@ class SourceRow(NamedTuple):
     """A row as its source yields it.
 
     Args:
-        origin: The place of the row in its source, for errors (`my.jsonl:57`).
-        fields: The values of the row by column name, which a format reads; an error if the row
-            could not be read.
-        held_out: Whether the row is for validation; None where the source leaves that open.
+        origin: The place of the row in its source, such as `my.jsonl:57`, for error messages.
+        fields: The values of the row, keyed by column name; an error if the row could not be read.
+        held_out: Whether the row is for validation; None if the source does not decide this.
     """
 
     origin: str
@@ -27,10 +26,11 @@ class ParsedRow(NamedTuple):
     """A row that a format has read.
 
     Args:
-        origin: The place of the row in its source, for errors (`my.jsonl:57`).
-        content: A chat, plain text or labelled segments; an error if the row could not be read.
-        held_out: Whether the row is for validation; None where the source leaves that open.
-        unread: The keys of the row that its format does not read.
+        origin: The place of the row in its source, such as `my.jsonl:57`, for error messages.
+        content: The content of the row: a chat, plain text or segments; an error if the row could
+            not be read.
+        held_out: Whether the row is for validation; None if the source does not decide this.
+        unread: The keys of the row that have a value but that its format does not read.
     """
 
     origin: str

@@ -28,7 +28,7 @@ class Source(Protocol):
     """The name that the user gave the source."""
 
     def rows(self) -> Iterator[SourceRow]:
-        """Yield every row. Raises ValueError if a row cannot be read, naming it."""
+        """Yield every row; a row that cannot be read holds its error in place of its fields."""
         ...
 
     def identity(self) -> dict[str, object]:
@@ -46,8 +46,8 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
         streaming: Whether to read a hub dataset over the network while training, rather than
             download it first.
         **options: Options of `Docstrings` for the embedded data, or of `datasets.load_dataset`
-            (name, split, revision ...) for a hub dataset. With options, a local folder is read as
-            a hub dataset.
+            (such as `name`, `split` and `revision`) for a hub dataset. With options, a local folder
+            is read as a hub dataset.
 
     Raises:
         ValueError: If there is no such source, or if it does not take the options.
@@ -79,16 +79,17 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
 def parse(
     source: Source, format: Format | None = None, *, keep_errors: bool = False
 ) -> Iterator[ParsedRow]:
-    """Yield what the rows of a source say.
+    """Yield the rows of a source, as their format reads them.
 
     Args:
         source: The source of the rows.
         format: The format that reads the rows; None detects it from the keys of the first row.
-        keep_errors: Whether a row that does not fit the format is yielded with its error as its
-            content. Otherwise the error is raised.
+        keep_errors: Whether a row that cannot be read or does not fit the format is yielded with
+            its error as its content. Otherwise the error is raised.
 
     Raises:
-        ValueError: If a row cannot be read or does not fit the format. Names the row.
+        ValueError: If a row cannot be read or does not fit the format, and `keep_errors` is false;
+            the message names the row. Also if the source cannot be read to its end.
     """
     is_detected = False
     for row in source.rows():
@@ -153,7 +154,7 @@ class Files:
         self.files = files
 
     def rows(self) -> Iterator[SourceRow]:
-        """Yield the rows file by file; their origins are `file:line`."""
+        """Yield the rows file by file; their origins name the file, and the line or the row."""
         for file in self.files:
             for origin, fields in read(file):
                 yield SourceRow(origin, fields)
@@ -168,13 +169,14 @@ class Files:
 
 
 class Hub:
-    """A dataset that `datasets.load_dataset` finds, on the hub or in a folder laid out as there.
+    """A dataset on the hub, or in a local folder that `datasets.load_dataset` can read.
 
     Args:
         path: The name of the dataset on the hub, or a local folder.
-        split: The split to read. Slices in the library's notation work too: `train[:10%]`.
+        split: The split to read, or a slice of a split, such as `train[:10%]`.
         streaming: Whether to read over the network while training, rather than download first.
-        **options: Options of `datasets.load_dataset`, such as name (the configuration) or revision.
+        **options: Options of `datasets.load_dataset`, such as `name` (the configuration) or
+            `revision`.
     """
 
     def __init__(
@@ -193,7 +195,7 @@ class Hub:
             yield SourceRow(origin, without_nulls(fields))
 
     def identity(self) -> dict[str, object]:
-        """Return the name, options and fingerprint, which covers the hub's revision."""
+        """Return the name, split, options and fingerprint, which depends on the hub's revision."""
         options = {key: str(value) for key, value in self.options.items()}
         fingerprint = None if self.streaming else self._load()._fingerprint
         return {
@@ -232,7 +234,7 @@ def _unread(folder: Path, files: list[Path]) -> list[str]:
 
 
 def _is_notice(file: Path) -> bool:
-    """Whether a text file describes the data in its folder."""
+    """Whether a file is a text about the data in its folder, such as a readme."""
     return file.suffix == ".txt" and file.stem.lower() in ("readme", "license", "licence", "notice")
 
 

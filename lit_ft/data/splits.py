@@ -54,7 +54,8 @@ class Splits:
     Args:
         train: The mixed training examples, as a table or a stream.
         val: The table of validation examples. Each example occurs once.
-        reports: The counts of "train" and "val". Those of a stream grow while it is read.
+        reports: The counts of the rows of each split, keyed by "train" and "val". The counts of a
+            stream grow while it is read.
     """
 
     train: Dataset | IterableDataset
@@ -71,7 +72,7 @@ def weighted_sources(
         choices: The sources, each as `{path, weight?, format?, ...}`; other entries are passed to
             `open_source`.
         format: The format of sources that name none, as an object or a name such as "alpaca"; None
-            detects it.
+            detects it from the keys of each source's first row.
         streaming: Whether to stream datasets from the Hugging Face Hub.
 
     Raises:
@@ -101,7 +102,7 @@ def weighted_sources(
 
 
 def rows_of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a source's choice that determine its rows: not `weight` or `format`."""
+    """Return the entries of a source that determine its rows: all but `weight` and `format`."""
     rows = {name: value for name, value in choice.items() if name not in ("weight", "format")}
     local = Path(str(rows.get("path"))).expanduser()
     return {**rows, "path": str(local.resolve())} if local.exists() else rows
@@ -126,7 +127,7 @@ def load_tables(
         seed: The seed of the mixture.
 
     Raises:
-        ValueError: If a row cannot be read, or if a training source or the validation has no usable
+        ValueError: If a row cannot be read, or if a training source or the validation data gives no
             example.
     """
     tables = [one.table(encoder) for one in train]
@@ -156,14 +157,16 @@ def open_streams(
     val_rows: int | None,
     seed: int,
 ) -> Splits:
-    """Open and mix the sources as streams. Rows that are validated on are not trained on.
+    """Open and mix the sources as streams.
+
+    If `val` is None, the first rows are validated on, and training leaves them out.
 
     Args:
         train: The sources to train on.
         val: The source to validate on; None takes the first rows of the training sources.
         encoder: The encoder of the rows.
-        val_rows: The number of rows to validate on, over all sources together. It is used if `val`
-            is None.
+        val_rows: The number of rows to validate on, over all sources together. Each source gives an
+            equal part of them, rounded up. The number is used if `val` is None.
         seed: The seed of the mixture.
 
     Raises:

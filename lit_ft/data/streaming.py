@@ -27,7 +27,7 @@ class StreamingBatches(IterableDataset[Batch]):
 
     All ranks read the same stream in order. As with GlobalBatchSampler, the rows of a global batch
     do not depend on how it is cut, and no row is dropped or yielded twice. Every rank yields the
-    same number of batches: dummies where there are too few rows.
+    same number of batches, with dummies if there are too few rows.
 
     The stream is read in blocks. A block is one example or, with `packing` or `shuffle_buffer`,
     enough examples to pack tightly and to shuffle well. Each block is packed and shuffled by
@@ -39,15 +39,16 @@ class StreamingBatches(IterableDataset[Batch]):
     is one pass over the stream. A finished pass advances `epoch`, and a source with `set_epoch` is
     given the new one. A source with `state_dict` and `load_state_dict` resumes through them
     (`load_state_dict({})` starts from the beginning, as in datasets). Any other source is read
-    again up to the place. Under Lightning, set prefetched=1 and call `set_epoch` when the loader is
-    made, as for GlobalBatchSampler.
+    again from the beginning up to the place. Under Lightning, set prefetched=1 and call `set_epoch`
+    when the loader is made, as for GlobalBatchSampler.
 
     Args:
         examples: The encoded examples, each `{"input_ids": [...], "labels": [...]}`.
-        collate: Makes a batch from a list of rows, and a dummy from an empty list.
+        collate: The function that makes a batch from a list of rows, and a dummy from an empty
+            list.
         batch_size: The number of rows in a micro-batch on one rank.
-        micro_batches: The number of micro-batches of a rank in one global batch (gradient
-            accumulation).
+        micro_batches: The number of micro-batches that each rank takes from a global batch, as
+            with Lightning's `accumulate_grad_batches`.
         num_replicas: The number of data-parallel ranks.
         rank: The index of this data-parallel rank.
         max_length: The largest number of tokens in a row.
@@ -55,9 +56,9 @@ class StreamingBatches(IterableDataset[Batch]):
         shuffle_buffer: The smallest number of examples in a block that is shuffled; 0 keeps the
             order.
         seed: The non-negative seed of the shuffling, the same on all ranks.
-        prefetched: The number of batches that the consumer has fetched but not started when it
-            takes the state; they are yielded again on resume. Lightning's loops fetch 1 batch ahead
-            from a loader without length.
+        prefetched: The number of batches that the training loop has fetched but not started when
+            it saves the state. These batches are yielded again on resume. Lightning fetches 1 batch
+            early from a loader without a length.
 
     Raises:
         ValueError: If a size is below 1 or the rank is not one of the replicas. While iterating,
@@ -96,7 +97,7 @@ class StreamingBatches(IterableDataset[Batch]):
 
     @property
     def global_size(self) -> int:
-        """Rows of a full global batch."""
+        """The number of rows in a full global batch."""
         return self.batch_size * self.micro_batches * self.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
@@ -156,7 +157,8 @@ class _Pass(Iterator[Batch]):
         """Resume where `state` was taken.
 
         Raises:
-            ValueError: If rows were packed, shuffled, or cut inside a global batch differently.
+            ValueError: If the rows at the saved place were packed, shuffled or cut into
+                micro-batches with other settings.
         """
         place, form = state["place"], _form(self._data)
         names = ["max_length", "packing", "shuffle_buffer", "seed"] if place["row"] else []

@@ -33,7 +33,7 @@ def encode_source(source: Source, format: Format | None, encoder: Encoder) -> Da
     """Return the table of a source, from the cache if nothing that determines it has changed.
 
     Raises:
-        ValueError: If a row cannot be read or encoded. Names the row.
+        ValueError: If a row cannot be read or encoded. The message names the row.
     """
     key = cache_key(source, format, encoder)
 
@@ -67,11 +67,12 @@ def stream_source(
         format: The format that reads the rows; None detects it from the keys of the first row.
         encoder: The encoder of the rows.
         skip: The number of rows to leave out at the start.
-        tally: Called with the counts of every few rows, including rows that give no example.
+        tally: The function that is called with the counts of every few rows, including rows that
+            give no example.
 
     Raises:
-        ValueError: While the stream is read, if a row cannot be read or encoded (names the row), or
-            if a whole pass gives no example.
+        ValueError: While the stream is read, if a row cannot be read or encoded (the message names
+            the row), if no row is left after `skip`, or if a whole pass gives no example.
     """
     from datasets import IterableDataset
 
@@ -134,7 +135,10 @@ def report(table: Dataset) -> EncodingReport:
 
 
 def repeated(train: Dataset, val: Dataset | None = None) -> int:
-    """Return how many examples repeat another one of the table, or one of `train` if given both."""
+    """Return the number of examples of `train` that repeat an earlier one.
+
+    If `val` is given, return the number of examples of `val` that are also in `train`.
+    """
     digests = column(train, "digest")
     if val is None:
         return len(digests) - len(np.unique(digests))

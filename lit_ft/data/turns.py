@@ -1,10 +1,9 @@
-"""Find, in the text that a chat template renders, what each message says and where turns end.
+"""Find the turns of a chat in the text that its chat template renders.
 
-No rule is made for single templates. Each text of a chat is replaced by a mark of its own, the
-template renders the marks, and the rendering splits at them into the template's own words. With the
-texts put back, the words must give the true rendering, so that no place is guessed. What stands
-between two marks is the template's: the prompt that opens an answer, and the marker that ends a
-turn.
+The method is the same for all templates. Each text of a chat is replaced by a mark of its own, and
+the template renders the marks. Split at the marks, this rendering gives the template's own words,
+such as the prompt that opens an answer and the marker that ends a turn. The words and the original
+texts together must give the rendering of the original chat, so no place is guessed.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 # The shape of control tokens, for templates that were written for another tokenizer.
 _CONTROL = r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,30}\]"
-_RENDER: Any = render_jinja_template  # whose annotations know neither schemas nor marks
+_RENDER: Any = render_jinja_template  # Any, because its annotations are too narrow
 _KEPT = 1_000  # structures of chats in memory; calls make them long
 
 
@@ -49,10 +48,11 @@ class Turn(NamedTuple):
     """A turn in a rendered chat.
 
     Args:
-        message: The place of the message in the chat.
-        first: The first character that the author of the turn writes: in an answer, what follows
-            the prompt that opens it.
-        last: The character behind the marker that ends the turn; behind its text if there is none.
+        message: The index of the message in the chat.
+        first: The index of the first character that the author of the turn writes. In an answer, it
+            is the character after the prompt that opens the answer.
+        last: The index of the character after the marker that ends the turn, or after the text of
+            the turn if there is no marker.
         end: The marker that ends the turn; empty if there is none.
     """
 
@@ -69,7 +69,7 @@ class Rendering:
     Args:
         text: The text as the template renders it.
         turns: The turns in it, in order.
-        texts: The places of the messages' texts, as pairs of characters [first, last).
+        texts: The places [first, last) of the messages' texts, as indices of characters.
         dropped: The texts that the template leaves out.
         changed: The texts that the template writes in another way, such as with JSON's escapes.
     """
@@ -82,27 +82,27 @@ class Rendering:
 
 
 class _Place(NamedTuple):
-    """A character of the template's words: which of them, and how far into it."""
+    """A place in the template's words: the number of a word, and an offset in it."""
 
     word: int
     offset: int
 
 
 class _Structure(NamedTuple):
-    """What all chats have in common that differ in their texts alone."""
+    """The words and turns that chats share if only their texts differ."""
 
     words: Words
     turns: list[tuple[int, _Place, _Place, str]]
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, which can tell where the turns of a chat are.
+    """The chat template of a tokenizer, which can find the turns of a chat.
 
     Args:
-        tokenizer: A tokenizer of transformers that has a chat template. Of several templates with
-            names, `tool_use` renders chats with tools, and `default` all others.
-        learn_empty_thinking: Whether an empty block of thinking belongs to an answer. Otherwise
-            the answer begins behind it.
+        tokenizer: A tokenizer of transformers that has a chat template. If it has several templates
+            with names, `tool_use` renders chats with tools, and `default` renders all others.
+        learn_empty_thinking: Whether an empty thinking block is part of an answer. Otherwise the
+            answer begins after it.
 
     Raises:
         Refusal: If the tokenizer has no chat template.
@@ -132,11 +132,11 @@ class ChatTemplate:
         self._words = lru_cache(_KEPT)(self._render_marks)
 
     def render(self, chat: Conversation, *, add_generation_prompt: bool = False) -> str:
-        """Return the text of a chat.
+        """Return a chat as the template renders it.
 
         Args:
             chat: The chat to render.
-            add_generation_prompt: Whether to add what opens the next answer.
+            add_generation_prompt: Whether to add the prompt that opens the next answer.
 
         Raises:
             TemplateError: If the template refuses the chat.
@@ -155,7 +155,7 @@ class ChatTemplate:
         except Refusal:
             if "strftime_now" not in self._template + self._for_tools:
                 raise
-        # The template's words hold the date, which changes when a run goes on over midnight.
+        # The template writes the date, which changes if the run continues past midnight.
         self._structure.cache_clear()
         self._words.cache_clear()
         return self._find(chat)
@@ -198,7 +198,7 @@ class ChatTemplate:
     def _render(
         self, chat: Conversation, *, add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return a chat's text, and the characters that the template itself marks as answers."""
+        """Return a chat's rendering, and the places of its `{% generation %}` blocks."""
         try:
             texts, answers = _RENDER(
                 [[self._readable(message) for message in chat.messages]],
@@ -221,7 +221,7 @@ class ChatTemplate:
         return message
 
     def _wants_parts(self) -> bool:
-        """Whether the template renders content as a list of parts only: that of images does."""
+        """Whether the template renders content only as a list of parts, as for images."""
         text = unused_stem()
         for self._reads_parts in (False, True):
             try:
@@ -234,13 +234,13 @@ class ChatTemplate:
     def _as_marked(
         self, turns: list[Turn], answers: list[tuple[int, int]], chat: Conversation
     ) -> list[Turn]:
-        """Return the turns with those of the assistant as the template marks them."""
+        """Return the turns, with answers cut to the template's `{% generation %}` blocks."""
         marked = []
         for turn in turns:
             if chat.messages[turn.message]["role"] != "assistant":
                 marked.append(turn)
                 continue
-            # The marks decide, but the prompt that opens an answer is never the model's own.
+            # The blocks decide, but the prompt that opens an answer is never part of it.
             parts = [
                 (max(first, turn.first), min(last, turn.last))
                 for first, last in answers
@@ -270,7 +270,7 @@ class ChatTemplate:
     def _answer_begins(
         self, chat: Conversation, i: int, words: Words, place: int, stem: str
     ) -> int:
-        """Return how far into the words ahead of an answer the prompt reaches that opens it."""
+        """Return the offset in the word before an answer at which the prompt for it ends."""
         ahead, begins = words.words[place], -1
         before = self._alone(chat, i, stem, True)
         if before.marks and before.marks[-1:] == words.marks[max(place - 1, 0) : place]:
@@ -280,7 +280,11 @@ class ChatTemplate:
         return thinking.end() if thinking and not self.learn_empty_thinking else begins
 
     def _after_opening(self, ahead: str, *, whole: bool) -> int:
-        """Return where the usual prompt for an answer ends in `ahead`, or the most of it there."""
+        """Return the offset in `ahead` at which the usual prompt for an answer ends.
+
+        With `whole`, it is -1 if the prompt does not occur. Otherwise the longest beginning of the
+        prompt counts too, and the offset is the length of `ahead` if there is none.
+        """
         opening = self._usual[2]
         for length in range(len(opening), len(opening) - 1 if whole else 0, -1):
             beginning = "".join(opening[:length])
@@ -291,7 +295,7 @@ class ChatTemplate:
     def _turn_ends(
         self, chat: Conversation, i: int, words: Words, places: list[int], stem: str
     ) -> tuple[_Place, str]:
-        """Return the place behind a turn and the marker that ends it."""
+        """Return the place after a turn, and the marker that ends the turn."""
         calls = bool(chat.messages[i].get("tool_calls"))
         alone = self._alone(chat, i + 1, stem, False) if calls else Words([""], [])
         if calls and (shown := sum(owner == i for owner, _ in alone.marks)):
@@ -301,7 +305,7 @@ class ChatTemplate:
         inside, at_end, _ = self._usual
         ends = (at_end, inside) if word + 1 == len(words.words) else (inside, at_end)
         if not calls:
-            # White space, which some templates strip, and tags behind the last text.
+            # White space, which some templates strip, and tags may follow the last text.
             tail = chat.messages[i]["content"].rpartition(stem)[2]
             for own in dict.fromkeys((tail, tail.rstrip(), "")):
                 for end in filter(None, ends):
@@ -318,14 +322,14 @@ class ChatTemplate:
         return _Place(word, 0), ""
 
     def _alone(self, chat: Conversation, length: int, stem: str, prompt: bool) -> Words:
-        """Render the beginning of a chat alone; nothing where the template refuses that."""
+        """Return the words of the first messages alone; no words if the template refuses them."""
         messages = chat.messages[:length]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         calls = any(message.get("tool_calls") for message in messages)
         if not calls or len(answers) < 3 or self._needs_middle:
             return self._begun(chat, messages, stem, prompt)
-        # The arguments of calls make each chat another structure. Rendering all beginnings of a
-        # long one takes time that grows with its square, and its middle says nothing about its end.
+        # The arguments of calls give each chat a structure of its own. To render all beginnings of
+        # a long chat takes quadratic time, and the middle says nothing about the end.
         short = self._begun(chat, [*messages[: answers[0]], *messages[answers[-1] :]], stem, prompt)
         if len(answers) == 3 or not short.marks:
             whole = self._begun(chat, messages, stem, prompt)
@@ -345,7 +349,7 @@ class ChatTemplate:
 
     @cached_property
     def _usual(self) -> tuple[str, str, list[str]]:
-        """The markers that end a turn inside a chat and at its end, and what opens an answer."""
+        """The end markers of turns inside a chat and at its end, and the prompt for an answer."""
         stem = unused_stem()
         user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 
@@ -362,13 +366,13 @@ class ChatTemplate:
         common = self._common(inside, at_end)
         if controls := list(self._control.finditer(common)):
             common = common[: controls[-1].end()]
-        elif first := self._control.search(at_end):  # another token ends the chat than its turns
+        elif first := self._control.search(at_end):  # the last turn ends with another token
             other = self._control.search(inside)
             return inside[: other.end()] if other else "", at_end[: first.end()], opening
         return common, common, opening
 
     def end_tokens(self) -> list[int]:
-        """Return the ids of the tokens that end an answer; none if no single token does."""
+        """Return the ids of the tokens that end an answer; empty if no single token does."""
         ids = [self.tokenizer.encode(end, add_special_tokens=False) for end in self._ends]
         return list(dict.fromkeys(id for one in ids for id in one if len(one) == 1))
 
@@ -377,12 +381,12 @@ class ChatTemplate:
         return [end for text in self._usual[:2] if (end := self.last_control(text))]
 
     def last_control(self, text: str) -> str:
-        """Return the last control token in a text, or nothing."""
+        """Return the last control token in a text, or an empty string."""
         found = self._control.findall(text)
         return found[-1] if found else ""
 
     def _common(self, one: str, other: str) -> str:
-        """Return what two texts begin with in common, without a part of a control token."""
+        """Return the common beginning of two texts, without splitting a control token."""
         pairs = zip(self._atoms(one), self._atoms(other), strict=False)
         return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -403,7 +407,8 @@ def end_tokens(tokenizer: Any) -> list[int]:
     """Return the ids of the tokens that end an answer in a tokenizer's chat template.
 
     Args:
-        tokenizer: A tokenizer of transformers; None, or one without a template, has no such tokens.
+        tokenizer: A tokenizer of transformers. For None, and for a tokenizer without a chat
+            template, the result is empty.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return []
@@ -411,7 +416,7 @@ def end_tokens(tokenizer: Any) -> list[int]:
 
 
 def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join the parts of a text that follow directly on one another."""
+    """Join the parts [first, last) of a text that touch or overlap."""
     joined: list[tuple[int, int]] = []
     for first, last in parts:
         if joined and joined[-1][1] >= first:
@@ -422,5 +427,5 @@ def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _end_of(words: Words, message: int) -> tuple[list[tuple[int, int]], str]:
-    """Return the marks from a message on and the words behind them."""
+    """Return the marks of a message and of all later ones, and the last word."""
     return [mark for mark in words.marks if mark[0] >= message], words.words[-1]

@@ -47,8 +47,8 @@ def check_run(
 def plan_of(trainer: Trainer, module: LightningModule) -> Plan:
     """Return the plan of a run, as its trainer, callbacks and module describe it.
 
-    Before another project's module has built its optimizer, less is known about it. Unknown fields
-    keep their defaults, which no rule refuses.
+    If the module has no method `plan_facts`, the plan says nothing about its optimizer, adapter and
+    model. Fields that are not known keep their defaults, which no rule refuses.
 
     Args:
         trainer: The trainer, set up or not.

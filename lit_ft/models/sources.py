@@ -184,8 +184,8 @@ class Packaged:
     Args:
         package: The import name of the package, which is located but never imported.
         gguf_file: The name of the GGUF file inside the package.
-        install: The command that installs the package, which the error message shows if it is
-            missing.
+        install: The command that installs the package. The error message shows it if the package
+            is missing.
         name: The name of the model in tables and reports.
         dtype: The dtype of the weights, such as "bfloat16"; None follows the trainer's precision.
         attn_implementation: The attention implementation, such as "sdpa" or "eager"; None lets
@@ -258,7 +258,7 @@ class FromConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError if the architecture is unknown, or the tokenizer cannot be loaded."""
+        """Raise ValueError if the architecture, tokenizer or `quantization_config` cannot work."""
         AutoConfig.for_model(self.model_type)
         if self.quantization_config is not None:
             raise Refusal(

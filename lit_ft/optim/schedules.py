@@ -109,10 +109,11 @@ def obey_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> 
 
     Args:
         optimizer: The optimizer, whose groups hold the options of the checkpoint's run.
-        options: The options of this run by name, for each group; `lr` is the peak of a schedule.
+        options: The options of this run for each group, keyed by name. `lr` is the peak rate of the
+            schedule.
 
     Returns:
-        What has changed, as in "lr 0.0002 (was 0.0001)".
+        The changes, each as a phrase such as "lr 0.0002 (was 0.0001)".
     """
     changed: dict[str, None] = {}
     for group, wanted in zip(optimizer.param_groups, options, strict=True):

@@ -141,7 +141,8 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
 
     Args:
         model: The model whose layers to search.
-        targets: The layers to select, given as for `inject`.
+        targets: The layers to select: "all", any of "attention", "mlp", "embeddings" and "head", or
+            regular expressions to search for in the names of layers.
 
     Raises:
         ValueError: If a target matches no layer, or is not a regular expression.

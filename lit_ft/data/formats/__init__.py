@@ -1,7 +1,7 @@
-"""The formats that a dataset's rows may have: one file for each, found by listing this package.
+"""The formats that the rows of a dataset may have, each in a file of this package.
 
 A format is a dataclass whose fields name the columns that it reads. To add one, add a file with its
-class to this package, and edit nothing else. `detect` picks one from the keys of the first row.
+class to this package, and edit nothing else. `detect` chooses a format from the keys of a row.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Row = Mapping[str, Any]
 
 
 class Format(Protocol):
-    """Reads conversations from rows.
+    """Reads the content of rows.
 
-    A format may also have a method `unread(row)`, which returns the names of the keys with a value
-    that it does not read. They are counted and named at the start of a run.
+    A format may also have a method `unread(row)`. It returns the keys of the row that have a value
+    but are not read, so that a run can count and name them.
     """
 
     @property
@@ -37,10 +37,11 @@ class Format(Protocol):
         ...
 
     def parse(self, row: Row) -> Content:
-        """Return what the row says, every character as it was written.
+        """Return the content of the row, with every character unchanged.
 
         Raises:
-            ValueError: If a field is missing, a type is wrong or a role is unknown. Names it.
+            ValueError: If a field is missing, a type is wrong or a role is unknown. The message
+                names it.
         """
         ...
 
@@ -60,7 +61,7 @@ def available() -> tuple[type[Format], ...]:
 
 
 def named(name: str) -> Format:
-    """Return the format of that name, with its default columns. Raises ValueError if unknown."""
+    """Return the format called `name`, with its default columns; raise ValueError if unknown."""
     kinds = {kind.__module__.rpartition(".")[2]: kind for kind in available()}
     if name not in kinds:
         raise ValueError(f"format={name}: there is no such format. There are: {', '.join(kinds)}.")
@@ -71,7 +72,7 @@ def detect(row: Row) -> Format:
     """Return the first of the `available` formats that matches the row with its default columns.
 
     Raises:
-        ValueError: If none matches. Lists the keys found and the keys that each format wants.
+        ValueError: If none matches. The message lists the keys of the row and those of each format.
     """
     formats = [kind() for kind in available()]
     for candidate in formats:
@@ -94,7 +95,7 @@ _NOTHING: tuple[Any, ...] = (None, "", [], {})  # a table has every column in ev
 
 
 def text_field(row: Row, name: str) -> str:
-    """Return the string in a row's column. Raises ValueError if it is missing or not a string."""
+    """Return the string in a row's column; raise ValueError if it is missing or not a string."""
     if name not in row:
         raise ValueError(f"the field {name!r} is missing; the row has {sorted(map(str, row))}")
     value = row[name]

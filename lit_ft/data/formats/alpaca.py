@@ -13,10 +13,13 @@ from lit_ft.data.formats.chat import BESIDE, conversation
 class Alpaca:
     """Rows `{instruction, input?, output, system?, history?}`; the arguments name the columns.
 
-    The user's turn is the instruction and, after an empty line, the input if there is one. The
-    format's preamble is left to the chat template. Source:
-    https://github.com/tatsu-lab/stanford_alpaca; `system` and `history`, a list of pairs of
-    instruction and output that come before, are LLaMA-Factory's.
+    The user's turn is the instruction, followed by an empty line and the input if there is one.
+    `system`, a column whose name is fixed, holds a system message. `history` is a list of earlier
+    pairs of an instruction and an output. Alpaca's preamble ("Below is an instruction ...") is not
+    added.
+
+    Sources: https://github.com/tatsu-lab/stanford_alpaca, and LLaMA-Factory for `system` and
+    `history`.
     """
 
     instruction: str = "instruction"
@@ -26,7 +29,7 @@ class Alpaca:
 
     @property
     def wants(self) -> str:
-        """The keys of a row."""
+        """The keys that this format reads, for error messages."""
         return f"{{{self.instruction}, {self.input} (optional), {self.output}}}"
 
     def matches(self, row: Row) -> bool:
@@ -34,7 +37,7 @@ class Alpaca:
         return self.instruction in row and self.output in row
 
     def parse(self, row: Row) -> Conversation:
-        """Return the turns of the history, one user turn and one assistant turn."""
+        """Return the turns of the history, followed by one user turn and one assistant turn."""
         prompt = text_field(row, self.instruction)
         if row.get(self.input) not in (None, ""):
             prompt = f"{prompt}\n\n{text_field(row, self.input)}"
@@ -47,7 +50,7 @@ class Alpaca:
         return conversation(messages, row)
 
     def unread(self, row: Row) -> list[str]:
-        """Return the keys of the row that are not read."""
+        """Return the keys of the row that have a value but are not read."""
         return unread_keys(row, (self.instruction, self.input, self.output, self.history, *BESIDE))
 
     def _history(self, row: Row) -> list[tuple[str, str]]:

@@ -36,10 +36,11 @@ MESSAGE_KEYS = (
 class Chat:
     """Rows `{messages: [{role, content}]}` or `{conversations: [{from, value}]}`.
 
-    A message may have `reasoning_content`, `tool_calls` (or an old `function_call`), and one of
-    `train`, `weight` and `loss`, which says whether it is learnt. Its content is a string or a list
-    of text parts. A row may have `tools`, a `system` message and `chat_template_kwargs`, as objects
-    or as JSON in strings.
+    The content of a message is a string or a list of text parts. A message may have
+    `reasoning_content` (also called `reasoning` or `thinking`) and `tool_calls` (or the older
+    `function_call`). One of `train`, `weight` and `loss` may say whether the message is learnt.
+    A row may have `tools`, a `system` message and `chat_template_kwargs`. `tools` and
+    `chat_template_kwargs` may be written as JSON in strings.
 
     Sources: OpenAI's fine-tuning files, and FastChat's ShareGPT files
     (https://github.com/lm-sys/FastChat).
@@ -53,13 +54,13 @@ class Chat:
 
     @property
     def wants(self) -> str:
-        """The keys of a row."""
+        """The keys that this format reads, for error messages."""
         if self.messages is not None:
             return f"{{{self.messages}: [{{role, content}}]}}"
         return "{messages: [{role, content}]} or {conversations: [{from, value}]}"
 
     def matches(self, row: Row) -> bool:
-        """Whether the row has a list of messages under one of the names."""
+        """Whether the row has a column for messages."""
         return any(name in row for name in self._columns)
 
     def parse(self, row: Row) -> Conversation:
@@ -67,7 +68,7 @@ class Chat:
         return conversation(read_messages(row, *self._columns), row)
 
     def unread(self, row: Row) -> list[str]:
-        """Return the keys of the row and of its messages that are not read."""
+        """Return the keys of the row and its messages that have a value but are not read."""
         column = _column(row, self._columns)
         inside = [
             f"{column}[].{key}" for turn in row[column] for key in unread_keys(turn, MESSAGE_KEYS)
@@ -80,10 +81,11 @@ class Chat:
 
 
 def read_messages(row: Row, *columns: str) -> list[Message]:
-    """Return the messages in the first of the columns that the row has.
+    """Return the messages in the first of `columns` that has a value in the row.
 
     Raises:
-        ValueError: If there is none of them, or if a message cannot be read. Names it.
+        ValueError: If the row has none of the columns, or if a message cannot be read. The text of
+            the error names the column or the message.
     """
     column = _column(row, columns)
     turns = row[column]
@@ -95,7 +97,7 @@ def read_messages(row: Row, *columns: str) -> list[Message]:
 
 
 def _column(row: Row, columns: Sequence[str]) -> str:
-    """Return the first of the columns that the row has; one with a value, if there is any."""
+    """Return the first of `columns` that has a value in the row, or else the first that exists."""
     found = [name for name in columns if name in row]
     if not found:
         missing = " or ".join(map(repr, columns))
@@ -107,8 +109,9 @@ def conversation(messages: Sequence[Message], row: Row) -> Conversation:
     """Return the chat of these messages, with the row's tools, system message and options.
 
     Raises:
-        ValueError: If the row's `tools`, `system` or `chat_template_kwargs` cannot be read, or if
-            the chat holds what JSON cannot hold, such as a date or half of a surrogate pair.
+        ValueError: If the row's `tools`, `system` or `chat_template_kwargs` cannot be read, if the
+            messages begin with another system message than `system`, or if the chat has a value
+            that JSON cannot hold, such as a date or half of a surrogate pair.
     """
     system = row.get("system")
     if system not in (None, ""):
@@ -129,7 +132,7 @@ def conversation(messages: Sequence[Message], row: Row) -> Conversation:
 
 
 def _tool(tool: Any) -> Any:
-    """Read one schema, which may be JSON in a string or lack its wrapper."""
+    """Read the schema of one tool, which may be JSON in a string or lack its outer object."""
     tool = _decoded(tool, "tools", dict)
     if isinstance(tool, dict) and "name" in tool and "function" not in tool:
         return {"type": "function", "function": tool}
@@ -173,7 +176,7 @@ def _message(turn: Any, place: str) -> Message:
 
 
 def _text(value: Any, place: str, may_be_missing: bool) -> str:
-    """Return a content: a string, or the texts of a list of parts, joined."""
+    """Return a text, which is either a string or the texts of a list of parts, joined."""
     if value is None and may_be_missing:
         return ""
     if isinstance(value, list):
@@ -212,7 +215,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
 
 
 def _decoded(value: Any, place: str, kind: type) -> Any:
-    """Return a list or an object, which may be written as JSON in a string."""
+    """Return a list or an object that may be JSON in a string; an empty one if it is missing."""
     if value in (None, ""):
         return kind()
     if isinstance(value, str):
@@ -228,7 +231,7 @@ def _decoded(value: Any, place: str, kind: type) -> Any:
 
 
 def _flag(value: Any, place: str) -> bool:
-    """Return whether a turn is learnt. Shares between 0 and 1 are refused."""
+    """Return whether a turn is learnt. Weights other than 0 and 1 are refused."""
     if value not in (0, 1):
         raise ValueError(f"{place} is {value!r}; a turn is learnt (1) or not (0)")
     return bool(value)

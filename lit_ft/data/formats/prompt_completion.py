@@ -13,9 +13,10 @@ from lit_ft.data.formats.chat import BESIDE, conversation, read_messages
 class PromptCompletion:
     """Rows `{prompt, completion}`; the arguments name the columns.
 
-    Each column holds a string (one user turn, or one assistant turn) or a list of chat messages.
-    Of the prompt's messages none is learnt, unless it says so itself. Source: the TRL library's
-    data formats, https://huggingface.co/docs/trl/dataset_formats.
+    Each column holds a string or a list of messages. A prompt that is a string is one user turn,
+    and a completion that is a string is one assistant turn. A message of the prompt is learnt only
+    if it says so itself. Source: the TRL library's data formats,
+    https://huggingface.co/docs/trl/dataset_formats.
     """
 
     prompt: str = "prompt"
@@ -23,7 +24,7 @@ class PromptCompletion:
 
     @property
     def wants(self) -> str:
-        """The keys of a row."""
+        """The keys that this format reads, for error messages."""
         return f"{{{self.prompt}, {self.completion}}}"
 
     def matches(self, row: Row) -> bool:
@@ -31,12 +32,12 @@ class PromptCompletion:
         return self.prompt in row and self.completion in row
 
     def parse(self, row: Row) -> Conversation:
-        """Return the prompt's messages and then the completion's."""
+        """Return the messages of the prompt, followed by those of the completion."""
         ahead = [{"train": False, **turn} for turn in _messages(row, self.prompt, "user")]
         return conversation([*ahead, *_messages(row, self.completion, "assistant")], row)
 
     def unread(self, row: Row) -> list[str]:
-        """Return the keys of the row that are not read."""
+        """Return the keys of the row that have a value but are not read."""
         return unread_keys(row, (self.prompt, self.completion, *BESIDE))
 
 

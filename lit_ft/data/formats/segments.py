@@ -13,8 +13,8 @@ from lit_ft.data.formats import Row, unread_keys
 class Segments:
     """Rows `{segments: [{text, label}]}`; the argument names the column.
 
-    The texts are tokenised one by one as they stand, with the control tokens that are written in
-    them, and a text is learnt where its label is true. Source: axolotl's `input_output` format,
+    Each text is tokenised by itself. Control tokens in it become tokens, and none are added. A text
+    is learnt if its label is true. Source: axolotl's `input_output` format,
     https://docs.axolotl.ai/docs/dataset-formats/template_free.html.
     """
 
@@ -22,7 +22,7 @@ class Segments:
 
     @property
     def wants(self) -> str:
-        """The keys of a row."""
+        """The keys that this format reads, for error messages."""
         return f"{{{self.segments}: [{{text, label}}]}}"
 
     def matches(self, row: Row) -> bool:
@@ -41,7 +41,7 @@ class Segments:
         return [self._segment(piece, place) for place, piece in enumerate(pieces)]
 
     def unread(self, row: Row) -> list[str]:
-        """Return the keys of the row that are not read."""
+        """Return the keys of the row that have a value but are not read."""
         return unread_keys(row, (self.segments,))
 
     def _segment(self, piece: object, place: int) -> Segment:

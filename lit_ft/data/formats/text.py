@@ -15,7 +15,7 @@ class Text:
 
     @property
     def wants(self) -> str:
-        """The keys of a row."""
+        """The keys that this format reads, for error messages."""
         return f"{{{self.text}}}"
 
     def matches(self, row: Row) -> bool:
@@ -27,5 +27,5 @@ class Text:
         return text_field(row, self.text)
 
     def unread(self, row: Row) -> list[str]:
-        """Return the keys of the row that are not read."""
+        """Return the keys of the row that have a value but are not read."""
         return unread_keys(row, (self.text,))

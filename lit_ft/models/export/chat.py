@@ -1,4 +1,4 @@
-"""Export what a model needs to chat, besides its weights: the tokenizer and the end tokens."""
+"""Export the tokenizer and the end tokens, which a model needs to chat."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write a tokenizer that transformers 4 and 5 both read.
 
-    transformers 5 writes the name of a class, and a list, that 4 does not know. Both read what 4
-    wrote.
+    transformers 5 writes the name of a class and a list that transformers 4 does not know. This
+    function writes both in the form of transformers 4, which transformers 5 also reads.
 
     Args:
         tokenizer: The tokenizer, with the chat template that it was trained with.
@@ -30,16 +30,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def stop_at(folder: str | Path, end_tokens: Sequence[int]) -> None:
-    """Let an exported model stop at further tokens, besides those at which it stops already.
+    """Add tokens to those at which `generate` stops with an exported model.
 
     Args:
-        folder: The folder of the exported model.
-        end_tokens: The ids of tokens that end an answer; none changes nothing.
+        folder: The folder of the exported model. A folder that holds only an adapter stays as it
+            is.
+        end_tokens: The ids of the tokens to add, which end an answer. If there are none, the folder
+            stays as it is.
     """
     path, model = Path(folder) / "generation_config.json", Path(folder) / "config.json"
     if not end_tokens or not model.is_file():
         return
-    # As JSON: the class refuses to write what some models come with, and it knows no other file.
+    # Edited as JSON, because GenerationConfig refuses to write what some models come with.
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own = config.get("eos_token_id")
     if own is None:

@@ -23,9 +23,9 @@ class SubspaceHead(SubspaceLinear):
 
         The forward pass already computes all gradients: the input's, R, the sketch and the
         energies. It holds the logits of at most `chunk_tokens` tokens at a time. The backward pass
-        only scales the gradients. If the sketch or the energies are needed, a chunk never crosses
-        sequences. Each chunk is then one sample, so that the samples do not depend on how the batch
-        is cut.
+        only scales the gradients. If the sketch or the energies are needed, each chunk lies within
+        one sequence. It is then one sample s of the sums over samples, so that these sums do not
+        depend on how the batch is cut.
 
         Args:
             hidden: The hidden states of the last layer [B, T, d].

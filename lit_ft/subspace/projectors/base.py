@@ -59,8 +59,8 @@ class Projector(ABC):
 
         Args:
             basis: The basis P [r, cols], in float32 or wider.
-            basis_input: The sketch H [r, cols] or the gradient G [rows, cols], as the class
-                attribute of this name says; None for NOTHING.
+            basis_input: The sketch H [r, cols] or the gradient G [rows, cols], whichever the class
+                attribute `basis_input` asks for; None if it asks for nothing.
             state: The rule's memory of this basis, changed in place and saved in checkpoints.
             decay: The weights' learning rate as a fraction of its peak.
             generator: The source of random numbers. A resumed run repeats its numbers.
