@@ -1,7 +1,6 @@
 """Fine-tune a causal language model: `python train.py --help` shows what can be chosen."""
 
 import sys
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -9,7 +8,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-CONF = Path(__file__).parent / "conf"
+from lit_ft.run.arguments import CONF, quoted_paths
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -19,10 +18,11 @@ def main(cfg: DictConfig) -> float:
     import lightning as L
     from lightning.pytorch.utilities import rank_zero_info
 
-    from lit_ft.run.console import command_line_exits, quieten_libraries
+    from lit_ft.run.console import quieten_libraries
 
     quieten_libraries()  # the imports below print messages too
     from lit_ft.run.config import also_chosen, refuse_untrusted, refuse_without_class
+    from lit_ft.run.exits import command_line_exits
     from lit_ft.run.job import (
         available_accelerator,
         checkpoint_to_resume,
@@ -67,6 +67,7 @@ def main(cfg: DictConfig) -> float:
 if __name__ == "__main__":
     from lit_ft.run.config import names_near
 
+    sys.argv[1:] = quoted_paths(sys.argv[1:])
     try:
         main()
     except SystemExit as stop:

@@ -18,9 +18,9 @@ from lit_ft.data import notes
 from lit_ft.data.batching import GlobalBatchSampler
 from lit_ft.data.collate import Collator
 from lit_ft.data.conversation import Message
+from lit_ft.data.encoded import EncodingReport
 from lit_ft.data.encoding import (
     Encoder,
-    EncodingReport,
     Overlong,
     chosen,
     load_chat_template,
@@ -30,7 +30,13 @@ from lit_ft.data.masks import ControlTokens, TrainOn
 from lit_ft.data.mixing import Bins, subset
 from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
-from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
+from lit_ft.data.splits import (
+    load_tables,
+    open_streams,
+    rows_of_choice,
+    source_choices,
+    weighted_sources,
+)
 from lit_ft.data.streaming import StreamingBatches
 from lit_ft.data.tables import column, repeated
 from lit_ft.distributed.plan import Misconfiguration
@@ -53,7 +59,7 @@ class InstructionDataModule(LightningDataModule):
     batches to the ranks.
 
     After `setup`, `train_examples` and `val_examples` are tables of
-    `lit_ft.data.encoding.EncodedRow` (with `streaming`, the former is a stream), and `reports` has
+    `lit_ft.data.encoded.EncodedRow` (with `streaming`, the former is a stream), and `reports` has
     an EncodingReport for `train` and one for `val`.
 
     Args:
@@ -175,10 +181,7 @@ class InstructionDataModule(LightningDataModule):
         self.reports: dict[str, EncodingReport] = {}
         self.train_examples: Dataset | IterableDataset | None = None
         self.val_examples: Dataset | None = None
-        if sources is None:
-            sources = [{"path": path, **(source_options or {})}]
-        elif path not in (None, EMBEDDED) or source_options:
-            raise ValueError("give either sources or path (with source_options), not both")
+        sources = source_choices(path, sources, source_options)
         if val_source_options and not val_path:
             raise ValueError("val_source_options needs val_path")
         held_out = [{"path": val_path, **(val_source_options or {})}] if val_path else []

@@ -10,140 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jinja2 import TemplateError
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat.refusal import located
 from lit_ft.data import notes
 from lit_ft.data.conversation import Conversation, chat_of, prompt_of
+from lit_ft.data.encoded import EncodedRow
 from lit_ft.data.masks import ChatEncoder, ControlTokens, TrainOn
-from lit_ft.data.notes import Counted
 from lit_ft.data.rows import ParsedRow
 from lit_ft.data.turns import ChatTemplate
 from lit_ft.loss.targets import IGNORE_INDEX
 
 Overlong = Literal["drop", "cut", "cut_left", "split"]
 """What to do with a row that is too long: leave it out, cut its end or its start, or split it."""
-
-
-class EncodedRow(NamedTuple):
-    """The tokens and labels of one row, or of one part of a row that was split.
-
-    An encoded row is an example if `num_targets` is positive. The others stay in the table, so that
-    they can be counted.
-
-    Args:
-        origin: The place of the row in its source, such as `my.jsonl:57`, for error messages.
-        input_ids: The token ids, [tokens]; empty if the row was left out.
-        labels: The unshifted labels, [tokens]; -100 where there is nothing to learn.
-        num_tokens: The number of token ids.
-        num_targets: The number of labels that are not -100.
-        truncated: Whether tokens were cut off, because the row was too long.
-        overlong: Whether the row was left out because it was too long.
-        prompt: The messages before the last assistant turn, as JSON; empty if there are none.
-        held_out: Whether the row is for validation; None if the source does not decide this.
-        notes: The notes about the row, which are counted over all rows; see `lit_ft.data.notes`.
-        error: The message of the error for which the row was skipped; empty otherwise.
-        digest: A number that is the same for rows with the same tokens and labels.
-    """
-
-    origin: str
-    input_ids: list[int] = []
-    labels: list[int] = []
-    num_tokens: int = 0
-    num_targets: int = 0
-    truncated: bool = False
-    overlong: bool = False
-    prompt: str = ""
-    held_out: bool | None = None
-    notes: list[str] = []
-    error: str = ""
-    digest: int = 0
-
-
-@dataclass(frozen=True)
-class EncodingReport:
-    """Counts of the rows of one split, including every row that was cut or left out.
-
-    Args:
-        examples: The number of rows that are trained or validated on.
-        truncated: The number of examples that were cut at the maximum length.
-        dropped_overlong: The number of rows left out because they are too long.
-        dropped_without_targets: The number of rows left out because none of their tokens would be
-            learnt.
-        skipped: The number of rows left out because they could not be read or encoded.
-        tokens: The number of tokens in the examples.
-        targets: The number of tokens in the examples that are learnt.
-        notes: The number of rows that each note is about and the first such row, keyed by note.
-        errors: The messages of the errors for which rows were skipped.
-    """
-
-    examples: int = 0
-    truncated: int = 0
-    dropped_overlong: int = 0
-    dropped_without_targets: int = 0
-    skipped: int = 0
-    tokens: int = 0
-    targets: int = 0
-    notes: Mapping[str, Counted] = field(default_factory=dict)
-    errors: Sequence[str] = ()
-
-    @classmethod
-    def of(
-        cls,
-        num_tokens: NDArray[Any],
-        num_targets: NDArray[Any],
-        truncated: NDArray[Any],
-        overlong: NDArray[Any],
-        *,
-        notes: Mapping[str, Counted] | None = None,
-        errors: Sequence[str] = (),
-    ) -> EncodingReport:
-        """Return the report of some rows, from their columns [rows], notes and errors."""
-        kept = num_targets > 0
-        return cls(
-            examples=int(kept.sum()),
-            truncated=int((truncated & kept).sum()),
-            dropped_overlong=int(overlong.sum()),
-            dropped_without_targets=int((~kept & ~overlong).sum()) - len(errors),
-            skipped=len(errors),
-            tokens=int(num_tokens[kept].sum()),
-            targets=int(num_targets[kept].sum()),
-            notes=notes or {},
-            errors=errors,
-        )
-
-    def __add__(self, other: EncodingReport) -> EncodingReport:
-        counts = {
-            one.name: getattr(self, one.name) + getattr(other, one.name)
-            for one in fields(self)
-            if one.type == "int"
-        }
-        return EncodingReport(
-            **counts,
-            notes=notes.added(self.notes, other.notes),
-            errors=[*self.errors, *other.errors],
-        )
-
-    def __str__(self) -> str:
-        line = f"{self.examples:,} examples, {self.tokens:,} tokens, {self.targets:,} targets"
-        counts = [
-            (self.truncated, "truncated"),
-            (self.dropped_overlong, "dropped as too long"),
-            (self.dropped_without_targets, "dropped for want of a target"),
-            (self.skipped, "skipped as bad"),
-        ]
-        return "; ".join([line, *(f"{count:,} {what}" for count, what in counts if count)])
 
 
 @dataclass(frozen=True)
@@ -241,14 +130,16 @@ class Encoder:
             # So each token is learnt once.
             for start in range(0, len(ids) - 1, self.max_length - 1):
                 piece = slice(start, start + self.max_length)
-                yield self._row(row, ids[piece], labels[piece], [*said, notes.SPLIT])
+                whole = 0 if start else len(ids)
+                yield self._row(row, ids[piece], labels[piece], [*said, notes.SPLIT], whole=whole)
             return
-        yield self._row(row, ids, labels, said)
+        yield self._row(row, ids, labels, said, whole=len(ids))
 
     def _chat_rows(
         self, row: ParsedRow, chat: Conversation, said: list[str]
     ) -> Iterator[EncodedRow]:
         encoded = self._chat(chat)
+        whole = len(encoded.ids)
         parts = [chat]
         if len(encoded.ids) > self.max_length and self.overlong == "split":
             parts = list(self._parts(chat))
@@ -258,7 +149,9 @@ class Encoder:
                 encoded = self._chat(part)
             pairs = zip(encoded.ids, encoded.is_target, strict=True)
             labels = [token if target else IGNORE_INDEX for token, target in pairs]
-            yield self._row(row, encoded.ids, labels, [*said, *encoded.notes], part)
+            told = [*said, *encoded.notes]
+            yield self._row(row, encoded.ids, labels, told, whole=whole, chat=part)
+            whole = 0
 
     def _parts(self, chat: Conversation) -> Iterator[Conversation]:
         """Split a chat before turns of the user, into the longest parts that fit."""
@@ -302,6 +195,8 @@ class Encoder:
         ids: list[int],
         labels: list[int],
         said: list[str],
+        *,
+        whole: int,
         chat: Conversation | None = None,
     ) -> EncodedRow:
         too_long = len(ids) > self.max_length
@@ -318,6 +213,7 @@ class Encoder:
             input_ids=ids,
             labels=labels,
             num_tokens=len(ids),
+            row_tokens=whole,
             num_targets=len(labels) - labels.count(IGNORE_INDEX),
             truncated=is_cut,
             overlong=too_long and not is_cut,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy, located
 from lit_ft.data.docstrings import Docstrings
-from lit_ft.data.files import READERS, kind_of, read, without_nulls
+from lit_ft.data.files import READERS, kind_of, num_rows, read, without_nulls
 from lit_ft.data.formats import Format, Row, available, detect
 from lit_ft.data.rows import ParsedRow, SourceRow
 
@@ -159,6 +159,11 @@ class Files:
             for origin, fields in read(file):
                 yield SourceRow(origin, fields)
 
+    def num_rows(self) -> int | None:
+        """Return the number of rows without reading them; None where it is unknown."""
+        counts = [num_rows(file) for file in self.files]
+        return None if None in counts else sum(filter(None, counts))
+
     def identity(self) -> dict[str, object]:
         """Return the names of the files and the digests of their contents."""
         digests = []
@@ -193,6 +198,10 @@ class Hub:
         for number, fields in enumerate(self._load(), start=1):
             origin = f"{self.name}[{self.split}] row {number}"
             yield SourceRow(origin, without_nulls(fields))
+
+    def num_rows(self) -> int | None:
+        """Return the number of rows of the split; None for a stream."""
+        return None if self.streaming else len(self._load())
 
     def identity(self) -> dict[str, object]:
         """Return the name, split, options and fingerprint, which depends on the hub's revision."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
-from lit_ft.data.encoding import Encoder, EncodingReport
+from lit_ft.data.encoded import EncodingReport
+from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format, named
 from lit_ft.data.mixing import mix, side, split
-from lit_ft.data.sources import Source, open_source, parse
+from lit_ft.data.sources import EMBEDDED, Source, open_source, parse
 from lit_ft.data.tables import (
     drop_unusable,
     encode_rows,
@@ -61,6 +62,28 @@ class Splits:
     train: Dataset | IterableDataset
     val: Dataset
     reports: dict[str, EncodingReport] = field(default_factory=dict)
+
+
+def source_choices(
+    path: str | None,
+    sources: Sequence[Mapping[str, Any]] | None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Mapping[str, Any]]:
+    """Return the choice of each training source, as `weighted_sources` takes it.
+
+    Args:
+        path: The path of the only source.
+        sources: Several sources in place of `path`; None takes `path`.
+        options: The options of the source at `path`.
+
+    Raises:
+        ValueError: If both one source and several are given.
+    """
+    if sources is None:
+        return [{"path": path, **(options or {})}]
+    if path not in (None, EMBEDDED) or options:
+        raise ValueError("give either sources or path (with source_options), not both")
+    return list(sources)
 
 
 def weighted_sources(

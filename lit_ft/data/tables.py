@@ -5,7 +5,7 @@ A table is a `datasets.Dataset` of `EncodedRow`s, memory-mapped from the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.data.cache import cache_key, cached
-from lit_ft.data.encoding import EncodedRow, Encoder, EncodingReport
+from lit_ft.data.encoded import REPORT_COLUMNS, EncodedRow, EncodingReport
+from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format
 from lit_ft.data.notes import count
 from lit_ft.data.rows import ParsedRow
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 TENSOR_COLUMNS = ["input_ids", "labels"]
-REPORT_COLUMNS = ["num_tokens", "num_targets", "truncated", "overlong"]
 STREAM_CHUNK = 32  # rows encoded at once
 
 
@@ -96,11 +96,7 @@ def stream_source(
     def encode(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         nonlocal seen
         encoded = list(encoder(columns["row"]))
-        counts = EncodingReport.of(
-            **{name: _array(encoded, name) for name in REPORT_COLUMNS},
-            notes=count([row.origin for row in encoded], [row.notes for row in encoded]),
-            errors=[row.error for row in encoded if row.error],
-        )
+        counts = EncodingReport.of_rows(encoded)
         seen += counts
         tally(counts)
         kept = [row for row in encoded if row.num_targets]
@@ -160,10 +156,6 @@ def drop_unusable(table: Dataset) -> Dataset:
     return table.select(np.flatnonzero(column(table, "num_targets") > 0))
 
 
-def _array(rows: Sequence[EncodedRow], name: str) -> NDArray[Any]:
-    return np.array([getattr(row, name) for row in rows])
-
-
 def _table(rows: Iterable[EncodedRow], scratch: Path, key: str) -> Dataset:
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
@@ -189,6 +181,7 @@ def _features() -> Any:
             "input_ids": List(Value("int32")),
             "labels": List(Value("int32")),
             "num_tokens": Value("int32"),
+            "row_tokens": Value("int32"),
             "num_targets": Value("int32"),
             "truncated": Value("bool"),
             "overlong": Value("bool"),

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.hub import cached_file
 
 from lit_ft.storage.cache_dir import user_cache
@@ -57,21 +56,21 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
 
 
 def _dequantise(source: Path, folder: Path) -> None:
-    quantised = AutoModelForCausalLM.from_pretrained(
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(
         str(source.parent),
         gguf_file=source.name,
         dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
+        quantization_config=transformers.GgufConfig(dequantize=True),
     )
     config = copy.deepcopy(quantised.config)
     vars(config).pop("quantization_config", None)  # save_pretrained refuses a model from GGUF
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
 
 
 def _digest(file: Path) -> str:

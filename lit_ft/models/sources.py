@@ -7,28 +7,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
+import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
-from lit_ft.models.load_sharded import from_pretrained_in_shards
 from lit_ft.tensors.stochastic_rounding import own_gpu
 
-Shard = Callable[[PreTrainedModel], None]
+# `transformers` imports a name when it is used. Those of models take seconds, and who only looks at
+# data needs a tokenizer alone.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shard = Callable[["PreTrainedModel"], None]
 
 
 class ModelSource(Protocol):
@@ -140,8 +138,10 @@ class Pretrained:
             options["quantization_config"] = self.quantization_config
         dtype = dtype_named(self.dtype) if self.dtype else dtype
         if shard is not None and dist.get_world_size() > 1:
+            from lit_ft.models.load_sharded import from_pretrained_in_shards
+
             return from_pretrained_in_shards(folder, shard, dtype=dtype, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         if shard is not None:
             shard(model)
         return model
@@ -152,11 +152,13 @@ class Pretrained:
         options = self._hub_options(folder)
         config = AutoConfig.from_pretrained(folder, **options)
         with torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
+            build: Any = transformers.AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])
         del options["trust_remote_code"]  # GenerationConfig keeps options that it does not know
         with suppress(OSError):  # a model may have none
-            model.generation_config = GenerationConfig.from_pretrained(folder, **options)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
+                folder, **options
+            )
         return model
 
     def _folder(self) -> str:
@@ -283,7 +285,7 @@ class FromConfig:
             options["attn_implementation"] = self.attn_implementation
         with torch.random.fork_rng(devices=own_gpu()):
             torch.manual_seed(self.seed)
-            build: Any = AutoModelForCausalLM.from_config
+            build: Any = transformers.AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, dtype=dtype, **options)
         if shard is not None:
             shard(model)

@@ -1,20 +1,10 @@
-"""Keep libraries' messages off the terminal, and exit with the codes that a shell expects."""
+"""Keep libraries' messages off the terminal."""
 
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-from hydra.errors import CompactHydraException, InstantiationException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-from lit_ft.compat.refusal import message_on_command_line
 
 # A user of lit_ft cannot act on these: they are mostly deprecations between libraries.
 _WARNINGS = (
@@ -56,38 +46,3 @@ def quieten_libraries() -> None:
 
         disable_progress_bar()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def command_line_exits() -> Iterator[None]:
-    """Turn the exceptions that end a run into the exit codes that a shell expects of a command.
-
-    Raises:
-        SystemExit: With code 130 after Ctrl-C and 143 after SIGTERM, the usual codes for these
-            signals.
-        CompactHydraException: If the run fails for a reason that the user can act on, such as a
-            wrong setting. Hydra prints only the message, runs the rest of a sweep, and exits with
-            code 1. HYDRA_FULL_ERROR=1 adds the traceback.
-    """
-    try:
-        yield
-    except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns Ctrl-C into SystemExit(1).
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        sys.exit(128 + signal.SIGINT)
-    except (
-        ValueError,
-        FileNotFoundError,
-        FloatingPointError,
-        MisconfigurationException,
-        InstantiationException,
-        torch.OutOfMemoryError,
-    ) as error:
-        cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        said = message_on_command_line(cause)
-        raise CompactHydraException(f"\n{type(cause).__name__}: {said}") from error

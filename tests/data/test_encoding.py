@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lit_ft.data.encoding import EncodedRow, Encoder, EncodingReport, load_chat_template
+from lit_ft.data.encoded import EncodedRow, EncodingReport
+from lit_ft.data.encoding import Encoder, load_chat_template
 from lit_ft.data.rows import ParsedRow
 from tests.support.tokenizer import CHATML
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_ft.compat.refusal import Refusal
 from lit_ft.data.conversation import Conversation
-from lit_ft.data.encoding import EncodedRow, Encoder
+from lit_ft.data.encoded import EncodedRow
+from lit_ft.data.encoding import Encoder
 from lit_ft.data.rows import ParsedRow
 from lit_ft.data.turns import ChatTemplate
 

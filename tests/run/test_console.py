@@ -12,7 +12,8 @@ from hydra.errors import CompactHydraException, InstantiationException
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_ft.run.console import command_line_exits, quieten_libraries
+from lit_ft.run.console import quieten_libraries
+from lit_ft.run.exits import command_line_exits
 from tests.support.commands import TINY, run
 
 

@@ -1,0 +1,104 @@
+"""The arguments of the command line: paths as people type them, and the configuration they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_ft.run.config import names_near
+
+CONF = Path(__file__).parents[2] / "conf"
+
+PATHS = (
+    "run_dir",
+    "resume",
+    "data.path",
+    "data.val_path",
+    "data.chat_template",
+    "model.name_or_path",
+    "model.gguf_file",
+)
+"""The settings whose values are paths."""
+
+
+def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, Any]:
+    """Return the configuration that `python train.py` would have with these arguments.
+
+    Args:
+        arguments: The choices and settings, such as `model=tiny` or `data.path=my.jsonl`.
+        config_dir: The folder that holds train.yaml.
+
+    Raises:
+        ValueError: If an argument is wrong, or a mandatory setting is missing.
+    """
+    if not (config_dir / "train.yaml").is_file():
+        raise ValueError(
+            f"{config_dir} holds no train.yaml: run this from a clone of the repository, installed "
+            "with `pip install -e .`."
+        )
+    arguments = quoted_paths(arguments)
+    try:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            config: Any = OmegaConf.to_container(
+                compose("train", list(arguments)), resolve=True, throw_on_missing=True
+            )
+    except (HydraException, OmegaConfBaseException) as error:
+        near = names_near(arguments, config_dir=config_dir)
+        raise ValueError(f"{error}\n{near}".rstrip()) from error
+    return dict(config)
+
+
+def quoted_paths(arguments: Sequence[str]) -> list[str]:
+    """Put quotes around paths that Hydra would not read as they are.
+
+    Hydra has a grammar of its own, in which `data.path=my (1).jsonl` is an error and
+    `data.path=2024` a number.
+
+    Args:
+        arguments: The arguments as the user typed them.
+    """
+    return [_quoted(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    setting, assigned, value = argument.partition("=")
+    if not assigned or not value or argument.startswith("-"):
+        return argument
+    is_path = setting.lstrip("+") in PATHS
+    exists = _exists(value)
+    if not (is_path or exists):
+        return argument
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        several = value.split(",")
+        if not exists and all(map(_exists, several)):  # of a sweep
+            return f"{setting}={','.join(map(_in_quotes, several))}"
+        return f"{setting}={_in_quotes(value)}"
+    if not is_path or (override.is_sweep_override() and not exists):
+        return argument
+    read = override.value()
+    if read is None or read == value or (isinstance(read, str) and not exists):
+        return argument
+    return f"{setting}={_in_quotes(value)}"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no such user
+        return False
+
+
+def _in_quotes(value: str) -> str:
+    # Hydra reads a backslash as one, except ahead of a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + "\\'" * bool(end[2]), value)
+    return f"'{escaped}'"

@@ -1,0 +1,121 @@
+"""Look at data as a model will see it: the first rows, and counts of those that follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from transformers import PreTrainedTokenizerBase
+
+from lit_ft.data.encoded import EncodedRow
+from lit_ft.data.encoding import Encoder, load_chat_template
+from lit_ft.data.sources import parse
+from lit_ft.data.splits import WeightedSource, source_choices, weighted_sources
+from lit_ft.data.survey import Survey
+
+DATAMODULE = "lit_ft.InstructionDataModule"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The measured speed of an earlier run.
+
+    Args:
+        tokens_per_second: The number of tokens that the run trained on in a second.
+        run_dir: The folder of the run.
+    """
+
+    tokens_per_second: float
+    run_dir: Path
+
+
+class Preview:
+    """The data that a configuration names, encoded as for training.
+
+    Bad rows are kept, with their errors, whatever the configuration does with them.
+
+    Args:
+        config: The resolved configuration of `train.py`, whose classes are trusted.
+
+    Raises:
+        ValueError: If the data or the tokenizer is not there, or a setting of the data is wrong.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        data = config["data"]
+        if data.get("_target_") != DATAMODULE:
+            raise ValueError(
+                f"data._target_={data.get('_target_')}: only the data of {DATAMODULE} can be shown."
+            )
+        nested = {key: value for key, value in data.items() if key != "_target_"}
+        self.settings = instantiate({"_target_": "builtins.dict", **nested}, _convert_="all")
+        self.micro_batches: int = config["trainer"].get("accumulate_grad_batches", 1)
+        self.model = config["model"]
+        self.tokenizer = self._load_tokenizer()
+        encoding = {
+            one.name: self.settings[one.name]
+            for one in fields(Encoder)
+            if one.name in self.settings
+        }
+        self.encoder = Encoder(self.tokenizer, **{**encoding, "bad_rows": "skip"})
+        format = self.settings.get("format")
+        choices = source_choices(
+            self.settings.get("path"),
+            self.settings.get("sources"),
+            self.settings.get("source_options"),
+        )
+        streaming = bool(self.settings.get("streaming"))
+        self.sources = weighted_sources(choices, format=format, streaming=streaming)
+        if val_path := self.settings.get("val_path"):
+            own = {"path": val_path, **(self.settings.get("val_source_options") or {})}
+            self.sources += weighted_sources([own], format=format)
+
+    def rows(self, source: WeightedSource) -> Iterator[EncodedRow]:
+        """Yield the rows of a source, encoded, in its order."""
+        return self.encoder(parse(source.source, source.format, keep_errors=True))
+
+    def survey(self, source: WeightedSource, rows: list[EncodedRow], *, is_whole: bool) -> Survey:
+        """Count rows of a source.
+
+        Args:
+            source: The source of the rows.
+            rows: The rows that were read.
+            is_whole: Whether these are all rows of the source.
+        """
+        count = getattr(source.source, "num_rows", None)
+        read = len({row.origin for row in rows})
+        total = read if is_whole else (count() if count else None)
+        return Survey.of(rows, total_rows=total)
+
+    def last_speed(self, runs: Path) -> Speed | None:
+        """Return the speed of the newest run of this model; None if there is none.
+
+        Args:
+            runs: The folder with the folders of runs; a sweep's jobs are one folder deeper.
+        """
+        found = chain(runs.glob("*/summary.json"), runs.glob("*/*/summary.json"))
+        for file in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                summary = json.loads(file.read_text(encoding="utf-8"))
+                speed, model = summary["tokens_per_second"], summary["config"]["model"]
+            except (OSError, ValueError, LookupError, TypeError):
+                continue  # cut while it was written, or of another program
+            if speed and model == self.model:
+                return Speed(speed, file.parent)
+        return None
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        source = instantiate(self.model, _convert_="all")
+        source.check()
+        tokenizer = source.load_tokenizer()
+        if tokenizer is None:
+            raise ValueError(f"The model {source.name} has no tokenizer, so no text can be shown.")
+        if template := self.settings.get("chat_template"):
+            tokenizer.chat_template = load_chat_template(template)
+        loaded: PreTrainedTokenizerBase = tokenizer
+        return loaded

@@ -1,0 +1,77 @@
+"""What a preview says about rows, as sentences and lines of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+from lit_ft.data import notes
+from lit_ft.data.encoded import EncodedRow
+from lit_ft.data.survey import Survey, filled_by_batching, filled_by_packing
+from lit_ft.run.preview import Preview, Speed
+
+
+def fate(row: EncodedRow, max_length: int) -> str:
+    """Return a line that says what becomes of a row."""
+    if row.error:
+        return "bad: not trained on"
+    if row.overlong:
+        return f"left out: {row.row_tokens:,} tokens, more than data.max_length={max_length:,}"
+    counts = f"{row.num_tokens:,} tokens, {row.num_targets:,} learnt"
+    if row.truncated:
+        counts += f"; cut, {row.row_tokens - row.num_tokens:,} tokens are lost"
+    return counts if row.num_targets else f"left out: {counts}"
+
+
+def facts(preview: Preview, survey: Survey, speed: Speed | None) -> Iterator[tuple[str, str]]:
+    """Yield the lines of the table about a source: what is counted, and the figure."""
+    report = survey.report
+    of = "" if survey.total_rows in (None, survey.num_rows) else f" of {survey.total_rows:,}"
+    more = " (there are more)" if survey.total_rows is None else ""
+    yield "rows read", f"{survey.num_rows:,}{of}{more}"
+    learnt = report.targets / report.tokens if report.tokens else 0
+    yield "examples", f"{report.examples:,}"
+    yield "tokens", f"{report.tokens:,}, of which {report.targets:,} are learnt ({learnt:.0%})"
+    max_length = preview.encoder.max_length
+    above = survey.share_above(max_length)
+    yield f"longer than data.max_length={max_length:,}", f"{above:.1%} of rows"
+    for count, what in (
+        (report.truncated, "cut"),
+        (report.dropped_overlong, "left out as too long"),
+        (report.dropped_without_targets, "left out, nothing to learn"),
+        (report.skipped, "bad"),
+    ):
+        if count:
+            yield what, f"{count:,}"
+    if report.examples:
+        yield from _batches(preview, survey, speed)
+
+
+def _batches(preview: Preview, survey: Survey, speed: Speed | None) -> Iterator[tuple[str, str]]:
+    settings = preview.settings
+    packing, rows = settings["packing"], settings["batch_size"]
+    unpacked = filled_by_batching(
+        survey.num_tokens,
+        batch_size=rows,
+        micro_batches=preview.micro_batches,
+        group_by_length=settings["group_by_length"],
+    )
+    packed = filled_by_packing(survey.num_tokens, preview.encoder.max_length)
+    chosen = ("", " (chosen)") if packing else (" (chosen)", "")
+    yield f"filled, data.batch_size={rows:,}", f"{unpacked:.1%} of a batch is no padding{chosen[0]}"
+    yield "filled, data/packed", f"{packed:.1%} of a row is no padding{chosen[1]}"
+    whole = survey.scale
+    tokens = survey.report.tokens * (whole or 1)
+    about = "about " if (whole or 1) > 1 else ""
+    what = "an epoch" if whole else f"{survey.num_rows:,} rows"
+    if speed is None:
+        yield what, f"{about}{tokens:,.0f} tokens; no run of this model has measured a speed yet"
+        return
+    time = timedelta(seconds=round(tokens / speed.tokens_per_second))
+    per_second = f"{speed.tokens_per_second:,.0f} tokens/s of {speed.run_dir}"
+    yield what, f"{about}{tokens:,.0f} tokens: {time} at the {per_second}"
+
+
+def remarks(survey: Survey) -> list[str]:
+    """Return what is worth telling about the rows, with counts."""
+    return list(notes.lines(survey.report.notes))

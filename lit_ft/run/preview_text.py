@@ -1,0 +1,109 @@
+"""A preview in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lit_ft.data.encoded import EncodedRow
+from lit_ft.data.pieces import Piece, pieces
+from lit_ft.data.survey import Bar, Survey
+from lit_ft.run.preview import Preview, Speed
+from lit_ft.run.preview_facts import facts, fate, remarks
+
+LEARNT = "bold underline green"
+CONTROL = "dim cyan"
+BRACKETS = "⟦", "⟧"  # around what is learnt, where there are no styles
+WIDTH = 30  # characters of the longest bar
+
+
+def legend(console: Console) -> Text:
+    """Return a line that says how learnt text looks."""
+    if console.is_terminal:
+        return Text.assemble(("Underlined, bold text", LEARNT), " is learnt; the rest is context.")
+    return Text(f"Text between {BRACKETS[0]} and {BRACKETS[1]} is learnt; the rest is context.")
+
+
+def shown_row(console: Console, preview: Preview, row: EncodedRow, *, with_ids: bool) -> Panel:
+    """Return a row as a panel: its text, and what becomes of it.
+
+    Args:
+        console: The console that will print it.
+        preview: The data, with its tokenizer.
+        row: The row to show.
+        with_ids: Whether each piece is followed by the ids of its tokens.
+    """
+    body = Text(overflow="fold")
+    if row.error:
+        body.append(row.error, "red")
+    else:
+        for piece in pieces(preview.tokenizer, row.input_ids, row.labels):
+            _append(body, piece, with_ids)
+        if not console.is_terminal:
+            body = _bracketed(preview, row, with_ids)
+    for note in row.notes:
+        body.append(f"\n! {note}", "yellow")
+    title = f"{escape(row.origin)} · {fate(row, preview.encoder.max_length)}"
+    return Panel(body, title=title, title_align="left", border_style="red" if row.error else "dim")
+
+
+def _append(body: Text, piece: Piece, with_ids: bool) -> None:
+    body.append(piece.text, LEARNT if piece.is_learnt else CONTROL if piece.is_control else "")
+    if with_ids:
+        body.append(_ids(piece), "dim")
+
+
+def _bracketed(preview: Preview, row: EncodedRow, with_ids: bool) -> Text:
+    """Return the text of a row with brackets around what is learnt."""
+    body, was_learnt = Text(overflow="fold"), False
+    for piece in pieces(preview.tokenizer, row.input_ids, row.labels):
+        if piece.is_learnt != was_learnt:
+            body.append(BRACKETS[was_learnt])
+        body.append(piece.text + (_ids(piece) if with_ids else ""))
+        was_learnt = piece.is_learnt
+    return body.append(BRACKETS[1] * was_learnt)
+
+
+def _ids(piece: Piece) -> str:
+    return f"[{','.join(map(str, piece.ids))}]"
+
+
+def shown_survey(preview: Preview, survey: Survey, speed: Speed | None) -> Iterable[Table | Text]:
+    """Yield the counts of a source, a histogram of its lengths, and what is worth telling."""
+    table = Table(box=None, show_header=False)
+    for what, figure in facts(preview, survey, speed):
+        table.add_row(Text(what, "bold"), figure)
+    yield table
+    max_length = preview.encoder.max_length
+    bars = survey.histogram(max_length)
+    if bars:
+        yield Text("\nTokens of a row, before anything is cut", "bold")
+        yield _histogram(bars, max_length)
+    for line in remarks(survey):
+        yield Text(f"! {line}", "yellow")
+    for error in survey.report.errors[:10]:
+        yield Text(error, "red")
+
+
+def _histogram(bars: list[Bar], max_length: int) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=True)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    most, total = max(bar.count for bar in bars), sum(bar.count for bar in bars)
+    for bar in bars:
+        is_above = bar.first > max_length
+        drawn = "█" * round(WIDTH * bar.count / most) or ("▏" if bar.count else "")
+        table.add_row(
+            f"{bar.first:,}-{bar.last:,}",
+            Text(drawn, "red" if is_above else "green"),
+            f"{bar.count / total:.1%}",
+            "above data.max_length" if is_above else "",
+        )
+    return table
