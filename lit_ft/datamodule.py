@@ -24,6 +24,7 @@ from lit_ft.data.encoding import (
     Overlong,
     chosen,
     load_chat_template,
+    turns_to_learn,
 )
 from lit_ft.data.formats import Format
 from lit_ft.data.masks import ControlTokens, TrainOn
@@ -168,7 +169,7 @@ class InstructionDataModule(LightningDataModule):
         self.encoding: dict[str, Any] = {
             **chosen(overlong=overlong, control_tokens=control_tokens, bad_rows=bad_rows),
             "max_length": max_length,
-            "train_on": train_on if isinstance(train_on, str) else tuple(train_on),
+            "train_on": turns_to_learn(train_on),
             "learn_empty_think": learn_empty_think,
             "drop_unrendered": drop_unrendered,
         }

@@ -26,6 +26,7 @@ from lit_ft.compat.refusal import located
 from lit_ft.data import notes
 from lit_ft.data.conversation import Conversation, chat_of, prompt_of
 from lit_ft.data.encoded import EncodedRow
+from lit_ft.data.formats.chat import ROLES
 from lit_ft.data.masks import ChatEncoder, ControlTokens, TrainOn
 from lit_ft.data.rows import ParsedRow
 from lit_ft.data.turns import ChatTemplate
@@ -77,6 +78,7 @@ class Encoder:
                 "by the tokenizers library"
             )
         chosen(overlong=self.overlong, control_tokens=self.control_tokens, bad_rows=self.bad_rows)
+        turns_to_learn(self.train_on)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -261,6 +263,23 @@ def chosen(**choices: Any) -> dict[str, Any]:
             others = " or ".join(known[name])
             raise ValueError(f"{name}={value}: there is no such choice. Use {others}.")
     return choices
+
+
+def turns_to_learn(train_on: TrainOn) -> TrainOn:
+    """Return `train_on` with its roles as a tuple, after checking that they are known.
+
+    Raises:
+        ValueError: If a role or the choice is unknown. The message names the known ones.
+    """
+    if train_on in ("assistant", "last", "all"):
+        return train_on
+    roles = dict.fromkeys(ROLES.values())
+    if isinstance(train_on, str) or not train_on or not set(train_on) <= set(roles):
+        raise ValueError(
+            f"train_on={train_on}: use assistant, last or all, or a list of roles, which are "
+            f"{', '.join(roles)}."
+        )
+    return tuple(train_on)
 
 
 def _digest(ids: list[int], labels: list[int]) -> int:

@@ -176,8 +176,9 @@ def read_csv(file: Path, *, delimiter: str = ",") -> Iterator[tuple[str, object]
             for row in rows:
                 origin = f"{file}:{rows.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{origin}: the row and the header line differ in length")
-                yield origin, row
+                    yield origin, ValueError("the row and the header line differ in length")
+                else:
+                    yield origin, row
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from error
         except csv.Error as error:

@@ -110,6 +110,21 @@ def test_columns_can_be_renamed(form: formats.Format, row: dict[str, Any]) -> No
         ),
         (
             Chat(),
+            {"messages": [{"role": "assistant", "content": "", "weight": 0, "train": True}]},
+            r"messages\[0\] says different things under train and weight",
+        ),
+        (
+            Chat(),
+            {"messages": [{"role": "assistant", "content": "", "reasoning": "a", "thinking": "b"}]},
+            r"messages\[0\] says different things under reasoning and thinking",
+        ),
+        (
+            Chat(),
+            {"messages": [{"role": "user", "content": "a", "value": "b"}]},
+            r"messages\[0\] says different things under content and value",
+        ),
+        (
+            Chat(),
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             r"messages\[0\].content has a part that is no text \(image_url\)",
         ),

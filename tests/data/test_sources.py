@@ -81,6 +81,15 @@ def test_a_bad_line_is_refused_by_file_and_number(
         list(parse(open_source(str(file))))
 
 
+def test_a_csv_row_of_another_length_is_one_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "my.csv").write_text("prompt,completion\nq,a\nq\nq,a,x\nq,b\n")
+    rows = list(open_source(str(tmp_path / "my.csv")).rows())
+    assert [row.fields["completion"] for row in (rows[0], rows[3])] == ["a", "b"]  # type: ignore[index]
+    for row in rows[1:3]:
+        assert isinstance(row.fields, ValueError)
+        assert "differ in length" in str(row.fields)
+
+
 def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     file = tmp_path / "my.jsonl"
     file.write_bytes(b"\n".join([b"", *lines(ROWS[:2]), b"  ", *lines(ROWS[2:3]), b"{"]))

@@ -463,3 +463,11 @@ def test_the_name_of_a_function_in_its_answer_is_not_learnt(
     chat = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}, *TALK[2:]]
     text = learnt(tokenizer, encode(tokenizer, chat))
     assert text.startswith("<tool_call>") and text.endswith(f"</tool_call>{END}a2{END}")
+
+
+@pytest.mark.parametrize("train_on", ["assistants", "tool", ["gpt"], ["tool", "robot"], []])
+def test_turns_that_nobody_takes_are_refused(
+    tokenizer: PreTrainedTokenizerFast, train_on: Any
+) -> None:
+    with pytest.raises(ValueError, match="system, developer, user, assistant, tool"):
+        Encoder(tokenizer, 10, train_on=train_on)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lit_ft.data.conversation import Conversation, Message
@@ -26,6 +27,7 @@ ROLES = {
 COLUMNS = ("messages", "conversations")
 BESIDE = ("tools", "chat_template_kwargs", "system")  # columns that say more about the chat
 TRAIN_KEYS = ("train", "weight", "loss")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = (
     *("role", "from", "content", "value", "name", "tool_call_id", "tool_calls", "function_call"),
     *("reasoning_content", "reasoning", "thinking", *TRAIN_KEYS),
@@ -160,19 +162,35 @@ def _message(turn: Any, place: str) -> Message:
         message["content"] = ""
     else:
         message["content"] = _text(turn.get(content_key), f"{place}.{content_key}", bool(calls))
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        if turn.get(key) not in (None, ""):
-            message["reasoning_content"] = _text(turn[key], f"{place}.{key}", False)
-            break
+    other_key = "content" if sharegpt else "value"
+    if turn.get(other_key) not in (None, "", turn.get(content_key)):
+        raise _ambiguous(place, [content_key, other_key])
+    if reasoning := _one_of(turn, REASONING_KEYS, place, partial(_text, may_be_missing=False)):
+        message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = calls
     for key in ("name", "tool_call_id"):
         if turn.get(key) is not None:
             message[key] = turn[key]
-    for key in TRAIN_KEYS:
-        if turn.get(key) is not None:
-            message["train"] = _flag(turn[key], f"{place}.{key}")
+    if (train := _one_of(turn, TRAIN_KEYS, place, _flag)) is not None:
+        message["train"] = train
     return message
+
+
+def _one_of(
+    turn: Mapping[str, Any], keys: Sequence[str], place: str, read: Callable[[Any, str], Any]
+) -> Any:
+    """Return what a turn says under one of several keys; None if it has none of them."""
+    given = {k: read(turn[k], f"{place}.{k}") for k in keys if turn.get(k) not in (None, "")}
+    if len(set(given.values())) > 1:
+        raise _ambiguous(place, list(given))
+    return next(iter(given.values()), None)
+
+
+def _ambiguous(place: str, keys: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{place} says different things under {' and '.join(keys)}, which mean the same: keep one"
+    )
 
 
 def _text(value: Any, place: str, may_be_missing: bool) -> str:
