@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lit_ft.preview import main
+from lit_ft.run.arguments import composed
 
 ROWS = [("2 + 2?", "4"), ("Was heißt „Käse“?", "cheese 🧀"), ("<b>bold</b>?", "</b> & so on")]
 
@@ -125,23 +126,17 @@ def test_only_a_sample_is_read_and_the_total_is_counted(shown):
 
 @pytest.mark.smollm2
 def test_the_time_of_an_epoch_is_that_of_the_newest_run_of_the_model(shown, tmp_path):
-    for name, model, speed in (("a", "other", 1), ("b", None, 10.0)):
-        main(["model=tiny", f"data.path={tmp_path}", "--help"]) if False else None
+    tiny = composed(["model=tiny"])["model"]
+    for name, model, speed in (("a", tiny, 10.0), ("b", "other", 1.0), ("c", tiny, None)):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        config = {"model": model or tiny_model_config()}
-        (run / "summary.json").write_text(
-            json.dumps({"config": config, "tokens_per_second": speed})
-        )
+        summary = {"config": {"model": model}, "tokens_per_second": speed}
+        (run / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "runs" / "cut").mkdir()
+    (tmp_path / "runs" / "cut" / "summary.json").write_text("{")
     text = shown([chat(*row) for row in ROWS])
     tokens = int(figure(text, "an epoch").split()[0])
-    assert f"0:00:{round(tokens / 10):02d} at the 10 tokens/s of runs/b" in figure(text, "an epoch")
-
-
-def tiny_model_config() -> dict:
-    from lit_ft.run.arguments import composed
-
-    return composed(["model=tiny"])["model"]
+    assert f"0:00:{round(tokens / 10):02d} at the 10 tokens/s of runs/a" in figure(text, "an epoch")
 
 
 @pytest.mark.smollm2
@@ -164,6 +159,7 @@ def test_a_mistake_is_one_message(arguments, said, tmp_path, monkeypatch):
         main(["model=tiny", *arguments])
 
 
+@pytest.mark.smollm2
 def test_a_compressed_file_is_shown_without_a_total(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     file = tmp_path / "rows.jsonl.gz"

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.resources import files
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,15 +23,18 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_ft.compat.refusal import located
+from lit_ft.compat.refusal import Refusal, located
 from lit_ft.data import notes
-from lit_ft.data.conversation import Conversation, chat_of, prompt_of
+from lit_ft.data.conversation import Content, Conversation, chat_of, prompt_of
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.data.formats.chat import ROLES
 from lit_ft.data.masks import ChatEncoder, ControlTokens, TrainOn
 from lit_ft.data.rows import ParsedRow
 from lit_ft.data.turns import ChatTemplate
 from lit_ft.loss.targets import IGNORE_INDEX
+
+AT_ONCE = 64
+"""The number of rows that are tokenised in one call, which uses all cores."""
 
 Overlong = Literal["drop", "cut", "cut_left", "split"]
 """What to do with a row that is too long: leave it out, cut its end or its start, or split it."""
@@ -96,14 +100,19 @@ class Encoder:
                 needs, if the template fails on it, or if `ChatEncoder` refuses it. The message
                 names the row.
         """
-        for row in rows:
-            try:
-                yield from self._encode(row)
-            except (ValueError, TemplateError) as error:
-                bad = located(error, row.origin)
-                if self.bad_rows == "stop":
-                    raise bad from error
-                yield EncodedRow(row.origin, held_out=row.held_out, error=str(bad))
+        rows = iter(rows)
+        while several := list(islice(rows, AT_ONCE)):
+            contents = [_as_chat(row.content) for row in several]
+            with suppress(Refusal):  # of a tokenizer without a template, which each chat raises
+                self._chat.prepare(one for one in contents if isinstance(one, Conversation))
+            for row, content in zip(several, contents, strict=True):
+                try:
+                    yield from self._encode(row, content)
+                except (ValueError, TemplateError) as error:
+                    bad = located(error, row.origin)
+                    if self.bad_rows == "stop":
+                        raise bad from error
+                    yield EncodedRow(row.origin, held_out=row.held_out, error=str(bad))
 
     @cached_property
     def _chat(self) -> ChatEncoder:
@@ -115,18 +124,18 @@ class Encoder:
             drop_unrendered=self.drop_unrendered,
         )
 
-    def _encode(self, row: ParsedRow) -> Iterator[EncodedRow]:
-        if isinstance(row.content, ValueError):
-            raise row.content
+    def _encode(self, row: ParsedRow, content: Content | ValueError) -> Iterator[EncodedRow]:
+        if isinstance(content, ValueError):
+            raise content
         said = [notes.unread(key) for key in row.unread]
-        if (chat := chat_of(row.content)) is not None:
-            yield from self._chat_rows(row, chat, said)
+        if isinstance(content, Conversation):
+            yield from self._chat_rows(row, content, said)
             return
-        if isinstance(row.content, str):
-            ids = self._text(row.content)
+        if isinstance(content, str):
+            ids = self._text(content)
             labels = list(ids)
         else:
-            ids, labels = self._segments(row.content)
+            ids, labels = self._segments(content)
         if len(ids) > self.max_length and self.overlong == "split":
             # The last token of a piece is also the first of the next one, where it is only context.
             # So each token is learnt once.
@@ -242,6 +251,12 @@ class Encoder:
             ids += own
             labels += own if segment.label else [IGNORE_INDEX] * len(own)
         return ids, labels
+
+
+def _as_chat(content: Content | ValueError) -> Content | ValueError:
+    """Return the chat that a row's content is, or any other content as it is."""
+    chat = None if isinstance(content, ValueError) else chat_of(content)
+    return content if chat is None else chat
 
 
 def chosen(**choices: Any) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 from lit_ft.data.conversation import Conversation
 
 _THINK_TAG = re.compile(r"(</?think>)")  # some templates cut a text at these tags
-_EmptyTexts = Literal["all", "alone", "none"]
+_EmptyTexts = Literal["all", "answers", "alone", "none"]
 # Tried in turn, because many templates write something else if a text is empty.
-EMPTY_TEXTS: tuple[_EmptyTexts, ...] = ("all", "alone", "none")
+EMPTY_TEXTS: tuple[_EmptyTexts, ...] = ("all", "answers", "alone", "none")
 
 
 class Text(NamedTuple):
@@ -54,8 +54,8 @@ def mark_texts(
     Args:
         chat: The chat to mark.
         stem: The string that each mark begins and ends with.
-        empty: The empty contents of assistant messages that get a mark too: "all", "alone" for
-            those of messages without any other text, or "none".
+        empty: The empty contents that get a mark too: "all", "answers" for those of assistant
+            messages, "alone" for those of assistant messages without any other text, or "none".
     """
     texts: list[Text] = []
 
@@ -82,9 +82,13 @@ def mark_texts(
                 if (name := call["function"]["name"]) is not None
             ]
         fields = [text.field for text in texts if text.message == i]
-        is_empty = message["role"] == "assistant" and "content" not in fields
-        alone = not fields
-        if is_empty and (empty == "all" or (empty == "alone" and alone)):
+        of_those = {
+            "all": True,
+            "answers": message["role"] == "assistant",
+            "alone": message["role"] == "assistant" and not fields,
+            "none": False,
+        }
+        if "content" not in fields and of_those[empty]:
             message["content"] += f"{stem}{i}x{len(texts)}{stem}"
             texts.append(Text(i, "content", ""))
         messages.append(message)

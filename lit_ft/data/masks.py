@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from lit_ft.compat import remedies
@@ -89,6 +92,23 @@ class ChatEncoder:
         self._is_added = np.zeros(size, dtype=bool)
         self._is_added[list(tokenizer.get_added_vocab().values())] = True
         self._ids = lru_cache(10_000)(self._ids_of)
+        self._prepared: dict[int, tuple[Conversation, Rendering, _Tokens]] = {}
+
+    def prepare(self, chats: Iterable[Conversation]) -> None:
+        """Tokenise several chats in one call, which uses all cores, for the calls that follow.
+
+        A chat that cannot be rendered is left to its own call, which raises the error.
+        """
+        found = []
+        for chat in chats:
+            with suppress(ValueError, TemplateError):
+                found.append((chat, self.template.find(chat)))
+        texts = [rendering.text for _, rendering in found]
+        tokens = self._tokenized(texts) if texts else []
+        self._prepared = {
+            id(chat): (chat, rendering, own)
+            for (chat, rendering), own in zip(found, tokens, strict=True)
+        }
 
     def __call__(self, chat: Conversation) -> EncodedChat:
         """Encode a chat.
@@ -99,21 +119,31 @@ class ChatEncoder:
                 `control_tokens` is "refuse".
             TemplateError: If the template refuses the chat.
         """
-        rendering = self.template.find(chat)
+        _, rendering, tokens = self._prepared.pop(id(chat), (chat, None, None))
+        if rendering is None:
+            rendering = self.template.find(chat)
+        if tokens is None:
+            [tokens] = self._tokenized([rendering.text])
         learnt = [turn for turn in rendering.turns if self._is_learnt(chat, turn)]
         said = [*self._notes_on_dropped(chat, rendering), *_notes_on_empty(chat, learnt)]
-        tokens, apart = self._tokens_apart(chat, rendering, learnt)
+        tokens, apart = self._tokens_apart(chat, rendering, learnt, tokens)
         ids = tokens.ids.tolist()
         targets = self._targets(chat, rendering, learnt, tokens).tolist()
         said += [*apart, *self._notes_on_ends(rendering, learnt, ids, targets)]
         return EncodedChat(ids, targets, list(dict.fromkeys(said)))
 
     def _tokens_apart(
-        self, chat: Conversation, rendering: Rendering, learnt: list[Turn]
+        self, chat: Conversation, rendering: Rendering, learnt: list[Turn], tokens: _Tokens
     ) -> tuple[_Tokens, list[str]]:
-        """Return the tokens of a rendering, and notes about control tokens and merging prompts."""
+        """Return the tokens of a rendering, and notes about control tokens and merging prompts.
+
+        Args:
+            chat: The chat.
+            rendering: The rendering of the chat.
+            learnt: The turns to learn.
+            tokens: The tokens of the whole rendering, without cuts.
+        """
         text, said = rendering.text, []
-        tokens = self._tokens(text, [], [])
         written = list(self._written_controls(tokens, rendering))
         for first, last in written:
             token = text[first:last]
@@ -234,20 +264,30 @@ class ChatEncoder:
             plain: The pieces [first, last) of the text in which control tokens are ordinary text.
         """
         edges = sorted({0, len(text), *cuts, *(edge for piece in plain for edge in piece)})
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
+        pieces = []
         for first, last in zip(edges, edges[1:], strict=False):
-            encoded = self._tokenizer(
-                text[first:last],
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                verbose=False,
-                split_special_tokens=(first, last) in plain,
-            )
-            ids += encoded["input_ids"]
-            offsets += [(a + first, b + first) for a, b in encoded["offset_mapping"]]
-        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-        return _Tokens(np.array(ids, dtype=np.int64), starts, ends)
+            [piece] = self._tokenized([text[first:last]], plain=(first, last) in plain)
+            pieces.append(_Tokens(piece.ids, piece.starts + first, piece.ends + first))
+        return _Tokens(*map(np.concatenate, zip(*pieces, strict=True)))
+
+    def _tokenized(self, texts: list[str], *, plain: bool = False) -> list[_Tokens]:
+        """Tokenise several texts; with `plain`, control tokens in them are ordinary text."""
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
+            split_special_tokens=plain,
+        )
+        return [
+            _as_tokens(ids, offsets)
+            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+
+def _as_tokens(ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
+    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+    return _Tokens(np.array(ids, dtype=np.int64), flat[::2], flat[1::2])
 
 
 def _notes_on_empty(chat: Conversation, learnt: list[Turn]) -> list[str]:

@@ -37,7 +37,7 @@ def pieces(
         ids: The token ids, [tokens].
         labels: The unshifted labels, [tokens]; -100 where there is nothing to learn.
     """
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]  # of fast tokenizers
+    backend: Any = tokenizer.backend_tokenizer
     control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     stream = DecodeStream(skip_special_tokens=False)
     waiting: list[int] = []

@@ -20,12 +20,12 @@ class Bar(NamedTuple):
     Args:
         first: The fewest tokens of a row in this bar.
         last: The most tokens of a row in this bar.
-        count: The number of rows.
+        num_rows: The number of rows.
     """
 
     first: int
     last: int
-    count: int
+    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Survey:
             Bar(int(first), int(end) - 1, int(count))
             for first, end, count in zip(edges, ends, counts, strict=True)
         ]
-        occupied = [place for place, bar in enumerate(bars) if bar.count]
+        occupied = [place for place, bar in enumerate(bars) if bar.num_rows]
         return bars[occupied[0] : occupied[-1] + 1]
 
 

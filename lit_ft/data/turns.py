@@ -260,9 +260,13 @@ class ChatTemplate:
             places = [k for k, (owner, _) in enumerate(words.marks) if owner == i]
             if not places:
                 continue
-            first = _Place(places[0], len(words.words[places[0]]))
+            ahead = words.words[places[0]]
             if message["role"] == "assistant":
-                first = _Place(places[0], self._answer_begins(chat, i, words, places[0], stem))
+                begins = self._answer_begins(chat, i, words, places[0], stem)
+            else:
+                space = message["content"].partition(stem)[0]  # which some templates strip
+                begins = len(ahead.removesuffix(space)) if not space.strip() else len(ahead)
+            first = _Place(places[0], begins)
             last, end = self._turn_ends(chat, i, words, places, stem)
             turns.append((i, first, last, end))
         return _Structure(words, turns)

@@ -70,7 +70,9 @@ def _dequantise(source: Path, folder: Path) -> None:
     model.tie_weights()
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(
+        str(source.parent), gguf_file=source.name
+    ).save_pretrained(folder)
 
 
 def _digest(file: Path) -> str:

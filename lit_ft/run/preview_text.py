@@ -96,14 +96,14 @@ def _histogram(bars: list[Bar], max_length: int) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    most, total = max(bar.count for bar in bars), sum(bar.count for bar in bars)
+    most, total = max(bar.num_rows for bar in bars), sum(bar.num_rows for bar in bars)
     for bar in bars:
         is_above = bar.first > max_length
-        drawn = "█" * round(WIDTH * bar.count / most) or ("▏" if bar.count else "")
+        drawn = "█" * round(WIDTH * bar.num_rows / most) or ("▏" if bar.num_rows else "")
         table.add_row(
             f"{bar.first:,}-{bar.last:,}",
             Text(drawn, "red" if is_above else "green"),
-            f"{bar.count / total:.1%}",
+            f"{bar.num_rows / total:.1%}",
             "above data.max_length" if is_above else "",
         )
     return table

@@ -110,7 +110,15 @@ def test_signals_have_their_usual_effect_after_the_run(job):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path):
+@pytest.fixture
+def ctrl_c_ends():
+    """Let Ctrl-C end this process, also where a shell has put it into the background."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path, ctrl_c_ends):
     stopped(job, "run", "trainer.max_steps=1", *at("on_fit_end", 1))
     assert read_summary(tmp_path / "run")["status"] == "interrupted"
 

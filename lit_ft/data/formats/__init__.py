@@ -91,6 +91,15 @@ def unread_keys(row: Mapping[str, Any], read: Collection[str]) -> list[str]:
     return [str(key) for key, value in row.items() if key not in read and value not in _NOTHING]
 
 
+def unread_inside(row: Row, column: str, read: Collection[str]) -> list[str]:
+    """Return the unread keys of the objects in a row's list, each once, such as `messages[].x`."""
+    entries = row.get(column)
+    if not isinstance(entries, list):
+        return []
+    keys = [key for entry in entries for key in unread_keys(entry, read)]
+    return [f"{column}[].{key}" for key in dict.fromkeys(keys)]
+
+
 _NOTHING: tuple[Any, ...] = (None, "", [], {})  # a table has every column in every row
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lit_ft.data.conversation import Conversation, Message
-from lit_ft.data.formats import Row, unread_keys
+from lit_ft.data.formats import Row, unread_inside, unread_keys
 
 # OpenAI's names are the chat templates' own; those of ShareGPT and of older files follow.
 ROLES = {
@@ -72,10 +72,7 @@ class Chat:
     def unread(self, row: Row) -> list[str]:
         """Return the keys of the row and its messages that have a value but are not read."""
         column = _column(row, self._columns)
-        inside = [
-            f"{column}[].{key}" for turn in row[column] for key in unread_keys(turn, MESSAGE_KEYS)
-        ]
-        return [*unread_keys(row, (column, *BESIDE)), *dict.fromkeys(inside)]
+        return [*unread_keys(row, (column, *BESIDE)), *unread_inside(row, column, MESSAGE_KEYS)]
 
     @property
     def _columns(self) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lit_ft.data.conversation import Conversation, Message
-from lit_ft.data.formats import Row, text_field, unread_keys
-from lit_ft.data.formats.chat import BESIDE, conversation, read_messages
+from lit_ft.data.formats import Row, text_field, unread_inside, unread_keys
+from lit_ft.data.formats.chat import BESIDE, MESSAGE_KEYS, conversation, read_messages
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class PromptCompletion:
         return conversation([*ahead, *_messages(row, self.completion, "assistant")], row)
 
     def unread(self, row: Row) -> list[str]:
-        """Return the keys of the row that have a value but are not read."""
-        return unread_keys(row, (self.prompt, self.completion, *BESIDE))
+        """Return the keys of the row and its messages that have a value but are not read."""
+        columns = (self.prompt, self.completion)
+        inside = [key for column in columns for key in unread_inside(row, column, MESSAGE_KEYS)]
+        return [*unread_keys(row, (*columns, *BESIDE)), *inside]
 
 
 def _messages(row: Row, field: str, role: str) -> list[Message]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lit_ft.data.conversation import Segment
-from lit_ft.data.formats import Row, unread_keys
+from lit_ft.data.formats import Row, unread_inside, unread_keys
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Segments:
         return [self._segment(piece, place) for place, piece in enumerate(pieces)]
 
     def unread(self, row: Row) -> list[str]:
-        """Return the keys of the row that have a value but are not read."""
-        return unread_keys(row, (self.segments,))
+        """Return the keys of the row and its segments that have a value but are not read."""
+        inside = unread_inside(row, self.segments, ("text", "label"))
+        return [*unread_keys(row, (self.segments,)), *inside]
 
     def _segment(self, piece: object, place: int) -> Segment:
         if not (

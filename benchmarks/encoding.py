@@ -1,0 +1,149 @@
+"""How many rows of chat does lit_ft encode in a second, compared with trl's SFTTrainer?
+
+    python benchmarks/encoding.py
+    python benchmarks/encoding.py --rows 5000 --rounds 3
+
+Both sides read the same file of JSON lines, apply SmolLM2's chat template, tokenise, mark the
+answers as targets and write a table. The chats have one to three turns, made of the embedded data's
+functions and docstrings. trl prepares its data in the constructor of SFTTrainer, in one process by
+default and in two with `dataset_num_proc=2`; its loss is that of the answers alone
+(`assistant_only_loss`). The sides take turns.
+
+Results: results/encoding.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from pyarrow import compute
+from rich.console import Console
+from rich.table import Table
+from support.arguments import script_parser
+from support.results import this_run, write_json
+from support.smollm2 import SMOLLM2
+from support.timing import median_ratio, spread
+from trl import SFTConfig, SFTTrainer
+
+from lit_ft.data.docstrings import Docstrings
+from lit_ft.data.encoding import Encoder
+from lit_ft.data.sources import open_source
+from lit_ft.data.tables import column, encode_source
+from lit_ft.models import FromConfig
+
+MAX_LENGTH = 2048
+
+
+def main() -> None:
+    """Measure, print, and write the results."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=2, help="times that each side encodes all")
+    options = parser.parse_args()
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_chats(Path(folder) / "chats.jsonl", options.rows)
+        record = {**this_run(), "rows": options.rows, **measure(file, options.rounds)}
+    shown = Table("side", "rows/s", "range", "lit_ft is faster by")
+    for name, side in record["sides"].items():
+        speed = side["rows_per_second"]
+        between = f"{speed['min']:,.0f}-{speed['max']:,.0f}"
+        shown.add_row(name, f"{speed['median']:,.0f}", between, f"{side['lit_ft_ratio']:.2f}")
+    Console().print(shown)
+    write_json(options.output / "encoding.json", record)
+
+
+def write_chats(file: Path, num_rows: int) -> Path:
+    """Write chats of one to three turns, each a function and its docstring."""
+    pairs = [(row.fields["prompt"], row.fields["completion"]) for row in Docstrings().rows()]
+    draw = random.Random(0)
+    with file.open("w", encoding="utf-8") as stream:
+        for _ in range(num_rows):
+            messages = []
+            for prompt, completion in draw.sample(pairs, draw.randint(1, 3)):
+                messages.append({"role": "user", "content": prompt})
+                messages.append({"role": "assistant", "content": completion})
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+def measure(file: Path, rounds: int) -> dict[str, Any]:
+    """Return the speed of each side, and that of lit_ft relative to it, in turns."""
+    sides: dict[str, Callable[[Path, Path], tuple[int, int]]] = {
+        "lit_ft": with_lit_ft,
+        "trl": partial(with_trl, processes=None),
+        "trl, 2 processes": partial(with_trl, processes=2),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    counts: dict[str, tuple[int, int]] = {}
+    for _ in range(rounds):
+        for name, encode in sides.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                began = time.perf_counter()
+                counts[name] = encode(file, Path(scratch))
+                seconds[name].append(time.perf_counter() - began)
+    with file.open("rb") as stream:
+        num_rows = sum(1 for _ in stream)
+    return {
+        "sides": {
+            name: {
+                "rows_per_second": spread(num_rows / took for took in seconds[name]),
+                "lit_ft_ratio": median_ratio(seconds[name], seconds["lit_ft"]),
+                "tokens": counts[name][0],
+                "targets": counts[name][1],
+            }
+            for name in sides
+        }
+    }
+
+
+def with_lit_ft(file: Path, scratch: Path) -> tuple[int, int]:
+    """Encode the file as `InstructionDataModule` does; return the counts of tokens and targets."""
+    encoder = Encoder(SMOLLM2.load_tokenizer(), MAX_LENGTH, overlong="cut")
+    os.environ["LIT_FT_CACHE"] = str(scratch)
+    table = encode_source(open_source(str(file)), None, encoder)
+    return int(column(table, "num_tokens").sum()), int(column(table, "num_targets").sum())
+
+
+def with_trl(file: Path, scratch: Path, *, processes: int | None) -> tuple[int, int]:
+    """Encode the file as SFTTrainer does; return the counts of tokens and targets."""
+    tokenizer = SMOLLM2.load_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    shape = {**sizes, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    trainer = SFTTrainer(
+        model=FromConfig("llama", shape).load_model(torch.float32),
+        args=SFTConfig(
+            output_dir=str(scratch / "run"),
+            max_length=MAX_LENGTH,
+            assistant_only_loss=True,
+            dataset_num_proc=processes,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=datasets.load_dataset(
+            "json", data_files=str(file), split="train", cache_dir=str(scratch)
+        ),
+        processing_class=tokenizer,
+    )
+    counts = trainer.train_dataset.with_format("arrow")
+    lengths, targets = 0, 0
+    for batch in counts.iter(batch_size=1000):
+        masks = batch["assistant_masks"].combine_chunks().flatten()
+        lengths += len(masks)
+        targets += compute.sum(masks).as_py()
+    return lengths, targets
+
+
+if __name__ == "__main__":
+    main()
