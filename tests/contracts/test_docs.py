@@ -183,7 +183,7 @@ def test_a_verb_knows_the_options_it_is_shown_with(verb, capsys):
 
 def test_every_verb_is_one():
     verbs = {c.split()[2] for t in PAGES.values() for c in shell_lines(t) if "-m lit_ft" in c}
-    assert verbs >= {"lit_ft.chat", "lit_ft.export"}
+    assert verbs >= {"lit_ft.chat", "lit_ft.export", "lit_ft.preview"}
     assert all(hasattr(import_module(verb), "main") for verb in verbs)
 
 
