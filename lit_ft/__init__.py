@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lit_ft.compat.lazy import on_demand
 
 if TYPE_CHECKING:
     from lit_ft.datamodule import InstructionDataModule
@@ -11,14 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CausalLMModule", "InstructionDataModule"]
 
-_HOMES = {
-    "CausalLMModule": "lit_ft.module",
-    "InstructionDataModule": "lit_ft.datamodule",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # On demand: `import lit_ft.optim` should not cost the seconds that lightning and peft take.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lit_ft' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = on_demand(
+    __name__,
+    {
+        "CausalLMModule": "lit_ft.module",
+        "InstructionDataModule": "lit_ft.datamodule",
+    },
+)

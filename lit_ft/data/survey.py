@@ -72,7 +72,7 @@ class Survey:
         return float((self.row_tokens > max_length).mean()) if len(self.row_tokens) else 0.0
 
     def histogram(self, max_length: int) -> list[Bar]:
-        """Return a histogram of the rows' lengths, with two bars an octave and an edge at a limit.
+        """Return a histogram of the rows' lengths, with two bars an octave.
 
         Args:
             max_length: The largest number of tokens in an example; no bar reaches across it.
@@ -81,7 +81,8 @@ class Survey:
             return []
         longest = int(self.row_tokens.max())
         octaves = np.arange(2, 2 * np.log2(longest + 1) + 2) / 2
-        edges = np.unique([1, *np.rint(2**octaves).astype(int), max_length + 1])
+        # Powers of 2 end a bar, since people choose them as limits.
+        edges = np.unique([1, *(np.rint(2**octaves).astype(int) + 1), max_length + 1])
         counts, _ = np.histogram(self.row_tokens, [*edges, max(longest, edges[-1]) + 1])
         ends = [*edges[1:], edges[-1] + 1]
         bars = [

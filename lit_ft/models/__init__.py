@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lit_ft.compat.lazy import on_demand
 
 if TYPE_CHECKING:
     from lit_ft.models.adapters import add_adapter
@@ -22,15 +23,16 @@ __all__ = [
     "export_streamed",
 ]
 
-_HOMES = {
-    "add_adapter": "adapters",
-    "export_streamed": "export.streamed",
-    "export_model": "export.whole",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # On demand: what only needs a tokenizer should not wait for peft.
-    if name not in __all__:
-        raise AttributeError(f"module 'lit_ft.models' has no attribute '{name}'")
-    return getattr(import_module(f"lit_ft.models.{_HOMES.get(name, 'sources')}"), name)
+__getattr__ = on_demand(
+    __name__,
+    {
+        "FromConfig": "lit_ft.models.sources",
+        "ModelSource": "lit_ft.models.sources",
+        "Packaged": "lit_ft.models.sources",
+        "Pretrained": "lit_ft.models.sources",
+        "add_adapter": "lit_ft.models.adapters",
+        "dtype_named": "lit_ft.models.sources",
+        "export_model": "lit_ft.models.export.whole",
+        "export_streamed": "lit_ft.models.export.streamed",
+    },
+)

@@ -58,8 +58,8 @@ def _batches(preview: Preview, survey: Survey, speed: Speed | None) -> Iterator[
     )
     packed = filled_by_packing(survey.num_tokens, preview.encoder.max_length)
     chosen = ("", " (chosen)") if packing else (" (chosen)", "")
-    yield f"filled, data.batch_size={rows:,}", f"{unpacked:.1%} of a batch is no padding{chosen[0]}"
-    yield "filled, data/packed", f"{packed:.1%} of a row is no padding{chosen[1]}"
+    yield f"padding, data.batch_size={rows:,}", f"{1 - unpacked:.1%} of a batch{chosen[0]}"
+    yield "padding, data.packing=true", f"{1 - packed:.1%} of a row{chosen[1]}"
     whole = survey.scale
     tokens = survey.report.tokens * (whole or 1)
     about = "about " if (whole or 1) > 1 else ""
