@@ -4,10 +4,10 @@
     python benchmarks/encoding.py --rows 5000 --rounds 3
 
 Both sides read the same file of JSON lines, apply the same chat template, tokenise with SmolLM2's
-tokenizer, mark the answers as targets and write a table. The chats have one to three turns, made of
-the embedded data's functions and docstrings. trl prepares its data in the constructor of SFTTrainer,
-in one process by default and in two with `dataset_num_proc=2`. It needs a template with
-`{% generation %}` tags to learn answers alone (`assistant_only_loss`), so that both sides use the
+tokenizer, mark the answers as targets and write a table. The chats have one to three turns, made
+of the embedded data's functions and docstrings. trl prepares its data in the constructor of
+SFTTrainer, in one process by default and in two with `dataset_num_proc=2`. To learn answers alone
+(`assistant_only_loss`), trl needs a template with `{% generation %}` tags, so both sides use the
 one that it ships for Qwen2.5. Its tags also hold two line breaks around each answer, which trl
 learns and lit_ft does not. The sides take turns.
 
