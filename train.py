@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> float:
     from lit_ft.run.console import quieten_libraries
 
     quieten_libraries()  # the imports below print messages too
-    from lit_ft.run.config import also_chosen, refuse_untrusted, refuse_without_class
+    from lit_ft.run.config import also_chosen, refuse_without_class
     from lit_ft.run.exits import command_line_exits
     from lit_ft.run.job import (
         available_accelerator,
@@ -31,6 +31,7 @@ def main(cfg: DictConfig) -> float:
         sensible_precision,
     )
     from lit_ft.run.summary import RunSummary, redacted
+    from lit_ft.run.trust import refuse_untrusted, trusted_packages
 
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
@@ -39,7 +40,7 @@ def main(cfg: DictConfig) -> float:
     if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
         rank_zero_info(moved)
     with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
-        refuse_untrusted(config, also=config["trusted_packages"])
+        refuse_untrusted(config, also=trusted_packages(config, run.overrides.task))
         refuse_without_class(config)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
@@ -66,8 +67,13 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     from lit_ft.run.config import names_near
+    from lit_ft.run.trust import hold_hydra_to_command_line
 
     sys.argv[1:] = quoted_paths(sys.argv[1:])
+    try:
+        hold_hydra_to_command_line(sys.argv[1:], config_dir=CONF)
+    except ValueError as error:
+        sys.exit(str(error))
     try:
         main()
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""Check the configuration: trusted classes, existing names, and choices made indirectly."""
+"""Check the configuration: existing names, and choices made indirectly."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-TRUSTED_PACKAGES = (
-    "lit_ft",
-    "lightning.pytorch",
-    "torch.optim",
-    "transformers",
-    "peft",
-    "bitsandbytes.optim",
-    "galore_torch",
-    "torchao.optim",
-)
 
 # Setting names of earlier versions, and what to type instead. If the replacement has no "=", the
 # value that the user typed is added to it.
@@ -35,24 +24,6 @@ _MOVED = {
     "optim/projector=subspace_iteration": "galore=iteration",
     "optim/projector=svd": "galore=svd",
 }
-
-
-def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> None:
-    """Raise ValueError if a `_target_` lies outside lit_ft, the libraries it uses and `also`.
-
-    A configuration is data, but Hydra lets it call any function of any installed package.
-
-    Args:
-        config: The configuration as plain dicts, lists and values.
-        also: The names of further packages that the user trusts.
-    """
-    trusted = (*TRUSTED_PACKAGES, *also)
-    for path, target in _targets(config):
-        if not any(target == package or target.startswith(f"{package}.") for package in trusted):
-            raise ValueError(
-                f"{path}._target_={target}: only classes of {', '.join(trusted)} can be named. "
-                f"If you trust this package, add trusted_packages=[{target.split('.')[0]}]"
-            )
 
 
 def refuse_without_class(config: Mapping[str, Any]) -> None:
@@ -199,14 +170,3 @@ def _not_chosen(key: str, group: str, config_dir: Path) -> str:
 
 def _names_class(entry: Any) -> bool:
     return isinstance(entry, Mapping) and "_target_" in entry
-
-
-def _targets(node: Any, path: str = "config") -> Iterator[tuple[str, str]]:
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield path, str(node["_target_"])
-        for key, value in node.items():
-            yield from _targets(value, f"{path}.{key}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _targets(value, f"{path}[{index}]")

@@ -9,33 +9,9 @@ from hydra.core.global_hydra import GlobalHydra
 from lit_ft.run.config import (
     also_chosen,
     names_near,
-    refuse_untrusted,
     refuse_without_class,
 )
 from tests.support.running import CONF
-
-
-@pytest.mark.parametrize(
-    "target", ["os.system", "torch.load", "torchvision.x", "lit_ft_evil.run", "builtins.eval"]
-)
-def test_a_target_outside_the_trusted_packages_is_refused_wherever_it_stands(target):
-    for config in (
-        {"_target_": target},
-        {"callbacks": {"mine": {"_target_": target}}},
-        {"plugins": [{"x": 1}, {"deep": [{"_target_": target}]}]},
-    ):
-        with pytest.raises(ValueError, match=target):
-            refuse_untrusted(config)
-
-
-def test_the_refusal_says_where_it_stands_and_how_to_trust_it():
-    config = {"trainer": {"plugins": [{"_target_": "mine.Plugin"}]}}
-    with pytest.raises(
-        ValueError, match=r"config\.trainer\.plugins\[0\].*trusted_packages=\[mine\]"
-    ):
-        refuse_untrusted(config)
-    refuse_untrusted(config, also=["mine"])
-    refuse_untrusted({"optim": {"_target_": "torch.optim.AdamW"}})
 
 
 @pytest.mark.parametrize("entry", [{"x": 1}, {}, None, 3])
