@@ -1,15 +1,16 @@
-"""How many rows of chat does lit_ft encode in a second, compared with trl's SFTTrainer?
+"""How many chats does lit_ft encode per second, compared with trl's SFTTrainer?
 
     python benchmarks/encoding.py
     python benchmarks/encoding.py --rows 5000 --rounds 3
 
 Both sides read the same file of JSON lines, apply the same chat template, tokenise with SmolLM2's
-tokenizer, mark the answers as targets and write a table. The chats have one to three turns, made of
-the embedded data's functions and docstrings. trl prepares its data in the constructor of SFTTrainer,
-in one process by default and in two with `dataset_num_proc=2`. It needs a template with
-`{% generation %}` tags to learn answers alone (`assistant_only_loss`), so that both sides use the
-one that it ships for Qwen2.5. Its tags also hold two line breaks around each answer, which trl
-learns and lit_ft does not. The sides take turns.
+tokenizer, mark the answers as targets and write a table. A chat has one to three prompts and
+answers, which are definitions and docstrings from the embedded data. trl prepares its data in the
+constructor of SFTTrainer. It uses one process by default, and two with `dataset_num_proc=2`.
+
+To learn only answers (`assistant_only_loss`), trl needs a template with `{% generation %}` tags. So
+both sides use the template that trl ships for Qwen2.5. Its tags also enclose the two line breaks
+around each answer. trl learns them, and lit_ft does not. In each round, the sides take turns.
 
 Results: results/encoding.json.
 """
@@ -53,7 +54,7 @@ def main() -> None:
     """Measure, print, and write the results."""
     parser = script_parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=1, help="times that each side encodes all")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each side encodes it all")
     options = parser.parse_args()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def write_chats(file: Path, num_rows: int) -> Path:
-    """Write chats of one to three turns, each a function and its docstring."""
+    """Write chats of one to three prompts and answers, each a definition and its docstring."""
     pairs = [(row.fields["prompt"], row.fields["completion"]) for row in Docstrings().rows()]
     draw = random.Random(0)
     with file.open("w", encoding="utf-8") as stream:
@@ -83,7 +84,7 @@ def write_chats(file: Path, num_rows: int) -> Path:
 
 
 def measure(file: Path, rounds: int) -> dict[str, Any]:
-    """Return the speed of each side, and that of lit_ft relative to it, in turns."""
+    """Return the speed of each side, and the speed of lit_ft relative to it."""
     sides: dict[str, Callable[[Path, Path], tuple[int, int]]] = {
         "lit_ft": with_lit_ft,
         "trl": partial(with_trl, processes=None),
