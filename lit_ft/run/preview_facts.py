@@ -57,7 +57,7 @@ def _batches(preview: Preview, survey: Survey, speed: Speed | None) -> Iterator[
         group_by_length=settings["group_by_length"],
     )
     packed = filled_by_packing(survey.num_tokens, preview.encoder.max_length)
-    chosen = ("", " (your setting)") if packing else (" (your setting)", "")
+    chosen = ("", " (current setting)") if packing else (" (current setting)", "")
     yield f"padding with data.batch_size={rows:,}", f"{1 - unpacked:.1%} of a batch{chosen[0]}"
     yield "padding with data.packing=true", f"{1 - packed:.1%} of a row{chosen[1]}"
     whole = survey.scale
