@@ -1,15 +1,17 @@
-"""How many rows of chat does lit_ft encode in a second, compared with trl's SFTTrainer?
+"""How many chats does lit_ft encode per second, compared with trl's SFTTrainer?
 
     python benchmarks/encoding.py
     python benchmarks/encoding.py --rows 5000 --rounds 5
 
 Both sides read the same file of JSON lines, apply the same chat template, tokenise with SmolLM2's
-tokenizer, mark the answers as targets and write a table. The chats have one to three turns, made
-of the embedded data's functions and docstrings. trl prepares its data in the constructor of
-SFTTrainer, in one process by default and in two with `dataset_num_proc=2`. To learn answers alone
-(`assistant_only_loss`), trl needs a template with `{% generation %}` tags, so both sides use the
-one that it ships for Qwen2.5. Its tags also hold two line breaks around each answer, which trl
-learns and lit_ft does not. The sides take turns, a part of the rows at a time.
+tokenizer, mark the answers as targets and write a table. A chat has one to three prompts and
+answers, which are definitions and docstrings from the embedded data. trl prepares its data in the
+constructor of SFTTrainer. It uses one process by default, and two with `dataset_num_proc=2`.
+
+To learn only answers (`assistant_only_loss`), trl needs a template with `{% generation %}` tags. So
+both sides use the template that trl ships for Qwen2.5. Its tags also enclose the two line breaks
+around each answer. trl learns them, and lit_ft does not. The rows are cut into parts, and the sides
+take turns part by part.
 
 Results: results/encoding.json.
 """

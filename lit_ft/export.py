@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder=options.output,
             merge=not options.adapter_only,
             dtype=options.dtype,
+            trusted_packages=options.trusted_packages,
+            trust_remote_code=options.trust_remote_code,
         )
     except ValueError as error:
         sys.exit(str(error))
@@ -41,6 +43,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adapter-only", action="store_true", help="do not merge the adapter")
     parser.add_argument("--dtype", help="of the written weights, e.g. bfloat16")
+    parser.add_argument(
+        "--trusted-packages",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="packages of your own whose classes the run names, such as its optimizer",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code in the model's repository, if the run did",
+    )
     return parser
 
 

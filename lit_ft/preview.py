@@ -1,8 +1,8 @@
-"""Look at data as a model will see it: `python -m lit_ft.preview data.path=my.jsonl`.
+"""Show data as a model sees it: `python -m lit_ft.preview data.path=my.jsonl`.
 
-The arguments are those of train.py. Each row is shown with the chat template applied and with what
-is learnt marked, then the rows are counted: what is cut or left out and why, how long they are, how
-full the batches would be, and how long an epoch would take.
+The preview takes the arguments of train.py. It shows rows with the chat template applied, and marks
+the text that is learnt. Then it counts the rows, including those that are cut or left out, and
+their tokens. It also shows the lengths of rows, the padding in a batch and the time of an epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lit_ft.run.trust import refuse_untrusted, trusted_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Show the rows, then their counts; with `--html`, as a page too."""
+    """Show rows and their counts in the terminal, and with `--html` on a page too."""
     options = _parser().parse_intermixed_args(arguments)
     quieten_libraries()
     try:
@@ -65,7 +65,7 @@ def _show(preview: Preview, options: argparse.Namespace, runs: Path) -> None:
 def _counted(
     encoded: Iterator[EncodedRow], sample: int | None, before: list[EncodedRow]
 ) -> tuple[list[EncodedRow], bool]:
-    """Read more rows, up to `sample` of them with those before, and say whether these are all."""
+    """Read on up to `sample` rows. Return them, with those before, and whether they are all."""
     missing = None if sample is None else max(0, sample - len(before))
     more = track(
         islice(encoded, missing),
@@ -75,7 +75,7 @@ def _counted(
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    # Counts need no tokens, and those of all rows might not fit into memory.
+    # Counts need no tokens, and the tokens of all rows might not fit into memory.
     rows = [row._replace(input_ids=[], labels=[], prompt="") for row in [*before, *more]]
     return rows, next(encoded, None) is None
 
@@ -93,17 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "settings", nargs="*", help="choices and settings of train.py, such as data.path=my.jsonl"
     )
-    parser.add_argument("--rows", type=int, default=5, help="rows to show of each source (5)")
-    parser.add_argument("--skip", type=int, default=0, help="rows to skip before those shown (0)")
+    parser.add_argument("--rows", type=int, default=5, help="number of rows to show (5)")
+    parser.add_argument("--skip", type=int, default=0, help="number of rows to skip first (0)")
     parser.add_argument(
         "--sample",
         type=_number_or_all,
         default=1000,
         metavar="N",
-        help="rows to count, or `all` (1000)",
+        help="number of rows to count, or `all` (1000)",
     )
-    parser.add_argument("--ids", action="store_true", help="show the ids of the tokens")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
+    parser.add_argument("--ids", action="store_true", help="show token ids")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page too")
     return parser
 
 

@@ -88,7 +88,7 @@ def test_reports_count_what_is_cut_and_dropped(
     assert len(dropped.train_examples) + len(dropped.val_examples) == 75
     with pytest.raises(ValueError, match=r"\(0 examples.* as too long\)\. Raise max_length"):
         ready(tokenizer, str(path), max_length=5, overlong="drop")
-    with pytest.raises(ValueError, match="dropped for want of a target.*Raise max_length"):
+    with pytest.raises(ValueError, match="dropped for lack of a target.*Raise max_length"):
         ready(tokenizer, str(path), max_length=5)
 
 

@@ -119,11 +119,37 @@ def test_what_is_no_run_or_has_no_such_checkpoint_is_named(run_dir, tmp_path):
         main([str(run_dir), "--dtype", "bfloat17"])
 
 
-def test_the_configuration_of_a_run_is_not_trusted_either(run_dir):
+def changed(run_dir, change):
     summary = json.loads((run_dir / "summary.json").read_text())
-    summary["config"]["module"]["model"]["_target_"] = "os.system"
+    change(summary["config"])
     (run_dir / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(SystemExit, match=r"os\.system: only classes of"):
+
+
+def test_a_run_does_not_say_itself_what_is_trusted(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+
+    def hostile(config):
+        config["trusted_packages"] = ["tests", "os"]
+        config["module"]["loss"] = {"_target_": "tests.support.marker.Marker"}
+
+    changed(run_dir, hostile)
+    with pytest.raises(SystemExit, match=r"tests\.support.*--trusted-packages tests"):
+        main([str(run_dir)])
+    assert not (tmp_path / "marker").exists()
+    main([str(run_dir), "--trusted-packages", "tests"])
+    assert (tmp_path / "marker").exists()
+
+
+def test_a_run_that_ran_remote_code_asks_for_trust_again(run_dir):
+    def remote(config):
+        config["module"]["model"] = {
+            "_target_": "lit_ft.models.Pretrained",
+            "name_or_path": "somebody/something",
+            "trust_remote_code": True,
+        }
+
+    changed(run_dir, remote)
+    with pytest.raises(SystemExit, match=r"trust_remote_code=True.*add --trust-remote-code"):
         main([str(run_dir)])
 
 

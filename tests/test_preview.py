@@ -97,11 +97,11 @@ def test_rows_are_counted_and_their_fates_named(shown):
     text = shown(rows, "data.max_length=100", "--rows", "6")
     assert figure(text, "rows read") == "6"
     assert figure(text, "examples") == "4"
-    assert figure(text, "left out as too long") == "1"
+    assert figure(text, "left out: too long") == "1"
     assert figure(text, "bad") == "1"
-    assert figure(text, "longer than data.max_length=100") == "20.0% of rows"
+    assert figure(text, "longer than data.max_length=100") == "20.0% of the rows"
     assert "more than data.max_length=100" in text
-    assert ":5 · bad: not trained on" in text
+    assert ":5 · bad: training cannot use it" in text
     assert "the row is in the format Text {text}, and those before it are" in text
     assert "1 row" in figure(text, "!") and "an answer is empty" in figure(text, "!")
 
@@ -136,7 +136,8 @@ def test_the_time_of_an_epoch_is_that_of_the_newest_run_of_the_model(shown, tmp_
     (tmp_path / "runs" / "cut" / "summary.json").write_text("{")
     text = shown([chat(*row) for row in ROWS])
     tokens = int(figure(text, "an epoch").split()[0])
-    assert f"0:00:{round(tokens / 10):02d} at the 10 tokens/s of runs/a" in figure(text, "an epoch")
+    time = f"0:00:{round(tokens / 10):02d} at 10 tokens/s, the speed of runs/a"
+    assert time in figure(text, "an epoch")
 
 
 @pytest.mark.smollm2
@@ -147,7 +148,7 @@ def test_the_time_of_an_epoch_is_that_of_the_newest_run_of_the_model(shown, tmp_
         (["data.max_lenght=3"], "max_length"),
         (["model=pretrained"], "model.name_or_path"),
         (["model=tyni"], "tiny"),
-        (["data._target_=lit_ft.Other"], "only the data of"),
+        (["data._target_=lit_ft.Other"], "shows only the data of"),
         (["data._target_=os.system"], "trusted_packages"),
         (["data.path=empty.jsonl"], "the file has no rows"),
     ],

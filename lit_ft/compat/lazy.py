@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Import the names of a package when they are first used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def on_demand(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package that imports its names on demand (PEP 562).
+    """Return a `__getattr__` with which a package imports its names on demand (PEP 562).
 
-    Whoever needs one name should not wait the seconds that the imports of the others take.
+    A program that needs one name does not wait for the imports of the others, which take seconds.
 
     Args:
         package: The full name of the package.

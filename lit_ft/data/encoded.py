@@ -1,4 +1,4 @@
-"""Encoded rows, and counts of what became of each row."""
+"""Encoded rows, and counts of the rows that are kept, cut or left out."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class EncodedRow(NamedTuple):
         input_ids: The token ids, [tokens]; empty if the row was left out.
         labels: The unshifted labels, [tokens]; -100 where there is nothing to learn.
         num_tokens: The number of token ids.
-        row_tokens: The number of tokens of the whole row, before it is cut, split or left out; 0
-            from the second part of a split row on.
+        row_tokens: The number of tokens in the whole row, before it is cut, split or left out. If a
+            row is split, its first part has this number, and the other parts have 0.
         num_targets: The number of labels that are not -100.
-        truncated: Whether tokens were cut off, because the row was too long.
+        truncated: Whether tokens were cut off because the row was too long.
         overlong: Whether the row was left out because it was too long.
         prompt: The messages before the last assistant turn, as JSON; empty if there are none.
         held_out: Whether the row is for validation; None if the source does not decide this.
         notes: The notes about the row, which are counted over all rows; see `lit_ft.data.notes`.
-        error: The message of the error for which the row was skipped; empty otherwise.
+        error: The message of the error that the row caused; empty if it caused none.
         digest: A number that is the same for rows with the same tokens and labels.
     """
 
@@ -65,9 +65,9 @@ class EncodingReport:
             learnt.
         skipped: The number of rows left out because they could not be read or encoded.
         tokens: The number of tokens in the examples.
-        targets: The number of tokens in the examples that are learnt.
-        notes: The number of rows that each note is about and the first such row, keyed by note.
-        errors: The messages of the errors for which rows were skipped.
+        targets: The number of learnt tokens in the examples.
+        notes: The number of rows that each note is about, and the first of them, keyed by note.
+        errors: The messages of the errors that the skipped rows caused.
     """
 
     examples: int = 0
@@ -131,7 +131,7 @@ class EncodingReport:
         counts = [
             (self.truncated, "truncated"),
             (self.dropped_overlong, "dropped as too long"),
-            (self.dropped_without_targets, "dropped for want of a target"),
+            (self.dropped_without_targets, "dropped for lack of a target"),
             (self.skipped, "skipped as bad"),
         ]
         return "; ".join([line, *(f"{count:,} {what}" for count, what in counts if count)])

@@ -103,7 +103,7 @@ class Encoder:
         rows = iter(rows)
         while several := list(islice(rows, AT_ONCE)):
             contents = [_as_chat(row.content) for row in several]
-            with suppress(Refusal):  # of a tokenizer without a template, which each chat raises
+            with suppress(Refusal):  # without a chat template, each chat raises this below
                 self._chat.prepare(one for one in contents if isinstance(one, Conversation))
             for row, content in zip(several, contents, strict=True):
                 try:
@@ -254,7 +254,7 @@ class Encoder:
 
 
 def _as_chat(content: Content | ValueError) -> Content | ValueError:
-    """Return the chat that a row's content is, or any other content as it is."""
+    """Return the content as a chat if it is one, and unchanged otherwise."""
     chat = None if isinstance(content, ValueError) else chat_of(content)
     return content if chat is None else chat
 
@@ -291,7 +291,7 @@ def turns_to_learn(train_on: TrainOn) -> TrainOn:
     roles = dict.fromkeys(ROLES.values())
     if isinstance(train_on, str) or not train_on or not set(train_on) <= set(roles):
         raise ValueError(
-            f"train_on={train_on}: use assistant, last or all, or a list of roles, which are "
+            f"train_on={train_on}: use assistant, last or all, or a list of these roles: "
             f"{', '.join(roles)}."
         )
     return tuple(train_on)
@@ -306,7 +306,7 @@ def load_chat_template(name: str) -> str:
     """Return the shipped template `plain`, or the text of the Jinja file `name`.
 
     Raises:
-        ValueError: If `name` is neither of them.
+        ValueError: If `name` is neither `plain` nor the path of a text file.
     """
     shipped = files("lit_ft.data") / "templates" / f"{name}.jinja"
     if shipped.is_file():

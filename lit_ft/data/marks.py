@@ -1,4 +1,4 @@
-"""Replace the texts of a chat by marks, and find what its template writes between them.
+"""Replace the texts of a chat with marks, and find what its template writes between them.
 
 A *rendering* is the text that a template makes of a chat. Its *words* are the pieces that the
 template itself writes before, between and after the marks.
@@ -38,7 +38,7 @@ class Words(NamedTuple):
     """The template's words in a rendering of marks, and the marks between them.
 
     Args:
-        words: The words in order, one more than there are marks.
+        words: The words in order. There is one more word than there are marks.
         marks: The marks in order, each as the index of a message and the number of a text.
     """
 
@@ -54,8 +54,8 @@ def mark_texts(
     Args:
         chat: The chat to mark.
         stem: The string that each mark begins and ends with.
-        empty: The empty contents that get a mark too: "all", "answers" for those of assistant
-            messages, "alone" for those of assistant messages without any other text, or "none".
+        empty: The empty contents that get a mark too: "all" or "none" of them, "answers" for those
+            of assistant messages, or "alone" for those of assistant messages without other texts.
     """
     texts: list[Text] = []
 
@@ -102,12 +102,12 @@ def put_back(
 
     Args:
         text: The rendering of the chat with its own texts.
-        words: The words and marks in the rendering of the chat with marks.
+        words: The words and marks that `split_at_marks` finds in the rendering with marks.
         texts: The texts of the chat, in the order of their numbers.
 
     Returns:
         The index of the character at which each word starts, the places [first, last) of the texts,
-        and the texts that the template has changed. None if the rendering has other words.
+        and the texts that the template has changed; None if the rendering has other words.
     """
     starts, spans, changed = [0], [], []
     if not text.startswith(words.words[0]):
@@ -142,7 +142,7 @@ def key_of(chat: Conversation) -> str:
 
 
 def chat_of_key(key: str) -> Conversation:
-    """Return the chat that `key_of` has turned into a key."""
+    """Return the chat that `key_of` turned into JSON."""
     messages, tools, options = json.loads(key)
     return Conversation(messages, tools, options)
 

@@ -54,7 +54,7 @@ class _Tokens(NamedTuple):
 class ChatEncoder:
     """Turns chats into tokens, and chooses the tokens that are learnt.
 
-    A learnt turn is learnt together with the marker that ends it. An answer, which is a turn of the
+    If a turn is learnt, the marker that ends it is learnt too. An answer, which is a turn of the
     assistant, begins after the prompt that opens it. The tokens before a learnt answer are the same
     as when the model is prompted for the answer.
 
@@ -95,9 +95,10 @@ class ChatEncoder:
         self._prepared: dict[int, tuple[Conversation, Rendering, _Tokens]] = {}
 
     def prepare(self, chats: Iterable[Conversation]) -> None:
-        """Tokenise several chats in one call, which uses all cores, for the calls that follow.
+        """Tokenise several chats in one call, which uses all cores.
 
-        A chat that cannot be rendered is left to its own call, which raises the error.
+        When these chats are then encoded one by one, their tokens are ready. A chat that cannot be
+        rendered is skipped here, and encoding it raises the error.
         """
         found = []
         for chat in chats:
@@ -135,7 +136,7 @@ class ChatEncoder:
     def _tokens_apart(
         self, chat: Conversation, rendering: Rendering, learnt: list[Turn], tokens: _Tokens
     ) -> tuple[_Tokens, list[str]]:
-        """Return the tokens of a rendering, and notes about control tokens and merging prompts.
+        """Return the tokens of a rendering, and notes about control tokens and prompts that merge.
 
         Args:
             chat: The chat.
@@ -213,7 +214,7 @@ class ChatEncoder:
     def _notes_on_ends(
         self, rendering: Rendering, learnt: list[Turn], ids: list[int], targets: list[int]
     ) -> list[str]:
-        """Return notes about learnt turns without an end token, and append one to the last turn."""
+        """Return notes on learnt turns without an end token, and add one to the last turn."""
         said = []
         for turn in learnt:
             if not turn.end:

@@ -27,8 +27,8 @@ def split(table: Dataset, *, val_fraction: float) -> tuple[Dataset, Dataset]:
 
     Args:
         table: The encoded rows of one source.
-        val_fraction: The share of the rows to validate on, between 0 and 1, if the source marks
-            none.
+        val_fraction: The share of the rows to validate on, between 0 and 1. It is used if the
+            source does not mark the rows for validation.
     """
     if _splits_itself(table):
         return side(table, held_out=False), side(table, held_out=True)
@@ -77,7 +77,7 @@ def mix(tables: Sequence[Any], weights: Sequence[float], *, seed: int) -> Any:
 
 
 class Bins(TorchDataset[list[dict[str, NDArray[np.int64]]]]):
-    """Rows to batch, each with one or more examples that follow one another.
+    """The rows that batches are made of, each with one or more examples in a sequence.
 
     Args:
         table: The table of examples.

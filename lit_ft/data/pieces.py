@@ -1,4 +1,4 @@
-"""Token ids as pieces of text, to show a person what a model sees."""
+"""Split token ids into pieces of text, to show people the tokens that a model sees."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lit_ft.loss.targets import IGNORE_INDEX
 
 
 class Piece(NamedTuple):
-    """The smallest piece of a text that is made of whole tokens and of whole characters.
+    """A piece of text that is as short as whole tokens and whole characters allow.
 
     Args:
         text: The text of the piece.
-        ids: The ids of its tokens; several where a character is made of several tokens.
-        is_learnt: Whether one of its tokens is learnt.
-        is_control: Whether it is a control token, such as the end of a turn.
+        ids: The token ids of the piece. There are several if one character takes several tokens.
+        is_learnt: Whether any token of the piece is learnt.
+        is_control: Whether the piece is a control token, such as the end of a turn.
     """
 
     text: str

@@ -69,11 +69,12 @@ def source_choices(
     sources: Sequence[Mapping[str, Any]] | None,
     options: Mapping[str, Any] | None = None,
 ) -> list[Mapping[str, Any]]:
-    """Return the choice of each training source, as `weighted_sources` takes it.
+    """Return the training sources in the form that `weighted_sources` takes.
 
     Args:
-        path: The path of the only source.
-        sources: Several sources in place of `path`; None takes `path`.
+        path: The path of the training source, if there is only one.
+        sources: The training sources, in the form that `weighted_sources` takes; None uses the one
+            at `path`.
         options: The options of the source at `path`.
 
     Raises:

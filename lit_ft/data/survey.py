@@ -1,4 +1,4 @@
-"""What the rows of a source become: counts, lengths, and how full the batches are."""
+"""Count the rows of a source, their lengths, and the padding in their batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Bar(NamedTuple):
     """A bar of a histogram of lengths.
 
     Args:
-        first: The fewest tokens of a row in this bar.
-        last: The most tokens of a row in this bar.
-        num_rows: The number of rows.
+        first: The smallest number of tokens that a row in this bar can have.
+        last: The largest number of tokens that a row in this bar can have.
+        num_rows: The number of rows in this bar.
     """
 
     first: int
@@ -34,11 +34,11 @@ class Survey:
 
     Args:
         num_rows: The number of rows that were read.
-        total_rows: The number of rows of the source, about; None where it is unknown.
+        total_rows: The approximate number of rows in the source; None if it is unknown.
         report: The counts of examples, and of rows that were cut or left out.
-        row_tokens: The number of tokens of each row that could be encoded, before it is cut or
-            left out, [rows].
-        num_tokens: The number of tokens of each example, [examples].
+        row_tokens: The number of tokens in each row before it is cut or left out, [rows]. Rows
+            that could not be encoded are missing.
+        num_tokens: The number of tokens in each example, [examples].
     """
 
     num_rows: int
@@ -49,7 +49,7 @@ class Survey:
 
     @classmethod
     def of(cls, rows: Sequence[EncodedRow], *, total_rows: int | None) -> Survey:
-        """Count rows. Those with the same origin are parts of one."""
+        """Count encoded rows. Those with the same origin are parts of one row."""
         row_tokens = np.array([row.row_tokens for row in rows], dtype=np.int64)
         num_tokens = np.array([row.num_tokens for row in rows if row.num_targets], dtype=np.int64)
         return cls(
@@ -62,7 +62,7 @@ class Survey:
 
     @property
     def scale(self) -> float | None:
-        """How many times more rows the source has than were read; None where it is unknown."""
+        """The rows in the source divided by the rows read, at least 1; None if it is unknown."""
         if self.total_rows is None:
             return None
         return max(1.0, self.total_rows / max(1, self.num_rows))
@@ -72,10 +72,10 @@ class Survey:
         return float((self.row_tokens > max_length).mean()) if len(self.row_tokens) else 0.0
 
     def histogram(self, max_length: int) -> list[Bar]:
-        """Return a histogram of the rows' lengths, with two bars an octave.
+        """Return a histogram of the rows' lengths, with two bars for each doubling of the length.
 
         Args:
-            max_length: The largest number of tokens in an example; no bar reaches across it.
+            max_length: The largest number of tokens in an example, at which a bar ends.
         """
         if not len(self.row_tokens):
             return []
@@ -99,7 +99,7 @@ def filled_by_batching(
     """Return the share of tokens in an epoch's batches that are not padding.
 
     Args:
-        num_tokens: The number of tokens of each example, [examples].
+        num_tokens: The number of tokens in each example, [examples].
         batch_size: The number of rows in a micro-batch.
         micro_batches: The number of micro-batches in an optimizer step.
         group_by_length: Whether rows of similar length share a global batch.

@@ -1,4 +1,4 @@
-"""The arguments of the command line: paths as people type them, and the configuration they mean."""
+"""Turn the arguments of the command line into a configuration, with paths as people type them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
     """Return the configuration that `python train.py` would have with these arguments.
 
     Args:
-        arguments: The choices and settings, such as `model=tiny` or `data.path=my.jsonl`.
+        arguments: The choices and settings, such as `model=tiny` and `data.path=my.jsonl`.
         config_dir: The folder that holds train.yaml.
 
     Raises:
-        ValueError: If an argument is wrong, or a mandatory setting is missing.
+        ValueError: If an argument is wrong, if a mandatory setting is missing, or if `config_dir`
+            holds no train.yaml.
     """
     if not (config_dir / "train.yaml").is_file():
         raise ValueError(
-            f"{config_dir} holds no train.yaml: run this from a clone of the repository, installed "
-            "with `pip install -e .`."
+            f"{config_dir} holds no train.yaml: clone the repository, and install lit_ft from the "
+            "clone with `pip install -e .`."
         )
     arguments = quoted_paths(arguments)
     try:
@@ -57,13 +58,12 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
 
 
 def quoted_paths(arguments: Sequence[str]) -> list[str]:
-    """Put quotes around paths that Hydra would not read as they are.
+    """Put quotes around the paths that Hydra would not read as paths.
 
-    Hydra has a grammar of its own, in which `data.path=my (1).jsonl` is an error and
-    `data.path=2024` a number.
+    In Hydra's own grammar, `data.path=my (1).jsonl` is an error, and `data.path=2024` is a number.
 
     Args:
-        arguments: The arguments as the user typed them.
+        arguments: The command-line arguments as the user typed them.
     """
     return [_quoted(argument) for argument in arguments]
 
@@ -80,7 +80,7 @@ def _quoted(argument: str) -> str:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
         several = value.split(",")
-        if not exists and all(map(_exists, several)):  # of a sweep
+        if not exists and all(map(_exists, several)):  # the paths of a sweep
             return f"{setting}={','.join(map(_in_quotes, several))}"
         return f"{setting}={_in_quotes(value)}"
     if not is_path or (override.is_sweep_override() and not exists):
@@ -94,11 +94,11 @@ def _quoted(argument: str) -> str:
 def _exists(path: str) -> bool:
     try:
         return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no such user
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user
         return False
 
 
 def _in_quotes(value: str) -> str:
-    # Hydra reads a backslash as one, except ahead of a quote.
+    # To Hydra, a backslash is an ordinary character unless a quote follows.
     escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + "\\'" * bool(end[2]), value)
     return f"'{escaped}'"

@@ -91,7 +91,7 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
 def also_chosen(
     choices: Mapping[str, Any], overrides: Sequence[str], *, config_dir: str | Path
 ) -> str:
-    """Return a line that lists the choices made by other choices; empty if there are none.
+    """Return a line with the choices that the user's choices bring along; empty if there are none.
 
     A choice is listed if it differs from the default in train.yaml and no override names its group.
 

@@ -12,7 +12,7 @@ _WARNINGS = (
     "`isinstance\\(treespec, LeafSpec\\)`",  # lightning calls torch
     "`torch.jit.script",  # torch calls itself
     "`is_gradient_checkpointing` is deprecated",  # peft calls transformers
-    "PiSSA changes the base weights",  # exported as an adapter for the original ones
+    "PiSSA changes the base weights",  # the export is for the original weights
     ".*does not have many workers",  # tokenised data is read from a memory map
     ".*sync_dist=True",  # the module logs values that are the same on all ranks
     "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
@@ -21,7 +21,7 @@ _MESSAGES = (
     "litlogger",  # advertisements
     "litmodels",
     "TPU available",
-    "GPU available: False",  # Lightning says so itself if a GPU exists and is not used
+    "GPU available: False",  # another message says if a GPU is not used
 )
 
 
@@ -35,7 +35,7 @@ def quieten_libraries() -> None:
     # At import, bitsandbytes reports that a kernel for AVX512-BF16 is missing. Others replace it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers imports torchao if it is installed. torchao then reports kernels that are for
-    # other machines, and torch warns of the types that torchao registers.
+    # other machines, and torch warns about the types that torchao registers.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").addFilter(
         lambda record: "register_constant" not in record.getMessage()

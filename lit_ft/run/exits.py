@@ -1,4 +1,4 @@
-"""Exit with the codes that a shell expects, and with a message where a traceback would not help."""
+"""Exit with the codes that a shell expects, and with a message if a traceback would not help."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lit_ft.data.encoding import load_chat_template
 from lit_ft.data.turns import end_tokens
-from lit_ft.run.config import refuse_untrusted
 from lit_ft.run.old_names import with_current_names
 from lit_ft.run.summary import read_summary
+from lit_ft.run.trust import refuse_remote_code, refuse_untrusted
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 
@@ -28,6 +28,8 @@ def export_run(
     merge: bool = True,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
+    trusted_packages: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> Path:
     """Export a checkpoint of the run in `run_dir`.
 
@@ -42,6 +44,9 @@ def export_run(
         max_shard_size: The largest size of one file, such as "5GB". It applies only to a fully
             fine-tuned model whose checkpoint several ranks saved. At any time, no more than this
             much of that model is in memory.
+        trusted_packages: The packages besides lit_ft and its libraries whose classes the run may
+            name. What the run itself trusted does not count.
+        trust_remote_code: Whether to run Python code from the model's repository, if the run did.
 
     Returns:
         The folder that was written.
@@ -67,7 +72,10 @@ def export_run(
             f"{run_dir} has no checkpoint '{checkpoint}': it has {', '.join(found) or 'none'}."
         )
     config: dict[str, Any] = with_current_names(summary["config"])
-    refuse_untrusted(config, also=config["trusted_packages"])
+    trust = "--trusted-packages {package}"
+    refuse_untrusted({"module": config["module"]}, also=trusted_packages, remedy=trust)
+    if not trust_remote_code:
+        refuse_remote_code(config["module"])
     module = instantiate(config["module"], _convert_="all")
     if module.tokenizer is not None and (template := config["data"].get("chat_template")):
         module.tokenizer.chat_template = load_chat_template(template)  # the one it was trained with

@@ -25,7 +25,7 @@ from lit_ft.run.summary import status_of
 def remedies_for_out_of_memory(
     module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
 ) -> Iterator[None]:
-    """Make an out-of-memory error name settings that need less memory and suit this run.
+    """Add the settings that need less memory in this run to the message of an out-of-memory error.
 
     Args:
         module: The module that is trained.

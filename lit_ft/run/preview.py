@@ -1,4 +1,4 @@
-"""Look at data as a model will see it: the first rows, and counts of those that follow."""
+"""Read the data of a configuration as a model sees it, and count its rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Speed:
     """The measured speed of an earlier run.
 
     Args:
-        tokens_per_second: The number of tokens that the run trained on in a second.
+        tokens_per_second: The number of tokens that the run trained on per second.
         run_dir: The folder of the run.
     """
 
@@ -37,20 +37,22 @@ class Speed:
 class Preview:
     """The data that a configuration names, encoded as for training.
 
-    Bad rows are kept, with their errors, whatever the configuration does with them.
+    Bad rows are kept with their errors, whatever `data.bad_rows` is.
 
     Args:
-        config: The resolved configuration of `train.py`, whose classes are trusted.
+        config: The resolved configuration of `train.py`. It must name only trusted classes.
 
     Raises:
-        ValueError: If the data or the tokenizer is not there, or a setting of the data is wrong.
+        ValueError: If the data or the tokenizer does not exist, if a setting of the data is wrong,
+            or if the data module is not `DATAMODULE`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         data = config["data"]
         if data.get("_target_") != DATAMODULE:
             raise ValueError(
-                f"data._target_={data.get('_target_')}: only the data of {DATAMODULE} can be shown."
+                f"data._target_={data.get('_target_')}: the preview shows only the data of "
+                f"{DATAMODULE}."
             )
         nested = {key: value for key, value in data.items() if key != "_target_"}
         self.settings = instantiate({"_target_": "builtins.dict", **nested}, _convert_="all")
@@ -76,16 +78,16 @@ class Preview:
             self.sources += weighted_sources([own], format=format)
 
     def rows(self, source: WeightedSource) -> Iterator[EncodedRow]:
-        """Yield the rows of a source, encoded, in its order."""
+        """Yield the encoded rows of a source, in the order of the source."""
         return self.encoder(parse(source.source, source.format, keep_errors=True))
 
     def survey(self, source: WeightedSource, rows: list[EncodedRow], *, is_whole: bool) -> Survey:
-        """Count rows of a source.
+        """Count the encoded rows of a source.
 
         Args:
             source: The source of the rows.
-            rows: The rows that were read.
-            is_whole: Whether these are all rows of the source.
+            rows: The encoded rows to count.
+            is_whole: Whether `rows` are all rows of the source.
         """
         count = getattr(source.source, "num_rows", None)
         read = len({row.origin for row in rows})
@@ -93,10 +95,11 @@ class Preview:
         return Survey.of(rows, total_rows=total)
 
     def last_speed(self, runs: Path) -> Speed | None:
-        """Return the speed of the newest run of this model; None if there is none.
+        """Return the speed of the newest run of the same model; None if no run has measured one.
 
         Args:
-            runs: The folder with the folders of runs; a sweep's jobs are one folder deeper.
+            runs: The folder that holds the folders of runs. The jobs of a sweep are one folder
+                deeper.
         """
         found = chain(runs.glob("*/summary.json"), runs.glob("*/*/summary.json"))
         for file in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -104,7 +107,7 @@ class Preview:
                 summary = json.loads(file.read_text(encoding="utf-8"))
                 speed, model = summary["tokens_per_second"], summary["config"]["model"]
             except (OSError, ValueError, LookupError, TypeError):
-                continue  # cut while it was written, or of another program
+                continue  # incomplete, or written by another program
             if speed and model == self.model:
                 return Speed(speed, file.parent)
         return None
@@ -114,7 +117,7 @@ class Preview:
         source.check()
         tokenizer = source.load_tokenizer()
         if tokenizer is None:
-            raise ValueError(f"The model {source.name} has no tokenizer, so no text can be shown.")
+            raise ValueError(f"The model {source.name} has no tokenizer, so it has no preview.")
         if template := self.settings.get("chat_template"):
             tokenizer.chat_template = load_chat_template(template)
         loaded: PreTrainedTokenizerBase = tokenizer

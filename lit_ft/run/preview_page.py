@@ -1,4 +1,4 @@
-"""A preview as a page: one file that opens without a network."""
+"""Write a preview as a page: one file that opens without a network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lit_ft.run.preview_facts import facts, fate, remarks
 
 @dataclass(frozen=True)
 class Section:
-    """What a page shows of a source.
+    """The part of a page that shows one source.
 
     Args:
         name: The name that the user gave the source.
-        rows: The rows to show.
+        rows: The encoded rows to show.
         survey: The counts of the source's rows.
     """
 
@@ -37,10 +37,10 @@ def write_page(
     """Write a page with rows, counts and histograms.
 
     Args:
-        file: The file to write.
-        preview: The data, with its tokenizer.
-        sections: What to show of each source.
-        speed: The speed of an earlier run; None if there is none.
+        file: The HTML file to write, whose folder is created if it is missing.
+        preview: The data that is shown, with its tokenizer.
+        sections: The sections of the page, one for each source.
+        speed: The measured speed of an earlier run; None if no run has measured one.
     """
     max_length = preview.encoder.max_length
     template = (files("lit_ft.run") / "preview.html.jinja").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A preview in the terminal."""
+"""Show a preview in the terminal."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lit_ft.run.preview_facts import facts, fate, remarks
 
 LEARNT = "bold underline green"
 CONTROL = "dim cyan"
-BRACKETS = "⟦", "⟧"  # around what is learnt, where there are no styles
-WIDTH = 30  # characters of the longest bar
+BRACKETS = "⟦", "⟧"  # around learnt text, if the output has no styles
+WIDTH = 30  # the length of the longest bar in characters
 
 
 def legend(console: Console) -> Text:
-    """Return a line that says how learnt text looks."""
+    """Return a line that says how learnt text is marked."""
     if console.is_terminal:
         return Text.assemble(("Underlined, bold text", LEARNT), " is learnt; the rest is context.")
     return Text(f"Text between {BRACKETS[0]} and {BRACKETS[1]} is learnt; the rest is context.")
 
 
 def shown_row(console: Console, preview: Preview, row: EncodedRow, *, with_ids: bool) -> Panel:
-    """Return a row as a panel: its text, and what becomes of it.
+    """Return a panel with the text of a row and how training treats it.
 
     Args:
-        console: The console that will print it.
-        preview: The data, with its tokenizer.
+        console: The console that prints the panel.
+        preview: The data that is shown, with its tokenizer.
         row: The row to show.
-        with_ids: Whether each piece is followed by the ids of its tokens.
+        with_ids: Whether the token ids follow each piece of text.
     """
     body = Text(overflow="fold")
     if row.error:
@@ -59,7 +59,7 @@ def _append(body: Text, piece: Piece, with_ids: bool) -> None:
 
 
 def _bracketed(preview: Preview, row: EncodedRow, with_ids: bool) -> Text:
-    """Return the text of a row with brackets around what is learnt."""
+    """Return the text of a row with brackets around the learnt parts."""
     body, was_learnt = Text(overflow="fold"), False
     for piece in pieces(preview.tokenizer, row.input_ids, row.labels):
         if piece.is_learnt != was_learnt:
@@ -74,7 +74,7 @@ def _ids(piece: Piece) -> str:
 
 
 def shown_survey(preview: Preview, survey: Survey, speed: Speed | None) -> Iterable[Table | Text]:
-    """Yield the counts of a source, a histogram of its lengths, and what is worth telling."""
+    """Yield a source's counts, a histogram of its rows' lengths, its notes and its errors."""
     table = Table(box=None, show_header=False)
     for what, figure in facts(preview, survey, speed):
         table.add_row(Text(what, "bold"), figure)
@@ -82,7 +82,7 @@ def shown_survey(preview: Preview, survey: Survey, speed: Speed | None) -> Itera
     max_length = preview.encoder.max_length
     bars = survey.histogram(max_length)
     if bars:
-        yield Text("\nTokens of a row, before anything is cut", "bold")
+        yield Text("\nTokens per row, before rows are cut", "bold")
         yield _histogram(bars, max_length)
     for line in remarks(survey):
         yield Text(f"! {line}", "yellow")

@@ -64,7 +64,12 @@ _RUN_BY_HYDRA = (
 )
 
 
-def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> None:
+def refuse_untrusted(
+    config: Mapping[str, Any],
+    *,
+    also: Sequence[str] = (),
+    remedy: str = "trusted_packages=[{package}]",
+) -> None:
     """Raise ValueError if a `_target_` is neither a class of a known kind nor of `also`.
 
     The object decides, not its name: `lit_ft.x.shutil.rmtree` is a function of shutil.
@@ -72,6 +77,7 @@ def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> 
     Args:
         config: The configuration as plain dicts, lists and values.
         also: The names of further packages that the user trusts, with all that they define.
+        remedy: What gives trust on the command line, with `{package}` for the package's name.
     """
     for path, target in _targets(config):
         if not _is_trusted(target, also):
@@ -79,7 +85,7 @@ def refuse_untrusted(config: Mapping[str, Any], *, also: Sequence[str] = ()) -> 
                 f"{path}._target_={target}: this is no class that a configuration may name. Those "
                 f"are the classes of lit_ft, and of {', '.join(LIBRARIES)} the optimizers, "
                 "schedules, callbacks, loggers, strategies, plugins and configurations. If you "
-                f"trust it, add trusted_packages=[{_defined_in(target)}] to the command line."
+                f"trust it, add {remedy.format(package=_defined_in(target))} to the command line."
             )
 
 
@@ -107,6 +113,19 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
                 "trust the code of this repository, repeat it there."
             )
     return list(config.get("trusted_packages") or ())
+
+
+def refuse_remote_code(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a run's configuration lets a model's repository run code.
+
+    A document does not authorise itself: whoever reads it decides again.
+    """
+    for path, value in _values(config, "trust_remote_code"):
+        if value:
+            raise ValueError(
+                f"The run set {path}={value}, which runs the Python code in the model's "
+                "repository. If you trust it, add --trust-remote-code."
+            )
 
 
 def hold_hydra_to_command_line(arguments: Sequence[str], *, config_dir: Path) -> None:

@@ -103,7 +103,7 @@ def check_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
     """Raise FloatingPointError, on every rank, if a gradient is not finite.
 
     Args:
-        gradients: The gradient of each layer, by name; None for a layer that has none.
+        gradients: The gradient of each layer, keyed by name; None for a layer that has none.
         step: The optimizer step that the gradients are for.
     """
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}

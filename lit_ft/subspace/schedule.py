@@ -59,14 +59,16 @@ class Refresh:
 
 
 class RefreshSchedule:
-    """Keeps each layer's next turn, the same on every rank; a resumed run continues it.
+    """Keeps the step of each layer's next turn, at which its basis moves.
+
+    The schedule is the same on every rank, and a resumed run continues it.
 
     Args:
         names: The names of the layers, in the order in which they take turns.
         refresh: The settings for how often bases move.
         every: The projector's interval in optimizer steps, used if `refresh` sets none.
-        at_once: Whether all layers have their first turn at step 0. This is for rules that compute
-            the basis from a step's own gradient, before that step.
+        at_once: Whether all layers have their first turn at step 0. Projectors need this if they
+            compute the basis from the gradient of the step that follows.
         step: The optimizer step that comes next, counted from 0.
     """
 

@@ -88,7 +88,9 @@ class SubspaceStats:
             layer.energy.requires_grad_(steps == 1)
 
     def record_step(self, name: str, *, scale: float, lr: float) -> None:
-        """Measure one layer's step, before its fold, if it is the last step before a snapshot.
+        """Measure one layer's step. Call this before the step is folded into the weight.
+
+        Only the last step before a snapshot is measured; other calls do nothing.
 
         Args:
             name: The name of the layer.

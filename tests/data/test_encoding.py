@@ -252,7 +252,7 @@ def test_every_row_is_counted_once(tokenizer: PreTrainedTokenizerFast) -> None:
     total = report() + report(overlong="drop")
     assert (total.examples, total.dropped_overlong, total.dropped_without_targets) == (6, 3, 3)
     assert "6 examples" in str(total)
-    assert "3 dropped as too long; 3 dropped for want of a target" in str(total)
+    assert "3 dropped as too long; 3 dropped for lack of a target" in str(total)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

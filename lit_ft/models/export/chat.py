@@ -30,13 +30,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def stop_at(folder: str | Path, end_tokens: Sequence[int]) -> None:
-    """Add tokens to those at which `generate` stops with an exported model.
+    """Make `generate` stop at additional tokens with an exported model.
 
     Args:
         folder: The folder of the exported model. A folder that holds only an adapter stays as it
             is.
-        end_tokens: The ids of the tokens to add, which end an answer. If there are none, the folder
-            stays as it is.
+        end_tokens: The ids of the additional tokens, which end an answer. If there are none, the
+            folder stays as it is.
     """
     path, model = Path(folder) / "generation_config.json", Path(folder) / "config.json"
     if not end_tokens or not model.is_file():

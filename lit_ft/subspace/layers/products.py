@@ -12,8 +12,8 @@ def projected_gradient(rows: Tensor, cols_in_basis: Tensor) -> Tensor:
     Args:
         rows: The row factors of the tokens [..., m]. If the basis spans the inputs, these are the
             output gradients Y.
-        cols_in_basis: The column factors of the same tokens in the basis [..., r]. If the basis
-            spans the inputs, these are X Pᵀ.
+        cols_in_basis: The column factors of the tokens in the coordinates of the basis [..., r].
+            If the basis spans the inputs, these are X Pᵀ.
 
     Returns:
         The projected gradient R [m, r], in the dtype of the arguments.
@@ -24,19 +24,21 @@ def projected_gradient(rows: Tensor, cols_in_basis: Tensor) -> Tensor:
 def projected_gradient_and_sketch(
     rows: Tensor, cols: Tensor, cols_in_basis: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return R and the sketch H = Σ_s R_sᵀ G_s over the samples s of the batch.
+    """Return the projected gradient R = Σ_s R_s and the sketch H = Σ_s R_sᵀ G_s.
 
-    Projectors that follow the data move the basis by H. It is a sum over samples, so it adds up
-    over micro-batches and ranks in the same way however the batch is cut. This would not hold for
-    RᵀG of the summed gradients. Since H Pᵀ = Σ_s R_sᵀ R_s, the trace of H Pᵀ is the energy that the
-    basis captures.
+    The sums run over the samples s of the batch. G_s is the gradient of a sample, and R_s = G_s Pᵀ.
+    Projectors that follow the data move the basis by H. Because H is a sum over samples, it is the
+    same however the batch is cut into micro-batches and ranks. The product Rᵀ G of the summed
+    gradients is not. Since H Pᵀ = Σ_s R_sᵀ R_s, the trace of H Pᵀ is the energy that the basis
+    captures.
 
     Args:
-        rows: The row factors of the tokens [..., T, m]. The leading dimensions enumerate sequences,
-            each of which is one sample. If there are no sequences, [S, m] is S samples, and [m] is
-            one.
-        cols: The column factors of the same tokens, [..., T, n], [S, n] or [n].
-        cols_in_basis: The column factors in the basis, `cols` Pᵀ, [..., T, r], [S, r] or [r].
+        rows: The row factors of the tokens. With three dimensions or more, [..., T, m], each
+            sequence of T tokens is a sample. In [S, m], each of the S tokens is a sample, and [m]
+            is a single sample.
+        cols: The column factors of the tokens, [..., T, n], [S, n] or [n].
+        cols_in_basis: The column factors of the tokens in the coordinates of the basis (`cols` Pᵀ),
+            [..., T, r], [S, r] or [r].
 
     Returns:
         R [m, r] in the dtype of the arguments, and H [r, n], summed over samples in float32 or

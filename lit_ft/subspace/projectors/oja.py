@@ -20,14 +20,14 @@ from lit_ft.subspace.projectors.base import (
 def oja_step(basis: Tensor, sketch: Tensor, *, step_size: float) -> Tensor:
     """Return P + D with orthonormalised rows, where D = η H (I − PᵀP).
 
-    H is first divided by the energy that P captures, and D is limited to a norm of 1. D is
+    Before this, H is divided by the energy that P captures. The norm of D is limited to 1. D is
     orthogonal to P, so P + D has the Gram matrix I + D Dᵀ. Its Cholesky factor always exists, and
     makes the rows orthonormal even if D is large or of rank one. Oja (1982); arXiv:2408.12857.
 
     Args:
         basis: The basis P [r, n], with orthonormal rows.
-        sketch: The sketch H [r, n].
-        step_size: The step size η.
+        sketch: The sketch H [r, n], as `projected_gradient_and_sketch` returns it.
+        step_size: The step size η, a factor of D.
     """
     drift = sketch / captured_energy(basis, sketch)
     drift = drift - (drift @ basis.T) @ basis

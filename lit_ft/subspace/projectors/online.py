@@ -20,13 +20,15 @@ from lit_ft.subspace.projectors.base import (
 def online_pca_gradient(basis: Tensor, sketch: Tensor, *, penalty: float = 0.0) -> Tensor:
     """Return the gradient of Σ_s ||G_s − G_s PᵀP||² / Σ_s ||R_s||² + λ ||PPᵀ − I||².
 
-    The divisor is held constant, and H is divided by it first. Since H Pᵀ = Σ_s R_sᵀ R_s, the
-    gradient is then −4H + 2 (PPᵀ) H + 2 (H Pᵀ) P + 4λ (PPᵀ − I) P. The paper (arXiv:2408.12857,
-    eq. 5) divides the first term by the norm of G instead. The optimizer on P is scale-free.
+    The gradient is taken with respect to P. G_s is the gradient of sample s, and R_s = G_s Pᵀ. The
+    divisor is held constant, and H is divided by it first. Since H Pᵀ = Σ_s R_sᵀ R_s, the gradient
+    is then −4H + 2 (PPᵀ) H + 2 (H Pᵀ) P + 4λ (PPᵀ − I) P. The paper (arXiv:2408.12857, eq. 5)
+    divides the first term by the norm of G instead. This changes little, because AdamW steps P, and
+    its steps do not depend on the scale of the gradient.
 
     Args:
         basis: The basis P [r, n].
-        sketch: The sketch H [r, n].
+        sketch: The sketch H [r, n], as `projected_gradient_and_sketch` returns it.
         penalty: The weight λ of the orthonormality term.
     """
     h = sketch / captured_energy(basis, sketch)
