@@ -17,8 +17,8 @@ from lit_ft.tensors.sharding import is_model_sharded
 class ExportHF(Callback):
     """Write `pl_module.model` and `pl_module.tokenizer` at the end of `fit`.
 
-    The token that ends an answer in the tokenizer's chat template joins the tokens at which
-    `generate` stops.
+    The token that ends an answer in the tokenizer's chat template, and the end-of-text token, join
+    the tokens at which `generate` stops.
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads the result without lit_ft. A run that
     fails exports nothing.
