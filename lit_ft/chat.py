@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from lit_ft.data.turns import end_tokens
 from lit_ft.run.console import quieten_libraries
 from lit_ft.run.summary import read_summary
 
@@ -64,6 +65,8 @@ def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any)
     output = model.generate(
         **prompt.to(model.device),
         max_new_tokens=options.max_new_tokens,
+        # Not every folder's own settings know the marker that ends the template's turns.
+        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id) or None,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,

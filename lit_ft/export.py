@@ -9,14 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.console import quieten_libraries
 from lit_ft.run.export_run import export_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rebuild the run's model, load the checkpoint into it, and export it."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.ollama and options.adapter_only:
+        parser.error("--ollama needs the whole model: leave out --adapter-only")
     quieten_libraries()
     try:
         folder = export_run(
@@ -30,7 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ValueError as error:
         sys.exit(str(error))
+    if options.ollama:
+        _write_modelfile(folder)
     print(folder)
+
+
+def _write_modelfile(folder: Path) -> None:
+    # Imported here, because peft prints when it is imported, and the caller silences it first.
+    from lit_ft.models.export.modelfile import write_modelfile
+
+    try:
+        notes = write_modelfile(folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"The model is in {folder}, without a Modelfile: {message_on_command_line(error)}")
+    for note in notes:
+        print(f"Modelfile: {note}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write to; run_dir/export, an adapter alone to run_dir/export/adapter",
     )
     parser.add_argument("--adapter-only", action="store_true", help="do not merge the adapter")
+    parser.add_argument(
+        "--ollama", action="store_true", help="also write a Modelfile, to import it into Ollama"
+    )
     parser.add_argument("--dtype", help="of the written weights, e.g. bfloat16")
     parser.add_argument(
         "--trusted-packages",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,29 @@ def test_an_answer_goes_back_without_the_space_that_a_template_puts_before_it(
     monkeypatch.setattr("lit_ft.chat.reply", _says(" yes\n", prompts))
     main([str(folder)])
     assert [m["content"] for m in prompts[-1]] == ["one", "yes", "two"]
+
+
+def test_an_answer_ends_with_its_turn_in_a_folder_that_does_not_say_so(
+    folder, tokenizer, capsys, monkeypatch
+):
+    """A base model's folder with a chat template that was put there later."""
+    from transformers import LlamaForCausalLM
+
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    lengths, forward = [], LlamaForCausalLM.forward
+
+    def always_the_end(self, input_ids=None, **options):
+        lengths.append(input_ids.shape[1])
+        output = forward(self, input_ids=input_ids, **options)
+        output.logits.fill_(0)[..., tokenizer.convert_tokens_to_ids("<|endoftext|>")] = 1
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", always_the_end)
+    main([str(folder), "--prompt", "hello", "--max-new-tokens", "5"])
+    assert len(lengths) == 1
 
 
 def _says(answer, seen):

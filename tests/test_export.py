@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_ft.export import main
 from tests.support.commands import TINY
+from tests.support.ollama import prompt_of, read_modelfile
 from tests.support.running import run_job
 from tests.support.stopping import at
 
@@ -101,6 +102,40 @@ def test_an_adapter_that_a_run_does_not_have_is_refused_and_nothing_is_written(r
     assert not (tmp_path / "out").exists()
 
 
+def test_a_modelfile_lets_ollama_chat_as_the_export_does(run_dir, tmp_path, capsys):
+    main([str(run_dir), "--ollama", "--output", str(tmp_path / "out")])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    modelfile = read_modelfile((tmp_path / "out" / "Modelfile").read_text(encoding="utf-8"))
+    assert modelfile.model == "."
+    assert modelfile.system in tokenizer.chat_template and modelfile.system
+    for system in ([], [{"role": "system", "content": "S"}]):
+        chat = [*system, {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        chat.append({"role": "user", "content": "3"})
+        own = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert prompt_of(modelfile, chat) == own
+    ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    assert {tokenizer.convert_tokens_to_ids(stop) for stop in modelfile.stops} == {*ends}
+    with pytest.raises(SystemExit):
+        main([str(run_dir), "--ollama", "--adapter-only"])
+    assert "--ollama needs the whole model" in capsys.readouterr().err
+
+
+def test_a_template_that_ollama_cannot_say_leaves_the_model_without_a_modelfile(
+    run_dir, tmp_path, capsys
+):
+    template = tmp_path / "numbered.jinja"
+    template.write_text("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary["config"]["data"]["chat_template"] = str(template)
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=f"The model is in {out}, without a Modelfile: the chat"):
+        main([str(run_dir), "--ollama", "--output", str(out)])
+    assert exported(out) and not (out / "Modelfile").exists()
+
+
 def test_what_a_run_gave_its_tokenizer_and_its_precision_come_along(tmp_path):
     settings = ["data.chat_template=plain", "trainer.precision=bf16-true"]
     run_job(tmp_path / "run", *TINY, *settings, "trainer.max_steps=1")
@@ -149,7 +184,7 @@ def test_a_run_that_ran_remote_code_asks_for_trust_again(run_dir):
         }
 
     changed(run_dir, remote)
-    with pytest.raises(SystemExit, match=r"trust_remote_code=True.*add --trust-remote-code"):
+    with pytest.raises(SystemExit, match=r"trust_remote_code=true.*add --trust-remote-code"):
         main([str(run_dir)])
 
 

@@ -18,8 +18,8 @@ class ExportHF(Callback):
     """Write `pl_module.model` and `pl_module.tokenizer` at the end of `fit`.
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads the result without lit_ft. `generate` then
-    stops at the model's own end tokens, and at the token that ends an answer in the tokenizer's
-    chat template. A run that fails exports nothing.
+    stops at the model's own end tokens, at the token that ends an answer in the tokenizer's chat
+    template, and at the end-of-text token. A run that fails exports nothing.
 
     Args:
         folder: The folder to write to, created if it is missing.

@@ -44,8 +44,8 @@ class SampleGenerations(Callback):
             it has no such method. A text is sent as the user's message if the tokenizer has a chat
             template; otherwise the model continues it.
         num_prompts: The number of prompts to take from the datamodule if `prompts` is None.
-        max_new_tokens: The largest number of tokens in an answer, which ends earlier at an
-            end-of-sequence token.
+        max_new_tokens: The largest number of tokens in an answer, which ends earlier where an
+            answer of the exported model would.
         every_n_steps: The number of optimizer steps between samples during training; None generates
             only before and after training.
 
@@ -155,7 +155,9 @@ def generate(
         ValueError: If a prompt is a chat and the tokenizer has no chat template.
     """
     rows = [torch.tensor(_encoded(tokenizer, prompt)) for prompt in prompts]
-    ends = _end_tokens(model, tokenizer)
+    # The tokens at which an export of the model stops.
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = end_tokens(tokenizer, own)
     padding = next(iter(ends), 0)
     ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
     ones = [torch.ones_like(row) for row in rows]
@@ -215,15 +217,6 @@ def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # The template has written the special tokens.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens at which an export of the model would stop, and the tokenizer's own."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    ends = [*ends, tokenizer.eos_token_id, *end_tokens(tokenizer)]
-    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 @contextmanager

@@ -138,3 +138,6 @@ CHECKPOINTED = Remedy(
     "recompute activations in backward", {"module.activation_checkpointing": "true"}
 )
 GALORE_8BIT = Remedy("use an 8-bit AdamW with GaLore()", {"optim": "galore_subspace_8bit"})
+LLAMA_CPP = Remedy(
+    "convert the export with llama.cpp's convert_hf_to_gguf.py, which keeps the chat template"
+)

@@ -278,7 +278,7 @@ class ChatTemplate:
         ahead, begins = words.words[place], -1
         before = self._alone(chat, i, stem, True)
         if before.marks and before.marks[-1:] == words.marks[max(place - 1, 0) : place]:
-            begins = len(self._common(ahead, before.words[-1]))
+            begins = len(self.common(ahead, before.words[-1]))
         begins = max(begins, self._after_opening(ahead, whole=begins >= 0))
         thinking = _EMPTY_THINKING.match(ahead, begins)
         return thinking.end() if thinking and not self.learn_empty_thinking else begins
@@ -317,7 +317,7 @@ class ChatTemplate:
                         return _Place(word, len(own + end)), self.last_control(end)
             return _Place(word, 0), ""
         same = alone.marks[-1:] == words.marks[word - 1 : word]
-        common = self._common(after, alone.words[-1]) if same else ""
+        common = self.common(after, alone.words[-1]) if same else ""
         if controls := list(self._control.finditer(common)):
             return _Place(word, controls[-1].end()), controls[-1].group()
         for end in filter(None, ends):
@@ -366,8 +366,8 @@ class ChatTemplate:
             opened, closed = words([user], True)[-1], words([user])[-1]
         except TemplateError:
             return "", "", []
-        opening = self._atoms(opened.removeprefix(self._common(opened, closed)))
-        common = self._common(inside, at_end)
+        opening = self._atoms(opened.removeprefix(self.common(opened, closed)))
+        common = self.common(inside, at_end)
         if controls := list(self._control.finditer(common)):
             common = common[: controls[-1].end()]
         elif first := self._control.search(at_end):  # the last turn ends with another token
@@ -377,19 +377,33 @@ class ChatTemplate:
 
     def end_tokens(self) -> list[int]:
         """Return the ids of the tokens that end an answer; empty if no single token does."""
-        ids = [self.tokenizer.encode(end, add_special_tokens=False) for end in self._ends]
+        ids = [self.tokenizer.encode(end, add_special_tokens=False) for end in self.ends]
         return list(dict.fromkeys(id for one in ids for id in one if len(one) == 1))
 
     @property
-    def _ends(self) -> list[str]:
-        return [end for text in self._usual[:2] if (end := self.last_control(text))]
+    def ends(self) -> list[str]:
+        """The markers that end an answer, inside a chat and at its end, and end nothing else."""
+        ends = [end for text in self._usual[:2] if (end := self.last_control(text))]
+        return [end for end in dict.fromkeys(ends) if end not in self._after_thoughts] or ends
+
+    @cached_property
+    def _after_thoughts(self) -> str:
+        """What stands between the thoughts of an answer and its text."""
+        stem = unused_stem()
+        thinking = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+        chat = Conversation([{"role": "user", "content": "u"}, thinking])
+        try:
+            words = self._words(key_of(mark_texts(chat, stem)[0]), stem, False)
+        except TemplateError:
+            return ""
+        return words.words[2] if len(words.marks) == 3 else ""
 
     def last_control(self, text: str) -> str:
         """Return the last control token in a text, or an empty string."""
         found = self._control.findall(text)
         return found[-1] if found else ""
 
-    def _common(self, one: str, other: str) -> str:
+    def common(self, one: str, other: str) -> str:
         """Return the common beginning of two texts, without splitting a control token."""
         pairs = zip(self._atoms(one), self._atoms(other), strict=False)
         return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -407,16 +421,20 @@ class ChatTemplate:
         return split_at_marks(text, stem)
 
 
-def end_tokens(tokenizer: Any) -> list[int]:
-    """Return the ids of the tokens that end an answer in a tokenizer's chat template.
+def end_tokens(tokenizer: Any, own: int | Sequence[int] | None = None) -> list[int]:
+    """Return the ids of the tokens at which a model stops: its own, and those that end its texts.
+
+    An answer ends at the chat template's marker, other text at the end-of-text token.
 
     Args:
-        tokenizer: A tokenizer of transformers. For None, and for a tokenizer without a chat
-            template, the result is empty.
+        tokenizer: A tokenizer of transformers. None ends no text.
+        own: The tokens at which the model stops already, as a `generation_config` names them.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        return []
-    return ChatTemplate(tokenizer).end_tokens()
+    ends = [own] if isinstance(own, int) else [*(own or ())]
+    if getattr(tokenizer, "chat_template", None) is not None:
+        ends += ChatTemplate(tokenizer).end_tokens()
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return list(dict.fromkeys([*ends, *([] if eos is None else [eos])]))
 
 
 def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

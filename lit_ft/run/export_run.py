@@ -15,7 +15,7 @@ from lit_ft.data.encoding import load_chat_template
 from lit_ft.data.turns import end_tokens
 from lit_ft.run.old_names import with_current_names
 from lit_ft.run.summary import read_summary
-from lit_ft.run.trust import refuse_remote_code, refuse_untrusted
+from lit_ft.run.trust import refuse_untrusted, remote_code
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 
@@ -74,8 +74,11 @@ def export_run(
     config: dict[str, Any] = with_current_names(summary["config"])
     trust = "--trusted-packages {package}"
     refuse_untrusted({"module": config["module"]}, also=trusted_packages, remedy=trust)
-    if not trust_remote_code:
-        refuse_remote_code(config["module"])
+    if not trust_remote_code and (setting := remote_code(config["module"])):
+        raise ValueError(
+            f"{run_dir} was made with {setting}=true, which runs the Python code in the model's "
+            "repository. If you trust it, add --trust-remote-code."
+        )
     module = instantiate(config["module"], _convert_="all")
     if module.tokenizer is not None and (template := config["data"].get("chat_template")):
         module.tokenizer.chat_template = load_chat_template(template)  # the one it was trained with

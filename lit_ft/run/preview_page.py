@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import Environment
 
 from lit_ft.data.encoded import EncodedRow
-from lit_ft.data.pieces import pieces
 from lit_ft.data.survey import Survey
+from lit_ft.data.token_text import pieces
 from lit_ft.run.preview import Preview, Speed
 from lit_ft.run.preview_facts import facts, fate, remarks
 

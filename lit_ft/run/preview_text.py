@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_ft.data.encoded import EncodedRow
-from lit_ft.data.pieces import Piece, pieces
 from lit_ft.data.survey import Bar, Survey
+from lit_ft.data.token_text import Piece, pieces
 from lit_ft.run.preview import Preview, Speed
 from lit_ft.run.preview_facts import facts, fate, remarks
 

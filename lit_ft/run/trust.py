@@ -106,26 +106,19 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
             f"A configuration file sets trusted_packages={config['trusted_packages']}, and only "
             "the command line may. If you trust them, repeat it there."
         )
-    for path, value in _values(config, "trust_remote_code"):
-        if value and not any("trust_remote_code" in argument for argument in arguments):
-            raise ValueError(
-                f"A configuration file sets {path}={value}, and only the command line may. If you "
-                "trust the code of this repository, repeat it there."
-            )
+    setting = remote_code(config)
+    if setting and not any("trust_remote_code" in argument for argument in arguments):
+        raise ValueError(
+            f"A configuration file sets {setting}=true, and only the command line may. If you "
+            "trust the code in this repository, repeat it there."
+        )
     return list(config.get("trusted_packages") or ())
 
 
-def refuse_remote_code(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a run's configuration lets a model's repository run code.
-
-    A document does not authorise itself: whoever reads it decides again.
-    """
-    for path, value in _values(config, "trust_remote_code"):
-        if value:
-            raise ValueError(
-                f"The run set {path}={value}, which runs the Python code in the model's "
-                "repository. If you trust it, add --trust-remote-code."
-            )
+def remote_code(config: Mapping[str, Any]) -> str | None:
+    """Return the setting by which a repository's Python code would run; None if there is none."""
+    settings = (path for path, value in _values(config, "trust_remote_code") if value)
+    return next(settings, None)
 
 
 def hold_hydra_to_command_line(arguments: Sequence[str], *, config_dir: Path) -> None:

@@ -150,6 +150,29 @@ def test_the_answer_ends_at_the_end_of_sequence():
     assert len(seen) == 1
 
 
+def test_samples_stop_where_the_export_does(tmp_path):
+    from transformers import GenerationConfig
+
+    from lit_ft.callbacks import ExportHF
+
+    tokenizer = letters_tokenizer(CHAT.replace("{% endfor %}", "{{ '</s>' }}{% endfor %}"))
+    tokenizer.eos_token = "e"
+    module = Plain(tokenizer)
+    module.model.generation_config.eos_token_id = 7
+    stops = []
+    generates = module.model.generate
+
+    def stopping_at(**options):
+        stops.append({*options["eos_token_id"]})
+        return generates(**options)
+
+    module.model.generate = stopping_at
+    generate(module.model, tokenizer, ["abc"], max_new_tokens=2)
+    fit(tmp_path, ExportHF(tmp_path / "out"), module)
+    assert stops == [{7, 0, tokenizer.eos_token_id}]
+    assert {*GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id} == stops[0]
+
+
 def test_a_chat_has_the_special_tokens_of_its_template_alone():
     assert samples._encoded(letters_tokenizer(), "abc") == [21, 1, 2, 3, 1]  # u, abc, a
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +14,10 @@ from lit_ft.data.encoded import EncodedRow
 from lit_ft.data.encoding import Encoder
 from lit_ft.data.masks import ChatEncoder
 from lit_ft.data.rows import ParsedRow
-from lit_ft.data.turns import ChatTemplate
+from lit_ft.data.turns import ChatTemplate, end_tokens
+from tests.support.trl_templates import NAMES, read, talk
 
 pytestmark = pytest.mark.slow
-
-_trl = find_spec("trl")
-assert _trl is not None and _trl.origin is not None, "pip install -e '.[dev]'"
-TEMPLATES = sorted((Path(_trl.origin).parent / "chat_templates").glob("*.jinja"))
-NAMES = [path.stem for path in TEMPLATES]
 
 # These refuse a message of the role system.
 NO_SYSTEM = {"gemma", "gemma_training"}
@@ -43,20 +37,6 @@ TOOLS = [
         },
     }
 ]
-
-
-def read(name: str) -> str:
-    return TEMPLATES[NAMES.index(name)].read_text(encoding="utf-8")
-
-
-def talk(turns: int, *, system: bool, reasoning: bool = False) -> list[dict[str, Any]]:
-    chat: list[dict[str, Any]] = [{"role": "system", "content": "SYSTEM"}] if system else []
-    for i in range(turns):
-        chat.append({"role": "user", "content": f"QUESTION{i}"})
-        chat.append({"role": "assistant", "content": f"ANSWER{i}"})
-        if reasoning:
-            chat[-1]["reasoning_content"] = f"THOUGHT{i}"
-    return chat
 
 
 CALL = {"id": "call00001", "type": "function"}
@@ -169,6 +149,14 @@ def test_calls_of_tools_are_learnt_or_refused_by_name(
     calls, answer = said[0], said[-1]
     assert "weather" in calls and "ROME" in calls and "ANSWER" in answer
     assert not any(word in "".join(said) for word in ("QUESTION", "SUNNY", "Tell the"))
+
+
+def test_a_marker_that_ends_thoughts_too_ends_no_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model that stopped at gpt-oss' <|end|> would think, and never answer."""
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|end|>", "<|return|>"]})
+    tokenizer.chat_template = read("gptoss")
+    ends = [tokenizer.convert_tokens_to_ids("<|return|>"), tokenizer.eos_token_id]
+    assert end_tokens(tokenizer) == ends
 
 
 def test_a_template_is_rendered_about_once_a_row(tokenizer: PreTrainedTokenizerFast) -> None:

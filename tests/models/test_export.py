@@ -121,9 +121,19 @@ def test_the_export_stops_where_an_answer_ends(folder, tokenizer, tmp_path, own)
     assert model.generation_config.eos_token_id == own
 
 
-def test_a_tokenizer_without_a_chat_template_ends_no_answer(tokenizer):
+def test_a_text_ends_at_the_end_of_text_token_too(folder, tokenizer, tmp_path):
+    """Plain text is learnt with it, and chats whose template writes no end."""
+    tokenizer.eos_token = "<|endoftext|>"
+    ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert end_tokens(tokenizer) == ids
+    model = Pretrained(str(folder)).load_model(torch.float32)
+    model.generation_config.eos_token_id = 7
+    export_model(model, tokenizer, tmp_path, end_tokens=end_tokens(tokenizer))
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [7, *ids]
+    assert end_tokens(tokenizer, 7) == end_tokens(tokenizer, [7]) == [7, *ids]
     tokenizer.chat_template = None
-    assert end_tokens(tokenizer) == end_tokens(None) == []
+    assert end_tokens(tokenizer) == ids[1:]
+    assert end_tokens(None) == []
 
 
 def test_the_exported_tokenizer_is_read_by_transformers_4_too(folder, tokenizer, tmp_path):

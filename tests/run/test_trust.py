@@ -94,7 +94,7 @@ def test_only_the_command_line_trusts() -> None:
     with pytest.raises(ValueError, match="A configuration file sets trusted_packages"):
         given_trust(config, ["model=tiny"])
     remote = {"data": {"sources": [{"trust_remote_code": True}]}}
-    with pytest.raises(ValueError, match=r"config.data.sources\[0\].trust_remote_code=True"):
+    with pytest.raises(ValueError, match=r"config.data.sources\[0\].trust_remote_code=true"):
         given_trust(remote, ["data=mix"])
     assert given_trust(remote, ["data.sources=[{trust_remote_code: true}]"]) == []
 
