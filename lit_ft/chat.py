@@ -27,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    # Stated, because transformers otherwise asks on the terminal whether to run the folder's code.
+    trust = {"trust_remote_code": options.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
     model = model.to(device).eval()
     conversation: list[Message] = []
     if options.system:
@@ -120,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 always takes the likeliest token"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code in the model's folder, for models that bring their own",
     )
     return parser
 
