@@ -136,6 +136,7 @@ def final_panel(summary: Mapping[str, Any]) -> Panel:
         "val perplexity": _number(summary.get("val_perplexity"), ".2f"),
         "train loss": _number(summary.get("train_loss"), ".4f"),
         "steps": _number(summary.get("steps"), ","),
+        "ended": summary.get("ended"),
         "tokens/s": _number(summary.get("tokens_per_second"), ",.0f"),
         "step": _number(steps.get("median"), ".3f", " s (median)"),
         "peak memory": None

@@ -96,6 +96,8 @@ def fine_tune(
             best = find_callback(trainer, BestCheckpoint)
             if best is not None:
                 best.keep_if_best(trainer)
+        else:
+            summary.update(ended="validation only, nothing was trained")
     summary.update(val_loss=metrics["val_loss"], val_perplexity=metrics["val_perplexity"])
     _report(trainer, summary)
     return metrics["val_loss"]

@@ -46,6 +46,7 @@ def run_job(run_dir: Path, *overrides: str) -> dict:
 KEYS = [
     "schema_version",
     "status",
+    "ended",
     "error",
     "config",
     "versions",
