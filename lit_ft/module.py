@@ -36,6 +36,7 @@ from lit_ft.loss.probes import keeps_packed_examples_apart
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.loss.token_mean import TokenMean
 from lit_ft.models import ModelSource, add_adapter
+from lit_ft.models.adapter_names import match_names
 from lit_ft.models.adapters import rewrites_base_weights, start_magnitudes
 from lit_ft.optim import (
     DECAY_MATRICES,
@@ -109,7 +110,7 @@ class CausalLMModule(LightningModule):
         self.val_targets = SumMetric(nan_strategy="disable")
         self._token_mean = TokenMean(self._sum_over_ranks)
         self._options: list[dict[str, Any]] = []
-        self._unchecked = {"loss", "packing of one row", "packing of rows"}
+        self._unchecked = {"model", "loss", "packing of one row", "packing of rows"}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -123,11 +124,20 @@ class CausalLMModule(LightningModule):
         Raises:
             Misconfiguration: If the run combines settings that cannot work together, or if the
                 optimizer, its groups or the schedule do not accept their options.
+            Refusal: If the adapter names layers that the model has not.
         """
         parts = PARTS if stage == "fit" else ("module", "galore")
         plan = check_run(self.trainer, self, parts=parts)
         self.source.check()
         self._try_optimizer(in_subspaces=plan.basis is not None)
+        if "model" in self._unchecked:
+            self._unchecked.discard("model")
+            self._compare_with_model()
+
+    def _compare_with_model(self) -> None:
+        """Hold the adapter against the model, whose weights are not loaded yet."""
+        if self.adapter is not None:
+            match_names(self.source.build_empty(), self.adapter)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return what is known about optimizer, adapter and model before they are built."""

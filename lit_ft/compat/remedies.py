@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lit_ft.compat.refusal import Remedy
 
 # For each choice of `optim=`: the class that it builds, and the remedy in Python.
@@ -45,6 +47,26 @@ def optimizer(choice: str, *, galore: str | None = None) -> Remedy:
         return Remedy(f"{OPTIMIZERS[base][1]} with GaLore ({projector})", {"optim": choice})
     settings = {"optim": choice} if galore is None else {"optim": choice, "galore": galore}
     return Remedy(OPTIMIZERS[choice][1], settings)
+
+
+EVERY_LINEAR_LAYER = "all-linear"  # peft's word
+
+
+def layer_names(setting: str, names: Sequence[str]) -> list[Remedy]:
+    """Return the remedies for names in an adapter's configuration that match nothing.
+
+    Args:
+        setting: The setting that has the names, such as "target_modules".
+        names: The names that match, or look like those that were given.
+    """
+    if setting == "target_modules":
+        value = {f"adapter.{setting}": EVERY_LINEAR_LAYER}
+        otherwise = Remedy(f'use {setting}="{EVERY_LINEAR_LAYER}"', value)
+        value = {f"adapter.{setting}": f"[{','.join(names)}]"}
+    else:  # the YAML does not have it
+        otherwise = Remedy(f"leave {setting} out")
+        value = {f"+adapter.{setting}": f"[{','.join(names)}]"}
+    return [*([Remedy(f"use {setting}={list(names)}", value)] if names else []), otherwise]
 
 
 NO_GALORE = Remedy("leave GaLore out", {"galore": "none"})

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lit_ft.models.adapter_names import match_names
 from lit_ft.tensors.sharding import full_tensor, shard_like
 
 
@@ -31,9 +32,10 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
         config: The adapter's configuration, any `peft.PeftConfig`.
 
     Raises:
-        ValueError: If no layer of the model matches `config.target_modules` (the message is
-            peft's), or if the weight of a matching layer is tied to another layer.
+        ValueError: If a name in `config.target_modules`, or in another of its lists, matches
+            nothing in the model, or if the weight of a matching layer is tied to another layer.
     """
+    match_names(model, config)
     if getattr(model, "is_quantized", False):
         # CausalLMModule sets activation checkpointing; this only makes norms and head float32.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
