@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
+from lit_ft.compat.protocols import IdsBeyond
 from lit_ft.compat.refusal import Remedy
 from lit_ft.data import notes
 from lit_ft.data.batching import GlobalBatchSampler
@@ -33,6 +35,7 @@ from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
 from lit_ft.data.streaming import StreamingBatches
 from lit_ft.data.tables import column, repeated
+from lit_ft.data.token_ids import ids_from, num_ids
 from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.distributed.ranks import data_parallel_rank
 
@@ -298,6 +301,40 @@ class InstructionDataModule(LightningDataModule):
         prompts = self.val_examples.select_columns(["prompt"])
         rows = prompts.take(min(n, len(prompts)))
         return [json.loads(row["prompt"]) for row in rows if row["prompt"]]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Hold a stream's batch against the model while it is on the CPU, where errors are clear.
+
+        Raises:
+            Refusal: If the model has no row for a token or a position.
+        """
+        assert self.trainer is not None
+        limits = getattr(self.trainer.lightning_module, "limits", None)
+        if self.streaming and limits is not None:
+            limits.hold_batch(batch)
+        return batch
+
+    def ids_beyond(self, rows: int) -> IdsBeyond | None:
+        """Return the token ids from `rows` on; see `lit_ft.compat.KnowsExamples`."""
+        tokenizer = self._tokenizer()
+        padding = self._collator().pad_token_id
+        if padding < rows and num_ids(tokenizer) <= rows:
+            return None
+        tables = [self.val_examples, *([] if self.streaming else [self.train_examples])]
+        found = np.concatenate([ids_from(table, rows) for table in tables])
+        if padding >= rows:
+            found = np.append(found, padding)
+        if not found.size:
+            return None
+        largest = int(found.max())
+        return IdsBeyond(found.size, largest, tokenizer.convert_ids_to_tokens([largest])[0])
+
+    def longest_example(self) -> int:
+        """Return the number of tokens of the longest example; see `lit_ft.compat.KnowsExamples`."""
+        if self.streaming:
+            return self.max_length
+        tables = (self.train_examples, self.val_examples)
+        return max(int(column(table, "num_tokens").max(initial=0)) for table in tables)
 
     def _limited(self, examples: Dataset | IterableDataset) -> Dataset | IterableDataset:
         if self.streaming and self.max_train_examples is not None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.optimizers import class_of, traits_of
 from lit_ft.compat.plan import adapter_of
-from lit_ft.compat.protocols import Quantizes, clips_as_lightning_does
+from lit_ft.compat.protocols import KnowsExamples, Quantizes, clips_as_lightning_does
 from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import PARTS
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
@@ -38,6 +38,7 @@ from lit_ft.loss.token_mean import TokenMean
 from lit_ft.models import ModelSource, add_adapter
 from lit_ft.models.adapter_names import match_names
 from lit_ft.models.adapters import rewrites_base_weights, start_magnitudes
+from lit_ft.models.limits import Limits, limits_of
 from lit_ft.optim import (
     DECAY_MATRICES,
     GroupRule,
@@ -105,6 +106,7 @@ class CausalLMModule(LightningModule):
         self.compile_model = compile
         self.seed = seed
         self.model: Any = None  # configure_model sets a PreTrainedModel or PeftModel
+        self.limits: Limits | None = None  # setup finds them, before the weights are loaded
         # Not a MeanMetric, which skips NaN: a validation would look better than it is.
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
@@ -124,7 +126,8 @@ class CausalLMModule(LightningModule):
         Raises:
             Misconfiguration: If the run combines settings that cannot work together, or if the
                 optimizer, its groups or the schedule do not accept their options.
-            Refusal: If the adapter names layers that the model has not.
+            Refusal: If the adapter names layers that the model has not, or if the model has no row
+                for a token or a position of the examples.
         """
         parts = PARTS if stage == "fit" else ("module", "galore")
         plan = check_run(self.trainer, self, parts=parts)
@@ -135,9 +138,14 @@ class CausalLMModule(LightningModule):
             self._compare_with_model()
 
     def _compare_with_model(self) -> None:
-        """Hold the adapter against the model, whose weights are not loaded yet."""
+        """Hold the adapter and the examples against the model, whose weights are not loaded yet."""
+        empty = self.source.build_empty()
+        self.limits = limits_of(empty)
         if self.adapter is not None:
-            match_names(self.source.build_empty(), self.adapter)
+            match_names(empty, self.adapter)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, KnowsExamples):
+            self.limits.hold_examples(data, self.source)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return what is known about optimizer, adapter and model before they are built."""

@@ -49,6 +49,11 @@ def optimizer(choice: str, *, galore: str | None = None) -> Remedy:
     return Remedy(OPTIMIZERS[choice][1], settings)
 
 
+def shorter_rows(tokens: int) -> Remedy:
+    """Return the remedy of limiting an example to this many tokens."""
+    return Remedy(f"set max_length={tokens}", {"data.max_length": str(tokens)})
+
+
 EVERY_LINEAR_LAYER = "all-linear"  # peft's word
 
 
@@ -118,6 +123,14 @@ OTHER_TEMPLATE = Remedy(
 )
 DROP_UNRENDERED = Remedy(
     "train without it (drop_unrendered=True)", {"data.drop_unrendered": "true"}
+)
+RESIZED_EMBEDDINGS = Remedy(
+    "set resize_embeddings=True on the model's source, which adds the rows",
+    {"model.resize_embeddings": "true"},
+)
+MODELS_TOKENIZER = Remedy("encode the data with the model's own tokenizer")
+RESIZED_BEFORE = Remedy(
+    "call resize_token_embeddings on the model, save it with its tokenizer, and load that folder"
 )
 NO_STREAM = Remedy("set streaming=False", {"data.streaming": "false"})
 NO_PACKING = Remedy("set packing=False", {"data.packing": "false"})

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lit_ft.models.adapter_names import match_names
+from lit_ft.models.new_tokens import with_new_rows
 from lit_ft.tensors.sharding import full_tensor, shard_like
 
 
@@ -23,6 +24,8 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
     weights, so that the trained adapter fits only the rewritten weights. In this case the returned
     model keeps the initial adapter as `initial_adapter`. With it, `export_model` converts the
     trained adapter into one for the original weights.
+
+    Rows that `resize_embeddings` added to the embedding and the head are trained too.
 
     If the model is on the meta device, the adapter still gets values at once. Call
     `start_magnitudes` when the model's own weights are loaded.
@@ -36,6 +39,7 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
             nothing in the model, or if the weight of a matching layer is tied to another layer.
     """
     match_names(model, config)
+    config = with_new_rows(model, config)
     if getattr(model, "is_quantized", False):
         # CausalLMModule sets activation checkpointing; this only makes norms and head float32.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]

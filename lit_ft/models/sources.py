@@ -26,6 +26,7 @@ from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.load_sharded import from_pretrained_in_shards
+from lit_ft.models.new_tokens import add_rows
 from lit_ft.tensors.stochastic_rounding import own_gpu
 
 Shard = Callable[[PreTrainedModel], None]
@@ -75,6 +76,8 @@ class Pretrained:
         quantization_config: The quantization config of transformers, such as `BitsAndBytesConfig`
             for QLoRA (arXiv:2305.14314); None does not quantise the weights.
         trust_remote_code: Whether to run Python code from the model's repository.
+        resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
+            tokenizer that have none.
     """
 
     name_or_path: str
@@ -84,6 +87,7 @@ class Pretrained:
     attn_implementation: str | None = None
     quantization_config: Any = None
     trust_remote_code: bool = False
+    resize_embeddings: bool = False
 
     @property
     def name(self) -> str:
@@ -140,8 +144,16 @@ class Pretrained:
             options["quantization_config"] = self.quantization_config
         dtype = dtype_named(self.dtype) if self.dtype else dtype
         if shard is not None and dist.get_world_size() > 1:
+            if hasattr(self.build_empty(), "first_new_row"):
+                raise Refusal(
+                    "Rows cannot be added to an embedding that each rank reads a part of",
+                    remedies.DDP,
+                    remedies.RESIZED_BEFORE,
+                )
             return from_pretrained_in_shards(folder, shard, dtype=dtype, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        if self.resize_embeddings:
+            add_rows(model, self.load_tokenizer())
         if shard is not None:
             shard(model)
         return model
@@ -154,6 +166,8 @@ class Pretrained:
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])
+        if self.resize_embeddings:
+            add_rows(model, self.load_tokenizer())
         del options["trust_remote_code"]  # GenerationConfig keeps options that it does not know
         with suppress(OSError):  # a model may have none
             model.generation_config = GenerationConfig.from_pretrained(folder, **options)
@@ -192,6 +206,8 @@ class Packaged:
             transformers choose.
         quantization_config: The quantization config of transformers, such as `BitsAndBytesConfig`
             for QLoRA (arXiv:2305.14314); None does not quantise the weights.
+        resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
+            tokenizer that have none.
     """
 
     package: str
@@ -201,6 +217,7 @@ class Packaged:
     dtype: str | None = None
     attn_implementation: str | None = None
     quantization_config: Any = None
+    resize_embeddings: bool = False
 
     def check(self) -> None:
         """Raise ValueError if the package is not installed; the message says how to install it."""
@@ -228,6 +245,7 @@ class Packaged:
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             quantization_config=self.quantization_config,
+            resize_embeddings=self.resize_embeddings,
         )
 
 
@@ -247,6 +265,8 @@ class FromConfig:
         seed: The seed of the weights. The same seed always gives the same weights. Frozen weights
             that a checkpoint leaves out, as under an adapter, are therefore the same after a
             restart.
+        resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
+            tokenizer that have none.
     """
 
     model_type: str
@@ -256,6 +276,7 @@ class FromConfig:
     attn_implementation: str | None = None
     quantization_config: Any = None
     seed: int = 0
+    resize_embeddings: bool = False
 
     def check(self) -> None:
         """Raise ValueError if the architecture is unknown, or the tokenizer cannot be loaded."""
@@ -285,6 +306,8 @@ class FromConfig:
             torch.manual_seed(self.seed)
             build: Any = AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, dtype=dtype, **options)
+        if self.resize_embeddings:
+            add_rows(model, self.load_tokenizer())
         if shard is not None:
             shard(model)
         return model

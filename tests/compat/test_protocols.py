@@ -27,6 +27,7 @@ OFFERED = {
     compat.CountsRows: DATA,
     compat.HasModel: MODULE,
     compat.HasTokenizer: CausalLMModule,  # of the class, since asking the module loads it
+    compat.KnowsExamples: DATA,
     compat.LoadsAfterSharding: MODULE,
     compat.Named: SOURCE,
     compat.OffersPrompts: DATA,
