@@ -58,7 +58,9 @@ class CausalLMModule(LightningModule):
     """Fine-tune a causal language model.
 
     Logs `train_loss` (the mean over the target tokens of the global batch), `grad_norm` before
-    clipping, `val_loss` and `val_perplexity`.
+    clipping, `val_loss` and `val_perplexity`. A mixture of experts that adds the loss of its router
+    is trained on the sum of both. The router's part, with its coefficient, is not in these values.
+    It is logged as `train_router_loss` and `val_router_loss`.
 
     Args:
         model: The source of the model, which is loaded in `configure_model`.
@@ -110,7 +112,10 @@ class CausalLMModule(LightningModule):
         # Not a MeanMetric, which skips NaN: a validation would look better than it is.
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
+        self.val_router_sum = SumMetric(nan_strategy="disable")
         self._token_mean = TokenMean(self._sum_over_ranks)
+        self._router_sum: Tensor | None = None  # of the global batch; None without a router's loss
+        self._val_has_router = False
         self._options: list[dict[str, Any]] = []
         self._unchecked = {"model", "loss", "packing of one row", "packing of rows"}
 
@@ -259,7 +264,10 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's part of the loss of the global batch."""
-        loss_sum, num_targets = self.loss_sum(batch)
+        loss_sum, router_sum, num_targets = self._loss_sums(batch)
+        if router_sum is not None:
+            before = 0 if self._router_sum is None else self._router_sum
+            self._router_sum = before + router_sum
         _, shares = data_parallel_rank(self.trainer)
         loss = self._token_mean.add(loss_sum, num_targets, alone=shares == 1)
         # Lightning divides the loss by the number of micro-batches, and data parallelism divides
@@ -283,12 +291,17 @@ class CausalLMModule(LightningModule):
         Raises:
             FloatingPointError: If the loss of the global batch is not finite.
         """
-        loss, _ = self._token_mean.finish(self.parameters())
+        loss, num_targets = self._token_mean.finish(self.parameters())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
                 "look at this step's data, or train in a wider precision."
             )
+        if self._router_sum is not None:
+            router = self._sum_over_ranks(self._router_sum) / max(num_targets, 1)
+            self._router_sum = None
+            self.log("train_router_loss", router.float())
+            loss = loss - router
         self.log("train_loss", loss.float(), prog_bar=True)
 
     @clips_as_lightning_does
@@ -308,7 +321,8 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums from which the validation loss is computed."""
-        for metric in (self.val_loss_sum, self.val_targets):
+        self._val_has_router = False
+        for metric in (self.val_loss_sum, self.val_targets, self.val_router_sum):
             # bf16-true makes the metric's sum bfloat16, which stops growing at 256 targets.
             metric.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
             # Reset here, not at the end: `validate` runs in inference mode and `fit` does not, and
@@ -317,7 +331,11 @@ class CausalLMModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's loss and its number of targets to the sums."""
-        loss_sum, num_targets = self.loss_sum(batch)
+        loss_sum, router_sum, num_targets = self._loss_sums(batch)
+        if router_sum is not None:
+            self._val_has_router = True
+            self.val_router_sum.update(router_sum)
+            loss_sum = loss_sum - router_sum
         self.val_loss_sum.update(loss_sum)
         self.val_targets.update(num_targets)
 
@@ -325,6 +343,9 @@ class CausalLMModule(LightningModule):
         """Log the mean loss over the target tokens of all batches and ranks."""
         loss = self.val_loss_sum.compute() / self.val_targets.compute()
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
+        if self._val_has_router:
+            router = self.val_router_sum.compute() / self.val_targets.compute()
+            self.log("val_router_loss", router)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the loss summed over the batch's target tokens, and their number.
@@ -334,6 +355,11 @@ class CausalLMModule(LightningModule):
                 `attention_mask` and `position_ids` [B, T], and `num_targets`, the number of
                 targets.
         """
+        loss, _, num_targets = self._loss_sums(batch)
+        return loss, num_targets
+
+    def _loss_sums(self, batch: Batch) -> tuple[Tensor, Tensor | None, int]:
+        """Return the batch's loss, the router's part in it (or None), and the number of targets."""
         inputs = {
             k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
         }
@@ -342,8 +368,12 @@ class CausalLMModule(LightningModule):
         num_targets = batch.get("num_targets")
         if num_targets is None:
             num_targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
-        loss = with_root_gathered(self.model, self.loss, self.model, inputs, labels)
-        return loss, num_targets
+        arguments = (self.model, inputs, labels)
+        if type(self.loss) is ModelLoss:  # a subclass may compute another loss
+            both = with_root_gathered(self.model, self.loss.with_router, *arguments)
+            return *both, num_targets
+        loss = with_root_gathered(self.model, self.loss, *arguments)
+        return loss, None, num_targets
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen weights under an adapter, which are loaded with the model."""
