@@ -29,7 +29,7 @@ from lit_ft.data.encoding import (
 )
 from lit_ft.data.formats import Format
 from lit_ft.data.masks import ControlTokens, TrainOn
-from lit_ft.data.mixing import Bins, subset
+from lit_ft.data.mixing import Bins, chosen_places, subset
 from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import load_tables, open_streams, rows_of_choice, weighted_sources
@@ -176,6 +176,7 @@ class InstructionDataModule(LightningDataModule):
         self.reports: dict[str, EncodingReport] = {}
         self.train_examples: Dataset | IterableDataset | None = None
         self.val_examples: Dataset | None = None
+        self._val_sources = np.empty(0, np.int64)
         if sources is None:
             sources = [{"path": path, **(source_options or {})}]
         elif path not in (None, EMBEDDED) or source_options:
@@ -242,6 +243,9 @@ class InstructionDataModule(LightningDataModule):
             )
         self.train_examples = self._limited(splits.train)
         self.val_examples = subset(splits.val, self.max_val_examples)
+        self._val_sources = splits.val_sources[
+            chosen_places(len(splits.val), self.max_val_examples)
+        ]
         self.reports = splits.reports
         self._say_counts()
 
@@ -280,9 +284,27 @@ class InstructionDataModule(LightningDataModule):
         )
         return self._loader(batches, batch_size=None)
 
-    def val_dataloader(self) -> StatefulDataLoader[Any]:
-        """Return the loader of this rank's batches, longest first; each example occurs once."""
-        rows = Bins(self.val_examples)
+    def val_dataloader(self) -> StatefulDataLoader[Any] | list[StatefulDataLoader[Any]]:
+        """Return the loader of this rank's batches, longest first; each example occurs once.
+
+        If the validation examples are held out from several sources, each source has a loader of
+        its own, named in `val_names`.
+        """
+        assert self.val_examples is not None
+        numbers = np.unique(self._val_sources)
+        if len(numbers) < 2:
+            return self._val_loader(self.val_examples)
+        places = [np.flatnonzero(self._val_sources == number) for number in numbers]
+        return [self._val_loader(self.val_examples.select(of_source)) for of_source in places]
+
+    @property
+    def val_names(self) -> list[str]:
+        """The names of the sources in the order of their validation loaders; empty for one."""
+        numbers = np.unique(self._val_sources)
+        return [self._train[number].label for number in numbers] if len(numbers) > 1 else []
+
+    def _val_loader(self, examples: Dataset) -> StatefulDataLoader[Any]:
+        rows = Bins(examples)
         sampler = GlobalBatchSampler(
             rows.lengths,
             **self._cut(self.val_batch_size, 1),

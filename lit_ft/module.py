@@ -20,7 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.optimizers import class_of, traits_of
 from lit_ft.compat.plan import adapter_of
-from lit_ft.compat.protocols import KnowsExamples, Quantizes, clips_as_lightning_does
+from lit_ft.compat.protocols import (
+    KnowsExamples,
+    NamesValidation,
+    Quantizes,
+    clips_as_lightning_does,
+)
 from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import PARTS
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
@@ -60,7 +65,8 @@ class CausalLMModule(LightningModule):
     Logs `train_loss` (the mean over the target tokens of the global batch), `grad_norm` before
     clipping, `val_loss` and `val_perplexity`. A mixture of experts that adds the loss of its router
     is trained on the sum of both. The router's part, with its coefficient, is not in these values.
-    It is logged as `train_router_loss` and `val_router_loss`.
+    It is logged as `train_router_loss` and `val_router_loss`. With several validation loaders,
+    `val_loss` is the mean over the tokens of all, and each has its own `val_loss/NAME`.
 
     Args:
         model: The source of the model, which is loaded in `configure_model`.
@@ -116,6 +122,7 @@ class CausalLMModule(LightningModule):
         self._token_mean = TokenMean(self._sum_over_ranks)
         self._router_sum: Tensor | None = None  # of the global batch; None without a router's loss
         self._val_has_router = False
+        self._sums_by_loader: Tensor | None = None  # of loss and targets, [loaders, 2]
         self._options: list[dict[str, Any]] = []
         self._unchecked = {"model", "loss", "packing of one row", "packing of rows"}
 
@@ -328,8 +335,14 @@ class CausalLMModule(LightningModule):
             # Reset here, not at the end: `validate` runs in inference mode and `fit` does not, and
             # a tensor made in one cannot be updated in the other.
             metric.reset()
+        loaders = len(self._val_names())
+        self._sums_by_loader = (
+            torch.zeros(loaders, 2, device=self.device, dtype=self.val_loss_sum.dtype)
+            if loaders > 1
+            else None
+        )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch's loss and its number of targets to the sums."""
         loss_sum, router_sum, num_targets = self._loss_sums(batch)
         if router_sum is not None:
@@ -338,6 +351,9 @@ class CausalLMModule(LightningModule):
             loss_sum = loss_sum - router_sum
         self.val_loss_sum.update(loss_sum)
         self.val_targets.update(num_targets)
+        if self._sums_by_loader is not None:
+            self._sums_by_loader[dataloader_idx, 0] += loss_sum
+            self._sums_by_loader[dataloader_idx, 1] += num_targets
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over the target tokens of all batches and ranks."""
@@ -346,6 +362,18 @@ class CausalLMModule(LightningModule):
         if self._val_has_router:
             router = self.val_router_sum.compute() / self.val_targets.compute()
             self.log("val_router_loss", router)
+        if self._sums_by_loader is not None:
+            sums = self._sum_over_ranks(self._sums_by_loader).tolist()
+            for name, (loss_sum, targets) in zip(self._val_names(), sums, strict=True):
+                if targets:  # limit_val_batches may leave a loader no example
+                    self.log(f"val_loss/{name}", loss_sum / targets)
+
+    def _val_names(self) -> list[str]:
+        """Return a name for each validation loader: of its source, or else its number."""
+        loaders = len(self.trainer.num_val_batches)
+        data = getattr(self.trainer, "datamodule", None)
+        names = list(data.val_names) if isinstance(data, NamesValidation) else []
+        return names if len(names) == loaders else [str(number) for number in range(loaders)]
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the loss summed over the batch's target tokens, and their number.

@@ -230,6 +230,20 @@ class KnowsExamples(Protocol):
         """Return the largest number of tokens that an example has, or can have in a stream."""
 
 
+@runtime_checkable
+class NamesValidation(Protocol):
+    """A data module with several validation loaders, which have names.
+
+    `CausalLMModule` logs the loss of each loader under its name; without names, under its number.
+
+    Attributes:
+        val_names: The names of the loaders that `val_dataloader` returns, in their order.
+    """
+
+    @property
+    def val_names(self) -> list[str]: ...  # noqa: D102
+
+
 class TokenBatch(TypedDict, total=False):
     """A batch of token ids, as `Collator` makes it and `CausalLMModule` and the monitors read it.
 

@@ -63,6 +63,7 @@ class RunSummary:
             "initial_val_loss": None,
             "val_loss": None,
             "val_perplexity": None,
+            "val_loss_by_source": None,
             "train_loss": None,
             "seconds": {"total": None, "load": None, "train": None},
             "tokens_per_second": None,

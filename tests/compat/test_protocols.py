@@ -30,6 +30,7 @@ OFFERED = {
     compat.KnowsExamples: DATA,
     compat.LoadsAfterSharding: MODULE,
     compat.Named: SOURCE,
+    compat.NamesValidation: DATA,
     compat.OffersPrompts: DATA,
     compat.PlansAhead: MODULE,
     compat.Quantizes: SOURCE,

@@ -58,6 +58,7 @@ KEYS = [
     "initial_val_loss",
     "val_loss",
     "val_perplexity",
+    "val_loss_by_source",
     "train_loss",
     "seconds",
     "tokens_per_second",
