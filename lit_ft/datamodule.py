@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
+from lit_ft.compat.protocols import IdsBeyond
 from lit_ft.compat.refusal import Remedy
 from lit_ft.data import notes
 from lit_ft.data.batching import GlobalBatchSampler
@@ -28,7 +30,7 @@ from lit_ft.data.encoding import (
 )
 from lit_ft.data.formats import Format
 from lit_ft.data.masks import ControlTokens, TrainOn
-from lit_ft.data.mixing import Bins, subset
+from lit_ft.data.mixing import Bins, chosen_places, subset
 from lit_ft.data.packing import pack
 from lit_ft.data.sources import EMBEDDED
 from lit_ft.data.splits import (
@@ -40,6 +42,7 @@ from lit_ft.data.splits import (
 )
 from lit_ft.data.streaming import StreamingBatches
 from lit_ft.data.tables import column, repeated
+from lit_ft.data.token_ids import ids_from, num_ids
 from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.distributed.ranks import data_parallel_rank
 
@@ -182,6 +185,7 @@ class InstructionDataModule(LightningDataModule):
         self.reports: dict[str, EncodingReport] = {}
         self.train_examples: Dataset | IterableDataset | None = None
         self.val_examples: Dataset | None = None
+        self._val_sources = np.empty(0, np.int64)
         sources = source_choices(path, sources, source_options)
         if val_source_options and not val_path:
             raise ValueError("val_source_options needs val_path")
@@ -245,6 +249,9 @@ class InstructionDataModule(LightningDataModule):
             )
         self.train_examples = self._limited(splits.train)
         self.val_examples = subset(splits.val, self.max_val_examples)
+        self._val_sources = splits.val_sources[
+            chosen_places(len(splits.val), self.max_val_examples)
+        ]
         self.reports = splits.reports
         self._say_counts()
 
@@ -283,9 +290,27 @@ class InstructionDataModule(LightningDataModule):
         )
         return self._loader(batches, batch_size=None)
 
-    def val_dataloader(self) -> StatefulDataLoader[Any]:
-        """Return the loader of this rank's batches, longest first; each example occurs once."""
-        rows = Bins(self.val_examples)
+    def val_dataloader(self) -> StatefulDataLoader[Any] | list[StatefulDataLoader[Any]]:
+        """Return the loader of this rank's batches, longest first; each example occurs once.
+
+        If the validation examples are held out from several sources, each source has a loader of
+        its own, named in `val_names`.
+        """
+        assert self.val_examples is not None
+        numbers = np.unique(self._val_sources)
+        if len(numbers) < 2:
+            return self._val_loader(self.val_examples)
+        places = [np.flatnonzero(self._val_sources == number) for number in numbers]
+        return [self._val_loader(self.val_examples.select(of_source)) for of_source in places]
+
+    @property
+    def val_names(self) -> list[str]:
+        """The names of the sources in the order of their validation loaders; empty for one."""
+        numbers = np.unique(self._val_sources)
+        return [self._train[number].label for number in numbers] if len(numbers) > 1 else []
+
+    def _val_loader(self, examples: Dataset) -> StatefulDataLoader[Any]:
+        rows = Bins(examples)
         sampler = GlobalBatchSampler(
             rows.lengths,
             **self._cut(self.val_batch_size, 1),
@@ -304,6 +329,40 @@ class InstructionDataModule(LightningDataModule):
         prompts = self.val_examples.select_columns(["prompt"])
         rows = prompts.take(min(n, len(prompts)))
         return [json.loads(row["prompt"]) for row in rows if row["prompt"]]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Hold a stream's batch against the model while it is on the CPU, where errors are clear.
+
+        Raises:
+            Refusal: If the model has no row for a token or a position.
+        """
+        assert self.trainer is not None
+        limits = getattr(self.trainer.lightning_module, "limits", None)
+        if self.streaming and limits is not None:
+            limits.hold_batch(batch)
+        return batch
+
+    def ids_beyond(self, rows: int) -> IdsBeyond | None:
+        """Return the token ids from `rows` on; see `lit_ft.compat.KnowsExamples`."""
+        tokenizer = self._tokenizer()
+        padding = self._collator().pad_token_id
+        if padding < rows and num_ids(tokenizer) <= rows:
+            return None
+        tables = [self.val_examples, *([] if self.streaming else [self.train_examples])]
+        found = np.concatenate([ids_from(table, rows) for table in tables])
+        if padding >= rows:
+            found = np.append(found, padding)
+        if not found.size:
+            return None
+        largest = int(found.max())
+        return IdsBeyond(found.size, largest, tokenizer.convert_ids_to_tokens([largest])[0])
+
+    def longest_example(self) -> int:
+        """Return the number of tokens of the longest example; see `lit_ft.compat.KnowsExamples`."""
+        if self.streaming:
+            return self.max_length
+        tables = (self.train_examples, self.val_examples)
+        return max(int(column(table, "num_tokens").max(initial=0)) for table in tables)
 
     def _limited(self, examples: Dataset | IterableDataset) -> Dataset | IterableDataset:
         if self.streaming and self.max_train_examples is not None:

@@ -20,7 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.optimizers import class_of, traits_of
 from lit_ft.compat.plan import adapter_of
-from lit_ft.compat.protocols import Quantizes, clips_as_lightning_does
+from lit_ft.compat.protocols import (
+    KnowsExamples,
+    NamesValidation,
+    Quantizes,
+    clips_as_lightning_does,
+)
 from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import PARTS
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
@@ -36,7 +41,9 @@ from lit_ft.loss.probes import keeps_packed_examples_apart
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.loss.token_mean import TokenMean
 from lit_ft.models import ModelSource, add_adapter
+from lit_ft.models.adapter_names import match_names
 from lit_ft.models.adapters import rewrites_base_weights, start_magnitudes
+from lit_ft.models.limits import Limits, limits_of
 from lit_ft.optim import (
     DECAY_MATRICES,
     GroupRule,
@@ -56,7 +63,10 @@ class CausalLMModule(LightningModule):
     """Fine-tune a causal language model.
 
     Logs `train_loss` (the mean over the target tokens of the global batch), `grad_norm` before
-    clipping, `val_loss` and `val_perplexity`.
+    clipping, `val_loss` and `val_perplexity`. A mixture of experts that adds the loss of its router
+    is trained on the sum of both. The router's part, with its coefficient, is not in these values.
+    It is logged as `train_router_loss` and `val_router_loss`. With several validation loaders,
+    `val_loss` is the mean over the tokens of all, and each has its own `val_loss/NAME`.
 
     Args:
         model: The source of the model, which is loaded in `configure_model`.
@@ -104,12 +114,17 @@ class CausalLMModule(LightningModule):
         self.compile_model = compile
         self.seed = seed
         self.model: Any = None  # configure_model sets a PreTrainedModel or PeftModel
+        self.limits: Limits | None = None  # setup finds them, before the weights are loaded
         # Not a MeanMetric, which skips NaN: a validation would look better than it is.
         self.val_loss_sum = SumMetric(nan_strategy="disable")
         self.val_targets = SumMetric(nan_strategy="disable")
+        self.val_router_sum = SumMetric(nan_strategy="disable")
         self._token_mean = TokenMean(self._sum_over_ranks)
+        self._router_sum: Tensor | None = None  # of the global batch; None without a router's loss
+        self._val_has_router = False
+        self._sums_by_loader: Tensor | None = None  # of loss and targets, [loaders, 2]
         self._options: list[dict[str, Any]] = []
-        self._unchecked = {"loss", "packing of one row", "packing of rows"}
+        self._unchecked = {"model", "loss", "packing of one row", "packing of rows"}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -123,11 +138,26 @@ class CausalLMModule(LightningModule):
         Raises:
             Misconfiguration: If the run combines settings that cannot work together, or if the
                 optimizer, its groups or the schedule do not accept their options.
+            Refusal: If the adapter names layers that the model has not, or if the model has no row
+                for a token or a position of the examples.
         """
         parts = PARTS if stage == "fit" else ("module", "galore")
         plan = check_run(self.trainer, self, parts=parts)
         self.source.check()
         self._try_optimizer(in_subspaces=plan.basis is not None)
+        if "model" in self._unchecked:
+            self._unchecked.discard("model")
+            self._compare_with_model()
+
+    def _compare_with_model(self) -> None:
+        """Hold the adapter and the examples against the model, whose weights are not loaded yet."""
+        empty = self.source.build_empty()
+        self.limits = limits_of(empty)
+        if self.adapter is not None:
+            match_names(empty, self.adapter)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, KnowsExamples):
+            self.limits.hold_examples(data, self.source)
 
     def plan_facts(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return what is known about optimizer, adapter and model before they are built."""
@@ -241,7 +271,10 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's part of the loss of the global batch."""
-        loss_sum, num_targets = self.loss_sum(batch)
+        loss_sum, router_sum, num_targets = self._loss_sums(batch)
+        if router_sum is not None:
+            before = 0 if self._router_sum is None else self._router_sum
+            self._router_sum = before + router_sum
         _, shares = data_parallel_rank(self.trainer)
         loss = self._token_mean.add(loss_sum, num_targets, alone=shares == 1)
         # Lightning divides the loss by the number of micro-batches, and data parallelism divides
@@ -265,12 +298,17 @@ class CausalLMModule(LightningModule):
         Raises:
             FloatingPointError: If the loss of the global batch is not finite.
         """
-        loss, _ = self._token_mean.finish(self.parameters())
+        loss, num_targets = self._token_mean.finish(self.parameters())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
                 "look at this step's data, or train in a wider precision."
             )
+        if self._router_sum is not None:
+            router = self._sum_over_ranks(self._router_sum) / max(num_targets, 1)
+            self._router_sum = None
+            self.log("train_router_loss", router.float())
+            loss = loss - router
         self.log("train_loss", loss.float(), prog_bar=True)
 
     @clips_as_lightning_does
@@ -290,23 +328,52 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums from which the validation loss is computed."""
-        for metric in (self.val_loss_sum, self.val_targets):
+        self._val_has_router = False
+        for metric in (self.val_loss_sum, self.val_targets, self.val_router_sum):
             # bf16-true makes the metric's sum bfloat16, which stops growing at 256 targets.
             metric.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
             # Reset here, not at the end: `validate` runs in inference mode and `fit` does not, and
             # a tensor made in one cannot be updated in the other.
             metric.reset()
+        loaders = len(self._val_names())
+        self._sums_by_loader = (
+            torch.zeros(loaders, 2, device=self.device, dtype=self.val_loss_sum.dtype)
+            if loaders > 1
+            else None
+        )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch's loss and its number of targets to the sums."""
-        loss_sum, num_targets = self.loss_sum(batch)
+        loss_sum, router_sum, num_targets = self._loss_sums(batch)
+        if router_sum is not None:
+            self._val_has_router = True
+            self.val_router_sum.update(router_sum)
+            loss_sum = loss_sum - router_sum
         self.val_loss_sum.update(loss_sum)
         self.val_targets.update(num_targets)
+        if self._sums_by_loader is not None:
+            self._sums_by_loader[dataloader_idx, 0] += loss_sum
+            self._sums_by_loader[dataloader_idx, 1] += num_targets
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over the target tokens of all batches and ranks."""
         loss = self.val_loss_sum.compute() / self.val_targets.compute()
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
+        if self._val_has_router:
+            router = self.val_router_sum.compute() / self.val_targets.compute()
+            self.log("val_router_loss", router)
+        if self._sums_by_loader is not None:
+            sums = self._sum_over_ranks(self._sums_by_loader).tolist()
+            for name, (loss_sum, targets) in zip(self._val_names(), sums, strict=True):
+                if targets:  # limit_val_batches may leave a loader no example
+                    self.log(f"val_loss/{name}", loss_sum / targets)
+
+    def _val_names(self) -> list[str]:
+        """Return a name for each validation loader: of its source, or else its number."""
+        loaders = len(self.trainer.num_val_batches)
+        data = getattr(self.trainer, "datamodule", None)
+        names = list(data.val_names) if isinstance(data, NamesValidation) else []
+        return names if len(names) == loaders else [str(number) for number in range(loaders)]
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the loss summed over the batch's target tokens, and their number.
@@ -316,6 +383,11 @@ class CausalLMModule(LightningModule):
                 `attention_mask` and `position_ids` [B, T], and `num_targets`, the number of
                 targets.
         """
+        loss, _, num_targets = self._loss_sums(batch)
+        return loss, num_targets
+
+    def _loss_sums(self, batch: Batch) -> tuple[Tensor, Tensor | None, int]:
+        """Return the batch's loss, the router's part in it (or None), and the number of targets."""
         inputs = {
             k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
         }
@@ -324,8 +396,12 @@ class CausalLMModule(LightningModule):
         num_targets = batch.get("num_targets")
         if num_targets is None:
             num_targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
-        loss = with_root_gathered(self.model, self.loss, self.model, inputs, labels)
-        return loss, num_targets
+        arguments = (self.model, inputs, labels)
+        if type(self.loss) is ModelLoss:  # a subclass may compute another loss
+            both = with_root_gathered(self.model, self.loss.with_router, *arguments)
+            return *both, num_targets
+        loss = with_root_gathered(self.model, self.loss, *arguments)
+        return loss, None, num_targets
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen weights under an adapter, which are loaded with the model."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_ft.data.formats.alpaca import Alpaca
 from lit_ft.datamodule import InstructionDataModule
-from tests.support.datamodules import answers, ready, write
+from tests.support.datamodules import answers, ready, val_batches, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -64,7 +64,7 @@ def test_sources_mix_by_weight_until_all_are_exhausted(
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ready(tokenizer, None, sources=sources, val_fraction=0.1)
     train = Counter(answers(tokenizer, data.train_dataloader()))
-    val = Counter(answers(tokenizer, data.val_dataloader()))
+    val = Counter(answers(tokenizer, val_batches(data)))
     assert set(train) | set(val) == {f"{name}{i}" for name in "ab" for i in range(100)}
     assert not set(train) & set(val)
     assert set(val.values()) == {1}
@@ -183,7 +183,7 @@ def test_streams_mix_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
     sources = [{"path": write(tmp_path / f"{n}.jsonl", 40, name=n)} for n in "ab"]
     data = ready(tokenizer, None, sources=sources, streaming=True, max_val_examples=10)
     train = set(answers(tokenizer, data.train_dataloader()))
-    val = answers(tokenizer, data.val_dataloader())
+    val = answers(tokenizer, val_batches(data))
     assert sorted(val) == sorted(f"{n}{i}" for n in "ab" for i in range(5))
     assert train == {f"{n}{i}" for n in "ab" for i in range(5, 40)}
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from lit_ft.datamodule import InstructionDataModule
-from tests.support.datamodules import answers, write
+from tests.support.datamodules import answers, val_batches, write
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -134,7 +134,7 @@ def test_every_choice_of_configuration_makes_batches(
         return
     data.prepare_data()
     data.setup("fit")
-    for loader in (data.train_dataloader(), data.val_dataloader()):
+    for loader in (data.train_dataloader(), val_batches(data)):
         assert all(batch["num_targets"] > 0 for batch in islice(loader, 3))
 
 

@@ -131,11 +131,14 @@ def final_panel(summary: Mapping[str, Any]) -> Panel:
     """
     peak = summary.get("peak_bytes") or {}
     steps = summary.get("step_seconds") or {}
+    by_source = summary.get("val_loss_by_source") or {}
     rows = {
         "val loss": _before_after(summary.get("initial_val_loss"), summary.get("val_loss")),
+        **{f"  of {name}": _number(loss, ".4f") for name, loss in by_source.items()},
         "val perplexity": _number(summary.get("val_perplexity"), ".2f"),
         "train loss": _number(summary.get("train_loss"), ".4f"),
         "steps": _number(summary.get("steps"), ","),
+        "ended": summary.get("ended"),
         "tokens/s": _number(summary.get("tokens_per_second"), ",.0f"),
         "step": _number(steps.get("median"), ".3f", " s (median)"),
         "peak memory": None

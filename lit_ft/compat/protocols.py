@@ -14,7 +14,16 @@ Three more protocols are defined elsewhere: `lit_ft.loss.TokenLoss`, `lit_ft.mod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    runtime_checkable,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,6 +197,51 @@ class BoundsBatches(CountsRows, Protocol):
     """
 
     max_length: int
+
+
+class IdsBeyond(NamedTuple):
+    """Token ids in the data for which a model has no row.
+
+    Args:
+        number: The number of such ids.
+        largest: The largest of them.
+        token: The text of the largest, if the tokenizer is known.
+    """
+
+    number: int
+    largest: int
+    token: str | None = None
+
+
+@runtime_checkable
+class KnowsExamples(Protocol):
+    """A data module that knows, once it is set up, what its examples need of a model.
+
+    `CausalLMModule` then refuses examples that the model has no room for before it loads the model.
+    """
+
+    def ids_beyond(self, rows: int) -> IdsBeyond | None:
+        """Return the ids in the examples, and of padding, from `rows` on; None if there are none.
+
+        Examples that are not encoded yet, as in a stream, are left out.
+        """
+
+    def longest_example(self) -> int:
+        """Return the largest number of tokens that an example has, or can have in a stream."""
+
+
+@runtime_checkable
+class NamesValidation(Protocol):
+    """A data module with several validation loaders, which have names.
+
+    `CausalLMModule` logs the loss of each loader under its name; without names, under its number.
+
+    Attributes:
+        val_names: The names of the loaders that `val_dataloader` returns, in their order.
+    """
+
+    @property
+    def val_names(self) -> list[str]: ...  # noqa: D102
 
 
 class TokenBatch(TypedDict, total=False):

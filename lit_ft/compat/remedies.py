@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lit_ft.compat.refusal import Remedy
 
 # For each choice of `optim=`: the class that it builds, and the remedy in Python.
@@ -45,6 +47,31 @@ def optimizer(choice: str, *, galore: str | None = None) -> Remedy:
         return Remedy(f"{OPTIMIZERS[base][1]} with GaLore ({projector})", {"optim": choice})
     settings = {"optim": choice} if galore is None else {"optim": choice, "galore": galore}
     return Remedy(OPTIMIZERS[choice][1], settings)
+
+
+def shorter_rows(tokens: int) -> Remedy:
+    """Return the remedy of limiting an example to this many tokens."""
+    return Remedy(f"set max_length={tokens}", {"data.max_length": str(tokens)})
+
+
+EVERY_LINEAR_LAYER = "all-linear"  # peft's word
+
+
+def layer_names(setting: str, names: Sequence[str]) -> list[Remedy]:
+    """Return the remedies for names in an adapter's configuration that match nothing.
+
+    Args:
+        setting: The setting that has the names, such as "target_modules".
+        names: The names that match, or look like those that were given.
+    """
+    if setting == "target_modules":
+        value = {f"adapter.{setting}": EVERY_LINEAR_LAYER}
+        otherwise = Remedy(f'use {setting}="{EVERY_LINEAR_LAYER}"', value)
+        value = {f"adapter.{setting}": f"[{','.join(names)}]"}
+    else:  # the YAML does not have it
+        otherwise = Remedy(f"leave {setting} out")
+        value = {f"+adapter.{setting}": f"[{','.join(names)}]"}
+    return [*([Remedy(f"use {setting}={list(names)}", value)] if names else []), otherwise]
 
 
 NO_GALORE = Remedy("leave GaLore out", {"galore": "none"})
@@ -96,6 +123,14 @@ OTHER_TEMPLATE = Remedy(
 )
 DROP_UNRENDERED = Remedy(
     "train without it (drop_unrendered=True)", {"data.drop_unrendered": "true"}
+)
+RESIZED_EMBEDDINGS = Remedy(
+    "set resize_embeddings=True on the model's source, which adds the rows",
+    {"model.resize_embeddings": "true"},
+)
+MODELS_TOKENIZER = Remedy("encode the data with the model's own tokenizer")
+RESIZED_BEFORE = Remedy(
+    "call resize_token_embeddings on the model, save it with its tokenizer, and load that folder"
 )
 NO_STREAM = Remedy("set streaming=False", {"data.streaming": "false"})
 NO_PACKING = Remedy("set packing=False", {"data.packing": "false"})

@@ -48,8 +48,14 @@ def subset(table: Dataset, size: int | None) -> Dataset:
     """Return `size` rows in order, chosen at random but the same in every run; None takes all."""
     if size is None or size >= len(table):
         return table
-    chosen = np.argsort(_random(len(table)), kind="stable")[:size]
-    return table.select(np.sort(chosen))
+    return table.select(chosen_places(len(table), size))
+
+
+def chosen_places(rows: int, size: int | None) -> NDArray[np.int64]:
+    """Return the places of the rows that `subset` chooses from a table of `rows` rows, in order."""
+    if size is None or size >= rows:
+        return np.arange(rows)
+    return np.sort(np.argsort(_random(rows), kind="stable")[:size])
 
 
 def mix(tables: Sequence[Any], weights: Sequence[float], *, seed: int) -> Any:

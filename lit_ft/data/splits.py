@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
@@ -37,11 +40,13 @@ class WeightedSource:
         source: The source of the rows.
         format: The format that reads the rows; None detects it from the keys of the first row.
         weight: The positive weight of the source, relative to the others.
+        label: A short name, by which it is told from the other sources.
     """
 
     source: Source
     format: Format | None = None
     weight: float = 1.0
+    label: str = ""
 
     def table(self, encoder: Encoder) -> Dataset:
         """Return the table of the source, from the cache if it is there."""
@@ -55,12 +60,15 @@ class Splits:
     Args:
         train: The mixed training examples, as a table or a stream.
         val: The table of validation examples. Each example occurs once.
+        val_sources: The number of the training source of each validation example, [rows]; 0 if the
+            validation examples have a source of their own.
         reports: The counts of the rows of each split, keyed by "train" and "val". The counts of a
             stream grow while it is read.
     """
 
     train: Dataset | IterableDataset
     val: Dataset
+    val_sources: NDArray[np.int64]
     reports: dict[str, EncodingReport] = field(default_factory=dict)
 
 
@@ -122,7 +130,27 @@ def weighted_sources(
         sources.append(WeightedSource(source, own_format, weight))
     if not sources:
         raise ValueError("give at least one source")
-    return sources
+    labels = _labels(seen)
+    return [replace(one, label=label) for one, label in zip(sources, labels, strict=True)]
+
+
+def _labels(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the shortest kind of name that tells the sources apart: of their files, if it does.
+
+    >>> _labels([{"path": "a/x.jsonl"}, {"path": "hub/b"}])
+    ['x.jsonl', 'b']
+    >>> _labels([{"path": "a/x.jsonl"}, {"path": "b/x.jsonl"}])
+    ['a/x.jsonl', 'b/x.jsonl']
+    >>> _labels([{"path": "p", "kind": "function"}, {"path": "p", "kind": "class"}])
+    ['p kind=function', 'p kind=class']
+    """
+    paths = [str(choice["path"]) for choice in choices]
+    full = [
+        " ".join([path, *(f"{name}={value}" for name, value in choice.items() if name != "path")])
+        for path, choice in zip(paths, choices, strict=True)
+    ]
+    kinds = ([Path(path).name for path in paths], paths, full)
+    return next(labels for labels in kinds if len(set(labels)) == len(labels))
 
 
 def rows_of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +196,7 @@ def load_tables(
     usable = [drop_unusable(table) for table in kept]
     return Splits(
         train=mix(usable, [one.weight for one in train], seed=seed),
-        val=_validation(held_out),
+        **_validation(held_out),
         reports={"train": sum(reports, EncodingReport()), "val": _count(held_out)},
     )
 
@@ -217,16 +245,19 @@ def open_streams(
     ]
     reports["val"] = _count(held_out)
     mixed = mix(streams, [one.weight for one in train], seed=seed)
-    return Splits(train=mixed, val=_validation(held_out), reports=reports)
+    return Splits(train=mixed, **_validation(held_out), reports=reports)
 
 
 def _count(tables: Iterable[Dataset]) -> EncodingReport:
     return sum(map(report, tables), EncodingReport())
 
 
-def _validation(tables: list[Dataset]) -> Dataset:
+def _validation(tables: list[Dataset]) -> dict[str, Any]:
+    """Return the fields `val` and `val_sources` of the splits."""
     from datasets import concatenate_datasets
 
     if not (counts := _count(tables)).examples:
         raise nothing_left(counts, "validation")
-    return concatenate_datasets([drop_unusable(table) for table in tables])
+    usable = [drop_unusable(table) for table in tables]
+    numbers = np.repeat(np.arange(len(usable)), [len(table) for table in usable])
+    return {"val": concatenate_datasets(usable), "val_sources": numbers}

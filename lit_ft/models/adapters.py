@@ -12,6 +12,8 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lit_ft.models.adapter_names import match_names
+from lit_ft.models.new_tokens import with_new_rows
 from lit_ft.tensors.sharding import full_tensor, shard_like
 
 
@@ -23,6 +25,8 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
     model keeps the initial adapter as `initial_adapter`. With it, `export_model` converts the
     trained adapter into one for the original weights.
 
+    Rows that `resize_embeddings` added to the embedding and the head are trained too.
+
     If the model is on the meta device, the adapter still gets values at once. Call
     `start_magnitudes` when the model's own weights are loaded.
 
@@ -31,9 +35,11 @@ def add_adapter(model: Any, config: Any) -> PeftModel:
         config: The adapter's configuration, any `peft.PeftConfig`.
 
     Raises:
-        ValueError: If no layer of the model matches `config.target_modules` (the message is
-            peft's), or if the weight of a matching layer is tied to another layer.
+        ValueError: If a name in `config.target_modules`, or in another of its lists, matches
+            nothing in the model, or if the weight of a matching layer is tied to another layer.
     """
+    match_names(model, config)
+    config = with_new_rows(model, config)
     if getattr(model, "is_quantized", False):
         # CausalLMModule sets activation checkpointing; this only makes norms and head float32.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]

@@ -73,6 +73,8 @@ class Pretrained:
         quantization_config: The quantization config of transformers, such as `BitsAndBytesConfig`
             for QLoRA (arXiv:2305.14314); None does not quantise the weights.
         trust_remote_code: Whether to run Python code from the model's repository.
+        resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
+            tokenizer that have none.
     """
 
     name_or_path: str
@@ -82,6 +84,7 @@ class Pretrained:
     attn_implementation: str | None = None
     quantization_config: Any = None
     trust_remote_code: bool = False
+    resize_embeddings: bool = False
 
     @property
     def name(self) -> str:
@@ -140,8 +143,16 @@ class Pretrained:
         if shard is not None and dist.get_world_size() > 1:
             from lit_ft.models.load_sharded import from_pretrained_in_shards
 
+            if hasattr(self.build_empty(), "first_new_row"):
+                raise Refusal(
+                    "Rows cannot be added to an embedding that each rank reads a part of",
+                    remedies.DDP,
+                    remedies.RESIZED_BEFORE,
+                )
             return from_pretrained_in_shards(folder, shard, dtype=dtype, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        if self.resize_embeddings:
+            _add_rows(model, self)
         if shard is not None:
             shard(model)
         return model
@@ -154,6 +165,8 @@ class Pretrained:
         with torch.device("meta"):
             build: Any = transformers.AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])
+        if self.resize_embeddings:
+            _add_rows(model, self)
         del options["trust_remote_code"]  # GenerationConfig keeps options that it does not know
         with suppress(OSError):  # a model may have none
             model.generation_config = transformers.GenerationConfig.from_pretrained(
@@ -194,6 +207,8 @@ class Packaged:
             transformers choose.
         quantization_config: The quantization config of transformers, such as `BitsAndBytesConfig`
             for QLoRA (arXiv:2305.14314); None does not quantise the weights.
+        resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
+            tokenizer that have none.
     """
 
     package: str
@@ -203,6 +218,7 @@ class Packaged:
     dtype: str | None = None
     attn_implementation: str | None = None
     quantization_config: Any = None
+    resize_embeddings: bool = False
 
     def check(self) -> None:
         """Raise ValueError if the package is not installed; the message says how to install it."""
@@ -230,6 +246,7 @@ class Packaged:
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             quantization_config=self.quantization_config,
+            resize_embeddings=self.resize_embeddings,
         )
 
 
@@ -249,6 +266,8 @@ class FromConfig:
         seed: The seed of the weights. The same seed always gives the same weights. Frozen weights
             that a checkpoint leaves out, as under an adapter, are therefore the same after a
             restart.
+        resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
+            tokenizer that have none.
     """
 
     model_type: str
@@ -258,6 +277,7 @@ class FromConfig:
     attn_implementation: str | None = None
     quantization_config: Any = None
     seed: int = 0
+    resize_embeddings: bool = False
 
     def check(self) -> None:
         """Raise ValueError if the architecture, tokenizer or `quantization_config` cannot work."""
@@ -287,6 +307,8 @@ class FromConfig:
             torch.manual_seed(self.seed)
             build: Any = transformers.AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, dtype=dtype, **options)
+        if self.resize_embeddings:
+            _add_rows(model, self)
         if shard is not None:
             shard(model)
         return model
@@ -298,6 +320,13 @@ class FromConfig:
 
     def _tokenizer_source(self) -> ModelSource | None:
         return Pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+
+
+def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
+    # Imported here, as it imports what trains models.
+    from lit_ft.models.new_tokens import add_rows
+
+    add_rows(model, source.load_tokenizer())
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -88,15 +88,23 @@ def fine_tune(
         errors_of_starting_loaders(),
     ):
         if resume is None or validate_only:
-            [metrics] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
+            [metrics, *_] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
             summary.update(initial_val_loss=metrics["val_loss"])
         if not validate_only:
             trainer.fit(module, datamodule, ckpt_path=resume)
-            [metrics] = trainer.validate(module, datamodule, verbose=False)
+            [metrics, *_] = trainer.validate(module, datamodule, verbose=False)
             best = find_callback(trainer, BestCheckpoint)
             if best is not None:
                 best.keep_if_best(trainer)
-    summary.update(val_loss=metrics["val_loss"], val_perplexity=metrics["val_perplexity"])
+        else:
+            summary.update(ended="validation only, nothing was trained")
+    prefix = "val_loss/"
+    by_source = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    summary.update(
+        val_loss=metrics["val_loss"],
+        val_perplexity=metrics["val_perplexity"],
+        val_loss_by_source=by_source or None,
+    )
     _report(trainer, summary)
     return metrics["val_loss"]
 

@@ -12,6 +12,7 @@ from lit_ft.callbacks import ExportHF, LastCheckpoint, ThroughputMonitor
 from lit_ft.callbacks._support.trainer import find_callback, source_name
 from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.measure.model_size import model_size
+from lit_ft.run.ending import BestSteps, why_fit_ended
 from lit_ft.run.failures import not_this_run
 from lit_ft.run.summary import RunSummary
 
@@ -19,9 +20,9 @@ from lit_ft.run.summary import RunSummary
 class Recorder(Callback):
     """Records the measurements of a run in its summary, even if the run fails.
 
-    It saves three values in a checkpoint: the validation loss at the start of the run, which a
+    It saves four values in a checkpoint: the validation loss at the start of the run, which a
     resumed run cannot measure; the name of the optimizer, because no other optimizer can load its
-    state; and the names of the data sources.
+    state; the names of the data sources; and the steps of the best scores of early stopping.
 
     Args:
         summary: The summary to fill in.
@@ -34,13 +35,15 @@ class Recorder(Callback):
         self.optimizer = optimizer
         self.data = data
         self.ready = False
+        self.best_steps = BestSteps()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the three values to save in a checkpoint."""
+        """Return the four values to save in a checkpoint."""
         return {
             "initial_val_loss": self.summary.fields["initial_val_loss"],
             "optimizer": self.optimizer,
             "data": self.data,
+            "best_steps": dict(self.best_steps.of),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -55,6 +58,7 @@ class Recorder(Callback):
                 f"{', '.join(self.data)}: repeat its run's data.path if this is not intended."
             )
         self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
+        self.best_steps.of = dict(state_dict.get("best_steps", {}))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the model, once."""
@@ -65,14 +69,24 @@ class Recorder(Callback):
         self._loaded(pl_module)
         # As MemoryMonitor does. Otherwise the peak would be that of a sweep's largest run so far.
         reset_peak(trainer.strategy.root_device)
+        self.best_steps.start(trainer)
         self.summary.write()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the step of a new best score."""
+        self.best_steps.note(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the step of a new best score, if early stopping looks at the end of epochs."""
+        self.best_steps.note(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the measurements of training."""
         self._record(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the folder of the exported model."""
+        """Record why the training ended, and the folder of the exported model."""
+        self.summary.update(ended=why_fit_ended(trainer, self.best_steps))
         if not self.summary.fields["steps"]:
             self._record(trainer)  # a finished run was resumed, with no step left
         export = find_callback(trainer, ExportHF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -18,6 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "summary.json"
@@ -43,6 +46,7 @@ class RunSummary:
         self.fields: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "status": "interrupted",
+            "ended": None,
             "error": None,
             "config": redacted(config),
             "versions": versions(),
@@ -59,6 +63,7 @@ class RunSummary:
             "initial_val_loss": None,
             "val_loss": None,
             "val_perplexity": None,
+            "val_loss_by_source": None,
             "train_loss": None,
             "seconds": {"total": None, "load": None, "train": None},
             "tokens_per_second": None,
@@ -100,6 +105,8 @@ class RunSummary:
     ) -> None:
         status = status_of(error)
         self.update(status=status)
+        if error is not None:
+            self.update(ended=_ended_by(error, status, self.fields["steps"]))
         if error is not None and status != "interrupted":
             lines = traceback.format_exception(error, limit=-5)
             self.update(
@@ -110,6 +117,11 @@ class RunSummary:
                 }
             )
         self.write()
+        self._log_end()
+
+    @rank_zero_only
+    def _log_end(self) -> None:
+        log.info("Ended: %s.", self.fields["ended"])
 
     def _elapsed(self) -> float:
         return round(time.monotonic() - self._began, 3)
@@ -131,6 +143,18 @@ def status_of(error: BaseException | None) -> str:
     ):
         return "interrupted"
     return "out_of_memory" if is_out_of_memory(error) else "failed"
+
+
+def _ended_by(error: BaseException, status: str, steps: int) -> str:
+    """Return the sentence for a run that an error or a signal ended after `steps` steps."""
+    place = f"at step {steps}" if steps else "before the first step"
+    if status == "out_of_memory":
+        return f"out of memory {place}"
+    if status == "failed":
+        first, *_ = message_on_command_line(error).strip().splitlines() or [""]
+        return f"{type(error).__name__} {place}: {first}".rstrip(".")
+    by = "SIGTERM" if isinstance(error, SIGTERMException) else "Ctrl-C"
+    return f"{by} {place}"
 
 
 def redacted(config: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from lit_ft.compat.layer_names import counted_names
 from lit_ft.compat.plan import Adapter, Basis, Plan
 from lit_ft.compat.rules import check
 from lit_ft.subspace.checks import check_dtype
@@ -182,7 +183,7 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
             others = [t for t in ("all", *TARGETS, "embeddings", "head") if t != target]
             raise ValueError(
                 f"No layer matches the target '{target}': give {', '.join(others)}, or a regular "
-                f"expression for names such as {', '.join(list(known)[:4])}."
+                f"expression. There are {counted_names(known, near=[target])}."
             )
         chosen |= matched
     _tell_of_unknown(model, known)

@@ -27,8 +27,10 @@ OFFERED = {
     compat.CountsRows: DATA,
     compat.HasModel: MODULE,
     compat.HasTokenizer: CausalLMModule,  # of the class, since asking the module loads it
+    compat.KnowsExamples: DATA,
     compat.LoadsAfterSharding: MODULE,
     compat.Named: SOURCE,
+    compat.NamesValidation: DATA,
     compat.OffersPrompts: DATA,
     compat.PlansAhead: MODULE,
     compat.Quantizes: SOURCE,

@@ -137,6 +137,7 @@ def test_resuming_a_finished_run_says_what_it_has_done(job):
         (["strategy=ddp", "trainer.devices=2", "update=layerwise"], "strategy=fsdp"),
         (["trainer.devices=2", "callbacks=[default,auto_batch_size]"], "trainer.devices=1"),
         (["+trainer.limit_val_batches=0"], "data.max_val_examples"),
+        ([*LORA, "adapter.target_modules=[q_projj]"], r"adapter\.target_modules=\[q_proj\]"),
     ],
 )
 def test_what_fit_would_refuse_is_refused_before_a_model_loads(job, monkeypatch, settings, remedy):

@@ -19,6 +19,7 @@ from tests.support.tiny_model import tiny_model
         ({"rank": 1.5}, "rank=1.5"),
         ({"side": "Right"}, "side=Right: give right, left or std"),
         ({"targets": "nonsense"}, "nonsense"),
+        ({"targets": ["qq_proj"]}, r"There are q_proj \(2\), embed_tokens, k_proj \(2\)"),
         ({"targets": ["attention", "*"]}, "The target '[*]' is not a regular expression"),
         ({"targets": ["head"]}, "embed_tokens shares its weight with lm_head"),
     ],

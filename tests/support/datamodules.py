@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ def answers(tokenizer: PreTrainedTokenizerFast, batches: Any) -> list[str]:
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             found += tokenizer.decode(ids[labels != -100])
     return found.replace("<|im_end|>", "").split(";")[:-1]
+
+
+def val_batches(data: Any) -> Any:
+    """Return the validation batches of all sources."""
+    loaders = data.val_dataloader()
+    return chain.from_iterable(loaders) if isinstance(loaders, list) else loaders
 
 
 def table(value: int) -> Callable[[Path], Any]:

@@ -46,6 +46,7 @@ def run_job(run_dir: Path, *overrides: str) -> dict:
 KEYS = [
     "schema_version",
     "status",
+    "ended",
     "error",
     "config",
     "versions",
@@ -57,6 +58,7 @@ KEYS = [
     "initial_val_loss",
     "val_loss",
     "val_perplexity",
+    "val_loss_by_source",
     "train_loss",
     "seconds",
     "tokens_per_second",
