@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_ft.compat.refusal import Refusal
-from lit_ft.models import FromConfig, Pretrained, add_adapter
+from lit_ft.models import FromConfig, Pretrained, add_adapter, load_sharded
 from tests.support.running import run_job
 from tests.support.tiny_model import tiny_model
 from tests.support.tokenizer import byte_level_tokenizer
