@@ -14,11 +14,12 @@ import torch.distributed as dist
 import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
+from lit_ft.models.tokenizer import load_tokenizer
 from lit_ft.tensors.stochastic_rounding import own_gpu
 
 # `transformers` imports a name when it is used. Those of models take seconds, and who only looks at
@@ -126,7 +127,7 @@ class Pretrained:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's own tokenizer, with a padding token."""
         folder = self._folder()
-        tokenizer = AutoTokenizer.from_pretrained(folder, **self._hub_options(folder))
+        tokenizer = load_tokenizer(folder, **self._hub_options(folder))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
