@@ -264,9 +264,10 @@ class CausalLMModule(LightningModule):
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make dropout depend only on seed, rank, epoch and batch, so a resumed run repeats it."""
-        # A saved random state would not include what loaders and validations draw in between.
-        key = (self.seed, self.global_rank, self.current_epoch, batch_idx)
+        """Make dropout depend only on seed, rank and batch, so that a resumed run repeats it."""
+        # A saved random state would not include what loaders and validations draw in between. The
+        # batches are counted over all epochs: where a stream's epoch ends is known only afterwards.
+        key = (self.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx)
         torch.manual_seed(keyed_generator(torch.device("cpu"), *key).initial_seed())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
