@@ -41,7 +41,12 @@ def from_pretrained_in_shards(
     config = AutoConfig.from_pretrained(
         name_or_path, **{k: v for k, v in options.items() if k not in loading}
     )
-    kind: Any = _model_class(config, name_or_path, revision=options.get("revision"))
+    kind: Any = causal_lm_class(
+        config,
+        name_or_path,
+        trust_remote_code=options.get("trust_remote_code", False),
+        revision=options.get("revision"),
+    )
     # Popped, because torch keeps each sharded class forever, and all that its methods refer to.
     shards = [shard]
 
@@ -77,17 +82,23 @@ def from_pretrained_in_shards(
     return model
 
 
-def _model_class(config: PreTrainedConfig, name_or_path: str, *, revision: str | None) -> Any:
-    """Return the class that `AutoModelForCausalLM` builds, from transformers or the repository."""
+def causal_lm_class(
+    config: PreTrainedConfig, name_or_path: str, *, trust_remote_code: bool, revision: str | None
+) -> Any:
+    """Return the class that `AutoModelForCausalLM` builds, from transformers or the repository.
+
+    Raises:
+        ValueError: If there is none, or only in a repository that is not trusted.
+    """
     known = AutoModelForCausalLM._model_mapping
     if type(config) in known:
         return known[type(config)]
     brought = getattr(config, "auto_map", None) or {}
-    if "AutoModelForCausalLM" not in brought:
+    # A configuration of a type that transformers knows has been read without any trust.
+    if not trust_remote_code or "AutoModelForCausalLM" not in brought:
         raise ValueError(
             f"{name_or_path} is a {config.model_type}, which is not a causal LM: "
             "choose one that AutoModelForCausalLM loads."
         )
-    # The repository is trusted (trust_remote_code): its configuration's code has already run.
     name = brought["AutoModelForCausalLM"]
     return get_class_from_dynamic_module(name, name_or_path, revision=revision)

@@ -144,7 +144,7 @@ class Pretrained:
         if shard is not None and dist.get_world_size() > 1:
             from lit_ft.models.load_sharded import from_pretrained_in_shards
 
-            if hasattr(self.build_empty(), "first_new_row"):
+            if self.resize_embeddings and hasattr(self.build_empty(), "first_new_row"):
                 raise Refusal(
                     "Rows cannot be added to an embedding that each rank reads a part of",
                     remedies.DDP,
@@ -159,10 +159,23 @@ class Pretrained:
         return model
 
     def build_empty(self) -> PreTrainedModel:
-        """Return the model on the meta device, built from its configuration."""
+        """Return the model on the meta device, built from its configuration.
+
+        Raises:
+            ValueError: If the model is not a causal language model.
+        """
         folder = self._folder()
         options = self._hub_options(folder)
         config = AutoConfig.from_pretrained(folder, **options)
+        # Imported here, as it imports what loads models.
+        from lit_ft.models.load_sharded import causal_lm_class
+
+        causal_lm_class(
+            config,
+            folder,
+            trust_remote_code=self.trust_remote_code,
+            revision=options.get("revision"),
+        )
         with torch.device("meta"):
             build: Any = transformers.AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])

@@ -106,3 +106,15 @@ def test_a_model_that_brings_its_own_code(tmp_path, on_both):
 def test_a_model_that_is_no_causal_one_is_refused(tmp_path, on_both):
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     assert all("t5, which is not a causal LM" in said for said in on_both(loaded, tmp_path))
+
+
+def test_code_that_is_not_trusted_does_not_run(tmp_path, on_both):
+    """A type that transformers knows itself needs no trust, and its folder may still bring code."""
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "it_ran"
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    assert all("t5, which is not a causal LM" in said for said in on_both(loaded, tmp_path))
+    assert not marker.exists()

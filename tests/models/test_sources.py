@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from lit_ft.models import FromConfig, Packaged, Pretrained
 
@@ -28,6 +28,12 @@ def test_the_dtype_of_the_source_wins_over_the_trainers(folder):
 def test_what_cannot_be_loaded_is_refused_by_name(source, named):
     with pytest.raises(ValueError, match=named.replace(".", r"\.")):
         source.check()
+
+
+def test_a_model_that_is_no_causal_one_is_refused_without_its_weights(tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="t5, which is not a causal LM"):
+        Pretrained(str(tmp_path)).build_empty()
 
 
 def test_a_random_model_depends_on_the_seed_alone():
