@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,9 @@ import transformers
 from transformers.utils.hub import cached_file
 
 from lit_ft.storage.cache_dir import user_cache
+from lit_ft.storage.damage import damage, write_checksums
+
+logger = logging.getLogger(__name__)
 
 
 def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = None) -> Path:
@@ -40,11 +44,15 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
         / f"{source.stem}-{_digest(source)[:16]}-transformers{transformers.__version__}"
     )
     if (folder / "config.json").is_file():
-        return folder
+        if (reason := damage(folder)) is None:
+            return folder
+        logger.warning("making the damaged %s again: %s", folder, reason)
+        shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _dequantise(source, building)
+        write_checksums(building)
         os.replace(building, folder)
     except OSError:
         # Another process was faster: os.replace fails if the folder exists and is not empty.

@@ -36,6 +36,47 @@ def replace_atomically(new: Path, target: Path) -> None:
     remove(before)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write a small file completely or not at all.
+
+    Raises:
+        OSError: If it cannot be written. `target` is then unchanged.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(target)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Make `copy` the present state of `path`, a file or folder, without writing its data again.
+
+    The copy is a hard link, which keeps the data when `path` is replaced, not when it is written
+    to. A file system without hard links gets a real copy.
+    """
+    temporary = temporary_path(copy)
+    remove(temporary)
+    if path.is_dir():
+        shutil.copytree(path, temporary, copy_function=_link)
+    else:
+        _link(path, temporary)
+    replace_atomically(temporary, copy)
+
+
+def _link(source: str | Path, target: str | Path) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return str(target)
+
+
 def existing_or_backup(path: str | Path) -> Path | None:
     """Return `path`, or the backup that a killed `replace_atomically` left, or else None."""
     path = Path(path)
