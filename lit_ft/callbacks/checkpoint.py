@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.storage.atomic import keep_earlier, write_text
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -24,6 +25,8 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         dirpath: The folder in which `last.ckpt` is written.
         every_n_steps: The number of optimizer steps between two saves.
+        keep: The number of states to keep, at least 1. The one before `last.ckpt` is
+            `last-1.ckpt`, the one before that `last-2.ckpt`.
 
     Example:
         >>> import lightning as L
@@ -44,13 +47,16 @@ class LastCheckpoint(ModelCheckpoint):
         3
     """
 
-    def __init__(self, dirpath: str | Path, every_n_steps: int = 100) -> None:
+    def __init__(self, dirpath: str | Path, every_n_steps: int = 100, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
         super().__init__(
             dirpath=dirpath,
             filename="last",
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,
         )
+        self.keep = keep
         self._every_n = EveryNSteps(every_n_steps)
 
     @property
@@ -98,6 +104,8 @@ class LastCheckpoint(ModelCheckpoint):
             path = self.format_checkpoint_name({})
             # Set before saving, because the path is part of the saved state.
             self.best_model_path = self.last_model_path = path
+            if trainer.is_global_zero:
+                keep_earlier(Path(path), self.keep)
             self._save_checkpoint(trainer, path)
 
 
@@ -177,7 +185,7 @@ class BestCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and self.best_model_score is not None:
             best = {self.monitor: self.best_model_score.item(), "step": trainer.global_step}
-            self._found().write_text(json.dumps(best) + "\n")
+            write_text(self._found(), json.dumps(best) + "\n")
 
     def _found(self) -> Path:
         return Path(str(self.dirpath)) / "best.json"

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lit_ft.storage.atomic import remove, replace_atomically, sync_folder, temporary_path
 from lit_ft.storage.checkpoint_folder import CheckpointFolder, write_parts, write_rest
+from lit_ft.storage.damage import write_checksums
 from lit_ft.tensors.sharding import shard_like
 
 
@@ -42,6 +43,7 @@ def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
 
     def finish() -> None:
         write_rest(rest, folder)
+        write_checksums(folder)
         sync_folder(folder)
         replace_atomically(folder, target)
 

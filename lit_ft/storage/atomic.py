@@ -69,6 +69,27 @@ def keep_copy(path: Path, copy: Path) -> None:
     replace_atomically(temporary, copy)
 
 
+def keep_earlier(path: Path, keep: int) -> None:
+    """Keep the present state of `path`, which is about to be replaced, and those before it.
+
+    Args:
+        path: The file or folder, such as `last.ckpt`. Its earlier states are `last-1.ckpt`, the
+            newest of them, `last-2.ckpt` and so on.
+        keep: The number of states to keep, with the one that is about to be written.
+    """
+    if path.exists() and keep > 1:
+        places = earlier(path, keep - 1)
+        for newer, older in reversed(list(zip(places, places[1:], strict=False))):
+            if newer.exists():
+                replace_atomically(newer, older)
+        keep_copy(path, places[0])
+
+
+def earlier(path: Path, number: int) -> list[Path]:
+    """Return the places of a number of earlier states of `path`, the newest first."""
+    return [path.with_name(f"{path.stem}-{age + 1}{path.suffix}") for age in range(number)]
+
+
 def _link(source: str | Path, target: str | Path) -> str:
     try:
         os.link(source, target)

@@ -20,21 +20,15 @@ import xxhash
 CHECKSUMS = "checksums.json"
 # What Python's reader raises where a header is wrong: a place outside the file is an OSError, and
 # a wrong flag means that the record is encrypted, which is a RuntimeError.
-_BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError)
-
-
-class Damaged(ValueError):
-    """The error for a checkpoint that is not what was written.
-
-    Args:
-        path: The checkpoint, a file or a folder.
-        reason: What is wrong with it.
-    """
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged: {reason}")
-        self.path = path
-        self.reason = reason
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def damage(path: Path) -> str | None:

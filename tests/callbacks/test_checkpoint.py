@@ -75,9 +75,10 @@ def test_the_last_state_is_saved_every_n_steps_and_at_the_end(tmp_path):
     callback = records(tmp_path, 3)
     trainer = fit(tmp_path, [callback])
     assert callback.saved == [3, 6, 7]
-    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == ["last-1.ckpt", "last.ckpt"]
     state = load(tmp_path / "last.ckpt")
     assert state["global_step"] == 7
+    assert load(tmp_path / "last-1.ckpt")["global_step"] == 6
     assert len(state["optimizer_states"]) == 1
     weight = trainer.lightning_module.layer.weight
     assert torch.equal(state["state_dict"]["layer.weight"], weight)
