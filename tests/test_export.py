@@ -154,6 +154,16 @@ def test_what_is_no_run_or_has_no_such_checkpoint_is_named(run_dir, tmp_path):
         main([str(run_dir), "--dtype", "bfloat17"])
 
 
+def test_a_damaged_checkpoint_is_not_exported(run_dir):
+    path = run_dir / "checkpoints" / "best.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match="best.ckpt is damaged.*checksum.*--checkpoint.*last"):
+        main([str(run_dir), "--checkpoint", "best"])
+    assert not (run_dir / "out").exists()
+
+
 def changed(run_dir, change):
     summary = json.loads((run_dir / "summary.json").read_text())
     change(summary["config"])

@@ -18,6 +18,7 @@ from lit_ft.run.summary import read_summary
 from lit_ft.run.trust import refuse_untrusted, remote_code
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
+from lit_ft.storage.damage import damage
 
 
 def export_run(
@@ -70,6 +71,11 @@ def export_run(
         found = sorted(p.stem for p in (run_dir / "checkpoints").glob("*.ckpt"))
         raise ValueError(
             f"{run_dir} has no checkpoint '{checkpoint}': it has {', '.join(found) or 'none'}."
+        )
+    if (reason := damage(path)) is not None:
+        others = ", ".join(p.stem for p in sorted(path.parent.glob("*.ckpt")) if p != path)
+        raise ValueError(
+            f"{path} is damaged: {reason}. Take another one (--checkpoint): {others or 'none'}."
         )
     config: dict[str, Any] = with_current_names(summary["config"])
     trust = "--trusted-packages {package}"
