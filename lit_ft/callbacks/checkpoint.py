@@ -18,8 +18,8 @@ class LastCheckpoint(ModelCheckpoint):
     """Save the full state to `last.ckpt` for resuming, every few steps and at the end.
 
     The state is saved when an optimizer step is complete, never between accumulated batches. The
-    last planned step is saved like any other, before Lightning closes the epoch. Resuming with a
-    larger `max_steps` therefore continues inside the epoch.
+    last step is saved like any other, before Lightning closes the epoch, whether it was planned or
+    another callback stops the training. A longer run therefore continues inside the epoch.
 
     Args:
         dirpath: The folder in which `last.ckpt` is written.
@@ -59,28 +59,39 @@ class LastCheckpoint(ModelCheckpoint):
         return type(self).__name__
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting steps."""
+        """Start counting steps, and the batches of a resumed stream's next epoch."""
         super().on_train_start(trainer, pl_module)
+        _begin_epoch_of_stream(trainer)
         self._every_n.start(trainer)
+        self._global_step = trainer.global_step
         self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after every `every_n_steps` steps, and after the last planned step."""
+        """Save after every `every_n_steps` steps, and after the last step."""
         due = self._every_n.due(trainer)
         if due or trainer.global_step == trainer.estimated_stepping_batches:
             self._save_once(trainer)
+        if trainer.global_step > self._global_step:
+            self._save_if_stopped(trainer)
+        self._global_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: only optimizer steps decide when to save."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: only optimizer steps decide when to save."""
+        """Save if the result of the validation ends the training, as `EarlyStopping` decides."""
+        self._save_if_stopped(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if training ended early."""
         self._save_once(trainer)
+
+    def _save_if_stopped(self, trainer: Trainer) -> None:
+        """Save while the epoch is open; from a later state, its other rows would be left out."""
+        if trainer.should_stop and trainer.fit_loop.epoch_loop.done:
+            self._save_once(trainer)
 
     def _save_once(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
@@ -88,6 +99,20 @@ class LastCheckpoint(ModelCheckpoint):
             # Set before saving, because the path is part of the saved state.
             self.best_model_path = self.last_model_path = path
             self._save_checkpoint(trainer, path)
+
+
+def _begin_epoch_of_stream(trainer: Trainer) -> None:
+    """Let the epoch after a saved one begin at batch 0, also in a loader without a length.
+
+    Lightning 2.6 compares the saved batch with the number of batches, which is infinite there. It
+    goes on counting from the last epoch, so that windows of accumulation begin in their middle.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress
+    endless = trainer.num_training_batches == float("inf")
+    if endless and loop.restarted_on_train_batch_end and progress.is_last_batch:
+        progress.reset_on_run()
+        progress.current.completed = -1  # Lightning will count the saved batch as completed
 
 
 class BestCheckpoint(ModelCheckpoint):

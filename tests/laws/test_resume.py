@@ -18,6 +18,8 @@ SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.refresh.every=3"
 
 SVD = ["optim=galore_svd", *GALORE, "galore.refresh.every=3"]
 
+STOPPED_BY_THE_FIRST_VALIDATION = ["+callbacks.early_stopping.stopping_threshold=1000"]
+
 
 @pytest.mark.parametrize(
     ("hook", "step", "options"),
@@ -56,34 +58,23 @@ def test_a_larger_max_steps_goes_on_inside_the_epoch(job, tmp_path):
     same(tmp_path / "whole", tmp_path / "parts")
 
 
-EPOCHS = {
-    "max_steps": ["trainer.max_steps=8"],
-    "max_epochs": ["trainer.max_steps=-1", "trainer.max_epochs=2"],
-    "both": ["trainer.max_steps=7", "trainer.max_epochs=2"],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", EPOCHS)
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_however_a_run_says_its_length_it_resumes_on_its_own_rows(job, tmp_path, length, schedule):
-    """Every stop of two epochs: a run of epochs must not begin the epoch again."""
-    options = [f"schedule={schedule}", *EPOCHS[length]]
-    whole = job("whole", *options)
-    for stop in range(whole["steps"] - 1):
-        name = f"parts{stop}"
-        stopped(job, name, *options, *at("on_train_batch_start", stop))
-        resumed = job(name, *options, "resume=auto")
-        assert resumed["steps"] == whole["steps"], stop
-        same(tmp_path / "whole", tmp_path / name)
-
-
 def test_a_run_of_epochs_resumes_inside_one(job, tmp_path):
-    options = ["schedule=cosine", *EPOCHS["max_epochs"]]
+    """tests/laws/test_resume_at_each_step.py stops at every step, without the rest of the job."""
+    options = ["schedule=cosine", "trainer.max_steps=-1", "trainer.max_epochs=2"]
     whole = job("whole", *options)
     stopped(job, "parts", *options, *at("on_train_batch_start", 1))
     resumed = job("parts", *options, "resume=auto")
     assert resumed["steps"] == whole["steps"] == 8
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_early_stopping_has_ended_goes_on_inside_its_epoch(job, tmp_path):
+    whole = job("whole", "trainer.max_steps=5")
+    stopping = "callbacks=[default,early_stopping]"
+    first = job("parts", stopping, "trainer.max_steps=5", *STOPPED_BY_THE_FIRST_VALIDATION)
+    assert (first["status"], first["steps"]) == ("completed", 2)
+    resumed = job("parts", "trainer.max_steps=5", "resume=auto")
+    assert (resumed["steps"], resumed["val_loss"]) == (5, whole["val_loss"])
     same(tmp_path / "whole", tmp_path / "parts")
 
 
