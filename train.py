@@ -25,11 +25,11 @@ def main(cfg: DictConfig) -> float:
     from lit_ft.run.exits import command_line_exits
     from lit_ft.run.job import (
         available_accelerator,
-        checkpoint_to_resume,
         fine_tune,
         refuse_to_start_processes,
         sensible_precision,
     )
+    from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
     from lit_ft.run.summary import RunSummary, redacted
     from lit_ft.run.trust import refuse_untrusted, trusted_packages
 
@@ -39,7 +39,10 @@ def main(cfg: DictConfig) -> float:
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
         rank_zero_info(moved)
-    with command_line_exits(), RunSummary(config["run_dir"], config) as summary:
+    summary = RunSummary(config["run_dir"], config)
+    if (val_loss := finished_val_loss(summary)) is not None:
+        return val_loss
+    with command_line_exits(), summary:
         refuse_untrusted(config, also=trusted_packages(config, run.overrides.task))
         refuse_without_class(config)
         L.seed_everything(config["seed"], workers=True, verbose=False)

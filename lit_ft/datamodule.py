@@ -198,11 +198,6 @@ class InstructionDataModule(LightningDataModule):
         self._train = weighted_sources(sources, format=format, streaming=streaming)
         self._val = weighted_sources(held_out, format=format) if held_out else []
 
-    @property
-    def source_names(self) -> list[str]:
-        """The names that the user gave the training sources."""
-        return [one.source.name for one in self._train]
-
     def _check_streaming(self, sources: Sequence[Mapping[str, Any]], val_path: str | None) -> None:
         if any(source.get("path") == EMBEDDED for source in sources):
             raise Misconfiguration(f"{EMBEDDED} is not streamed", remedies.NO_STREAM)

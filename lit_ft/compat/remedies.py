@@ -106,6 +106,16 @@ LOOK_AT_DATA = Remedy("look at this step's data")
 WIDER_PRECISION = Remedy("train in a wider precision", advice="set a wider trainer.precision")
 
 MAX_STEPS = Remedy("set Trainer(max_steps=...)", advice="set trainer.max_steps")
+MORE_STEPS = Remedy("raise max_steps of the Trainer", advice="raise trainer.max_steps")
+AFRESH = Remedy("start afresh", advice="start afresh, with resume=null or another run_dir")
+REPEATED_ARGUMENTS = Remedy(
+    "repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them)"
+)
+NEW_RUN = Remedy(
+    "start a new run from the weights that it exported",
+    advice="start a new run from its weights (python -m lit_ft.export RUN_DIR, and then "
+    "model=pretrained model.name_or_path=RUN_DIR/export)",
+)
 SHORTER_WARMUP = Remedy(
     "lower warmup, or set it to a fraction such as 0.05",
     advice="lower schedule.warmup, or set it to a fraction such as 0.05",

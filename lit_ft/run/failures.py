@@ -117,16 +117,14 @@ def errors_of_starting_loaders() -> Iterator[None]:
         raise first from None
 
 
-def not_this_run(why: str) -> Misconfiguration:
-    """Return the error for a checkpoint of another run; `why` says what differs."""
-    return Misconfiguration(
-        why,
-        Remedy("repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them)"),
-        Remedy(
-            "start afresh from the weights that it exported",
-            {"model": "pretrained", "model.name_or_path": "RUN_DIR/export"},
-        ),
-    )
+def not_this_run(why: str, *own: Remedy) -> Misconfiguration:
+    """Return the error for a checkpoint of another run.
+
+    Args:
+        why: What differs.
+        *own: Remedies for this difference alone, the closest to the request first.
+    """
+    return Misconfiguration(why, *own, remedies.REPEATED_ARGUMENTS, remedies.NEW_RUN)
 
 
 def optimizer_name(module: CausalLMModule) -> str:

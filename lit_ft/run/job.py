@@ -18,6 +18,7 @@ from lit_ft.callbacks import (
     final_panel,
 )
 from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
+from lit_ft.compat.plan import parallel_of
 from lit_ft.compat.refusal import Remedy
 from lit_ft.datamodule import InstructionDataModule
 from lit_ft.distributed.plan import Misconfiguration, check_run
@@ -30,8 +31,8 @@ from lit_ft.run.failures import (
     remedies_for_out_of_memory,
 )
 from lit_ft.run.recorder import Recorder
+from lit_ft.run.resume import compare_with_checkpoint
 from lit_ft.run.summary import RunSummary
-from lit_ft.storage.atomic import existing_or_backup
 
 
 def fine_tune(
@@ -61,8 +62,8 @@ def fine_tune(
         The validation loss at the end.
 
     Raises:
-        Misconfiguration: If the settings do not work together, or the checkpoint has another
-            model, adapter or set of subspaces.
+        Misconfiguration: If the settings do not work together, or the checkpoint's state depends
+            on settings that this run does not repeat.
         torch.OutOfMemoryError: If the device has too little memory; the message names settings that
             need less.
     """
@@ -76,12 +77,15 @@ def fine_tune(
             "trainer.limit_val_batches=0: a run is judged by its validation",
             Remedy("make it short with max_val_examples=8", {"data.max_val_examples": "8"}),
         )
-    datamodule.max_val_examples = _enough_validation(datamodule, trainer)
-    recorder = Recorder(summary, optimizer_name(module), datamodule.source_names)
+    rows = _rows_per_step(datamodule, trainer)
+    datamodule.max_val_examples = _enough_validation(datamodule, trainer, rows)
+    recorder = Recorder(summary, optimizer_name(module), None if datamodule.streaming else rows)
     callbacks_of(trainer).append(recorder)
     callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
         check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
+        if resume is not None:
+            compare_with_checkpoint(resume, recorder)
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),
@@ -107,33 +111,6 @@ def fine_tune(
     )
     _report(trainer, summary)
     return metrics["val_loss"]
-
-
-def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None:
-    """Return the checkpoint that `resume` names; None to start from the model's own weights.
-
-    Args:
-        resume: The path of a checkpoint; "auto" for the last one in `run_dir`, if there is one; or
-            None to resume nothing.
-        run_dir: The folder of the run, in which "auto" looks for a checkpoint.
-
-    Raises:
-        ValueError: If the path does not exist.
-    """
-    if resume is None:
-        return None
-    if resume == "auto":
-        last = existing_or_backup(Path(run_dir) / "checkpoints" / "last.ckpt")
-        if last is None:
-            rank_zero_info(f"There is no checkpoint in {run_dir}: the run starts afresh.")
-        return last
-    path = existing_or_backup(resume)
-    if path is None:
-        raise ValueError(
-            f"resume={resume}: there is no such checkpoint. resume=auto takes the last one of "
-            "run_dir; resume=null starts afresh."
-        )
-    return path
 
 
 def available_accelerator(accelerator: str) -> str:
@@ -190,11 +167,19 @@ def _turn(callback: Callback) -> int:
     return 2 if isinstance(callback, StopOnSignal) else 1
 
 
-def _enough_validation(datamodule: InstructionDataModule, trainer: Trainer) -> int | None:
+def _rows_per_step(datamodule: InstructionDataModule, trainer: Trainer) -> int:
+    """Return the rows of an optimizer step, over all micro-batches and all ranks' shares."""
+    # Before the trainer is set up, `data_parallel_rank` cannot tell.
+    shares = 1 if parallel_of(type(trainer.strategy)) == "tensor" else trainer.world_size
+    return datamodule.batch_size * trainer.accumulate_grad_batches * shares
+
+
+def _enough_validation(
+    datamodule: InstructionDataModule, trainer: Trainer, rows_per_step: int
+) -> int | None:
     if trainer.max_steps < 1:
         return datamodule.max_val_examples
-    per_step = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-    limits = [trainer.max_steps * per_step, datamodule.max_val_examples]
+    limits = [trainer.max_steps * rows_per_step, datamodule.max_val_examples]
     return min(limit for limit in limits if limit is not None)
 
 

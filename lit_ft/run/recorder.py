@@ -6,57 +6,59 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_ft.callbacks import ExportHF, LastCheckpoint, ThroughputMonitor
 from lit_ft.callbacks._support.trainer import find_callback, source_name
 from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.measure.model_size import model_size
 from lit_ft.run.ending import BestSteps, why_fit_ended
-from lit_ft.run.failures import not_this_run
 from lit_ft.run.summary import RunSummary
+
+_OF_TRAINING = ("tokens", "tokens_per_second", "step_seconds", "train_loss", "peak_bytes")
 
 
 class Recorder(Callback):
     """Records the measurements of a run in its summary, even if the run fails.
 
-    It saves four values in a checkpoint: the validation loss at the start of the run, which a
-    resumed run cannot measure; the name of the optimizer, because no other optimizer can load its
-    state; the names of the data sources; and the steps of the best scores of early stopping.
+    It saves in a checkpoint what a resumed run cannot measure: the validation loss at the start of
+    the run, and the steps of the best scores of early stopping. It also saves what
+    `lit_ft.run.resume.compare_with_checkpoint` compares: the configuration with secrets redacted,
+    the name of the optimizer, the rows of a step, and whether the checkpoint lies inside an epoch
+    or at the end of the run.
 
     Args:
         summary: The summary to fill in.
         optimizer: The name of the optimizer; see `lit_ft.run.failures.optimizer_name`.
-        data: The names of the data sources.
+        rows_per_step: The number of rows in an optimizer step, over all ranks and micro-batches;
+            None for a stream, which can go on with any.
     """
 
-    def __init__(self, summary: RunSummary, optimizer: str, data: list[str]) -> None:
+    def __init__(self, summary: RunSummary, optimizer: str, rows_per_step: int | None) -> None:
         self.summary = summary
         self.optimizer = optimizer
-        self.data = data
+        self.rows_per_step = rows_per_step
         self.ready = False
         self.best_steps = BestSteps()
+        self._trainer: Trainer | None = None  # once it trains
+        self._first_step: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the four values to save in a checkpoint."""
+        """Return what to save in a checkpoint, as plain values."""
+        trainer = self._trainer
         return {
             "initial_val_loss": self.summary.fields["initial_val_loss"],
+            "config": self.summary.fields["config"],
             "optimizer": self.optimizer,
-            "data": self.data,
             "best_steps": dict(self.best_steps.of),
+            "rows_per_step": self.rows_per_step,
+            "inside_epoch": trainer is not None and not trainer.is_last_batch,
+            "finished": trainer is not None
+            and trainer.global_step >= trainer.estimated_stepping_batches,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another optimizer, and warn if it was trained on other data."""
-        made_with = state_dict.get("optimizer", self.optimizer)
-        if made_with != self.optimizer:
-            raise not_this_run(f"The checkpoint is one of {made_with}, not {self.optimizer}")
-        data = state_dict.get("data", self.data)
-        if data != self.data:
-            rank_zero_warn(
-                f"The checkpoint was trained on {', '.join(data)}, and goes on with "
-                f"{', '.join(self.data)}: repeat its run's data.path if this is not intended."
-            )
+        """Take over the validation loss at the start of the run."""
         self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
         self.best_steps.of = dict(state_dict.get("best_steps", {}))
 
@@ -66,6 +68,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the model, and start measuring the peak memory."""
+        self._trainer, self._first_step = trainer, trainer.global_step
         self._loaded(pl_module)
         # As MemoryMonitor does. Otherwise the peak would be that of a sweep's largest run so far.
         reset_peak(trainer.strategy.root_device)
@@ -87,8 +90,8 @@ class Recorder(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record why the training ended, and the folder of the exported model."""
         self.summary.update(ended=why_fit_ended(trainer, self.best_steps))
-        if not self.summary.fields["steps"]:
-            self._record(trainer)  # a finished run was resumed, with no step left
+        if trainer.ckpt_path is not None and self._first_step in (None, trainer.global_step):
+            self._record_without_a_step(trainer)
         export = find_callback(trainer, ExportHF)
         if export is not None and export.export_path is not None:
             self.summary.update(export_path=str(export.export_path))
@@ -114,6 +117,18 @@ class Recorder(Callback):
                 "weight_bytes": size.weight_bytes,
             }
         )
+
+    def _record_without_a_step(self, trainer: Trainer) -> None:
+        """Record that all steps had been taken; the earlier run's measurements are kept."""
+        self._record(trainer)
+        rank_zero_info(
+            f"The checkpoint has all {trainer.global_step} steps, so none is left to take: raise "
+            "trainer.max_steps (or trainer.max_epochs) to go on."
+        )
+        earlier = self.summary.earlier
+        if earlier is not None and earlier["steps"] == trainer.global_step:
+            self.summary.update(**{name: earlier[name] for name in _OF_TRAINING})
+            self.summary.fields["seconds"]["train"] = earlier["seconds"]["train"]
 
     def _record(self, trainer: Trainer) -> None:
         fields: dict[str, Any] = {"steps": trainer.global_step}

@@ -38,10 +38,15 @@ class RunSummary:
         run_dir: The folder of the run, created if it is missing.
         config: The resolved configuration as plain values. Values whose names suggest secrets are
             redacted.
+
+    Attributes:
+        fields: The fields of the file.
+        earlier: The summary that an earlier run has left in the folder; None if there is none.
     """
 
     def __init__(self, run_dir: str | Path, config: Mapping[str, Any]) -> None:
         self.path = Path(run_dir) / FILE_NAME
+        self.earlier = _earlier(run_dir)
         self._began = time.monotonic()
         self.fields: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -90,7 +95,7 @@ class RunSummary:
         self.fields["seconds"]["total"] = self._elapsed()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(_finite(self.fields), indent=2, default=str) + "\n")
+        beside.write_text(_as_json(self.fields, indent=2) + "\n")
         os.replace(beside, self.path)
 
     def __enter__(self) -> Self:
@@ -133,6 +138,11 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def as_written(value: Any) -> Any:
+    """Return plain values as they come back from the file."""
+    return json.loads(_as_json(value))
+
+
 def status_of(error: BaseException | None) -> str:
     """Return the status that `error` gives: completed, interrupted, out_of_memory or failed."""
     if error is None:
@@ -165,6 +175,17 @@ def redacted(config: Any) -> Any:
             for key, value in config.items()
         }
     return [redacted(value) for value in config] if isinstance(config, list) else config
+
+
+def _earlier(run_dir: str | Path) -> dict[str, Any] | None:
+    try:
+        return read_summary(run_dir)
+    except ValueError:  # not JSON; the file is about to be replaced
+        return None
+
+
+def _as_json(value: Any, **layout: Any) -> str:
+    return json.dumps(_finite(value), default=str, **layout)
 
 
 def _is_secret(key: str) -> bool:

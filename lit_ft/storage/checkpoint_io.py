@@ -1,8 +1,9 @@
-"""A Lightning plugin that writes checkpoint files which are either complete or absent."""
+"""Write checkpoint files that are either complete or absent, and read what is small in them."""
 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return CheckpointFolder(path).load_whole()
         safe = True if weights_only is None else weights_only
         return super().load_checkpoint(path, map_location, safe)
+
+
+def load_rest(path: str | Path) -> dict[str, Any]:
+    """Return all entries of a checkpoint but weights and optimizer state, which stay on disk.
+
+    Args:
+        path: The checkpoint: a file, or a folder that several ranks wrote. No code from it is run.
+
+    Raises:
+        ValueError: If the checkpoint is broken, or holds objects other than tensors and plain
+            values.
+    """
+    if Path(path).is_dir():
+        return CheckpointFolder(path).load_rest()
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"Refusing to read {path}: {error}") from error
+    large = ("state_dict", "optimizer_states")
+    return {name: entry for name, entry in checkpoint.items() if name not in large}
 
 
 def _reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_ft.callbacks import AtomicCheckpointIO
-from lit_ft.run.job import checkpoint_to_resume
+from lit_ft.run.resume import checkpoint_to_resume
 from lit_ft.storage import checkpoint_io
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lit_ft.measure import peak_bytes
 from lit_ft.run.summary import read_summary
-from tests.support.commands import TINY, run
+from tests.support.commands import SWEPT, TINY, run
 from tests.support.running import run_job
 
 MISTAKES = {
@@ -25,9 +25,6 @@ MISTAKES = {
     "data.format=alpacca": "There are: alpaca, chat",
     "+callbacks.samples.max_new_tokens=4": "callbacks.samples has no class.*callbacks=default",
 }
-
-# In a sweep Hydra reads ~x as "delete x if it is null".
-SWEPT = [setting for setting in TINY if not setting.startswith("~")]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import warnings
 
 import pytest
 import torch
@@ -33,42 +32,6 @@ def test_a_named_checkpoint_resumes_in_another_folder(job, tmp_path):
     second = job("second", f"resume={checkpoint}", "trainer.max_steps=3")
     assert second["initial_val_loss"] == first["initial_val_loss"] is not None
     assert second["steps"] == 3
-
-
-@pytest.mark.parametrize(
-    ("first", "then", "named"),
-    [
-        ("optim=galore_subspace", "optim=adamw", "has subspaces .* trains whole"),
-        ("optim=adamw", "optim=galore_subspace", "no subspaces .* trains in one"),
-        ("galore.targets=[mlp]", "galore.targets=[attention]", r"other galore\.targets"),
-        ("optim=adamw", "optim=sgd", "one of AdamW, not SGD"),
-        ("optim=galore_subspace", "optim=galore_subspace_8bit", "one of AdamW, not AdamW8bit"),
-        ("optim=adamw", "adapter=lora", "of another model or adapter"),
-    ],
-)
-def test_a_checkpoint_of_other_choices_is_refused_with_the_remedy(job, first, then, named):
-    job("run", first, "trainer.max_steps=1")
-    with pytest.raises(CompactHydraException, match=rf"(?s){named}.*own arguments.*RUN_DIR/export"):
-        job("run", then, "resume=auto")
-
-
-def test_going_on_with_other_data_is_said(job, tmp_path):
-    rows, others = tmp_path / "mine.jsonl", tmp_path / "others.jsonl"
-    for file in (rows, others):
-        file.write_text('{"text": "a b c d e f"}\n' * 40)
-    job("run", f"data.path={rows}", "trainer.max_steps=1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        job("run", f"data.path={rows}", "trainer.max_steps=2", "resume=auto")
-    with pytest.warns(UserWarning, match=r"was trained on .*mine\.jsonl, and goes on with"):
-        job("run", f"data.path={others}", "trainer.max_steps=3", "resume=auto")
-
-
-def test_another_global_batch_inside_an_epoch_is_refused_in_one_line(job, tmp_path):
-    job("run", "trainer.max_steps=1")
-    with pytest.raises(CompactHydraException, match=r"(?s)ValueError: .*was 4 and is now 6"):
-        job("run", "data.batch_size=3", "trainer.max_steps=2", "resume=auto")
-    assert "was 4 and is now 6" in read_summary(tmp_path / "run")["error"]["message"]
 
 
 def test_a_paged_optimizer_goes_on_from_one_that_is_not(job):
@@ -122,13 +85,6 @@ def test_the_best_checkpoint_counts_the_last_validation(job, tmp_path):
     assert summary["val_loss"] < summary["initial_val_loss"]
     weights, last = (state(tmp_path / "run", name)[0] for name in ("best", "last"))
     assert all(torch.equal(weights[name], last[name]) for name in last)
-
-
-def test_resuming_a_finished_run_says_what_it_has_done(job):
-    trained = job("run", "trainer.max_steps=2")
-    again = job("run", "trainer.max_steps=2", "resume=auto")
-    assert again["steps"] == 2 and again["checkpoint_path"] == trained["checkpoint_path"]
-    assert again["val_loss"] == trained["val_loss"]
 
 
 @pytest.mark.parametrize(

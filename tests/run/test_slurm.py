@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_ft.distributed import FSDP2Strategy
 from lit_ft.run.job import refuse_to_start_processes
-from tests.support.commands import TINY, run
+from tests.support.commands import SWEPT, run
 from tests.support.running import CONF
 from tests.support.tiny_module import trainer_of
 
@@ -90,8 +90,7 @@ def test_a_task_of_a_job_starts_no_processes(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_submitit_runs_the_job_where_its_logs_are(tmp_path):
     """The task composes the configuration again, later: it may not name another folder."""
-    tiny = [setting for setting in TINY if not setting.startswith("~")]  # not in a sweep
-    job = [*tiny, "trainer.max_steps=2", "strategy=cpu"]
+    job = [*SWEPT, "trainer.max_steps=2", "strategy=cpu"]
     status, output = run("-m", "hydra/launcher=submitit_local", *job, cwd=tmp_path)
     assert status == 0, output
     [run_dir] = (tmp_path / "runs").iterdir()

@@ -19,6 +19,9 @@ TINY = [
     "trainer.accelerator=cpu",
 ]
 
+# In a sweep Hydra reads ~x as "delete x if it is null".
+SWEPT = [setting for setting in TINY if not setting.startswith("~")]
+
 
 def start(*arguments: str, cwd: Path | None = None) -> subprocess.Popen:
     """Start `python train.py` with these arguments; its output, errors included, is a pipe."""

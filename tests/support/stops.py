@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,8 @@ def fit(
     resumed = last if last.exists() else None
     if world > 1:
         dist.barrier()  # a rank that looks later must not find what another has saved by then
-    try:
+    with suppress(SystemExit):  # Lightning's end of a run that Ctrl-C stops
         trainer.fit(module, data, ckpt_path=resumed)
-    except SystemExit:
-        assert stop is not None
     return (
         seen.rows,
         {n: p.detach().clone() for n, p in module.named_parameters()},
