@@ -19,11 +19,11 @@ from rich.progress import track
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.run.arguments import composed
-from lit_ft.run.config import refuse_untrusted
 from lit_ft.run.console import quieten_libraries
 from lit_ft.run.preview import Preview
 from lit_ft.run.preview_page import Section, write_page
 from lit_ft.run.preview_text import legend, shown_row, shown_survey
+from lit_ft.run.settings import admit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten_libraries()
     try:
         config = composed(options.settings)
-        refuse_untrusted(config, also=config["trusted_packages"])
+        admit(config, config, parts=("data", "model"))
         _show(Preview(config), options, Path(config["run_dir"]).parent)
     except ValueError as error:
         sys.exit(message_on_command_line(error))

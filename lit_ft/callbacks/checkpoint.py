@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.compat.ranges import Count
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -44,7 +45,7 @@ class LastCheckpoint(ModelCheckpoint):
         3
     """
 
-    def __init__(self, dirpath: str | Path, every_n_steps: int = 100) -> None:
+    def __init__(self, dirpath: str | Path, every_n_steps: Count = 100) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="last",
@@ -108,7 +109,12 @@ class BestCheckpoint(ModelCheckpoint):
         >>> trainer = L.Trainer(callbacks=[best], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, dirpath: str | Path, monitor: str = "val_loss", mode: str = "min") -> None:
+    def __init__(
+        self,
+        dirpath: str | Path,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="best",
