@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> float:
     from lit_ft.run.console import quieten_libraries
 
     quieten_libraries()  # the imports below print messages too
-    from lit_ft.run.config import also_chosen, refuse_without_class
+    from lit_ft.run.config import also_chosen
     from lit_ft.run.exits import command_line_exits
     from lit_ft.run.job import (
         available_accelerator,
@@ -30,26 +30,26 @@ def main(cfg: DictConfig) -> float:
         sensible_precision,
     )
     from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
+    from lit_ft.run.settings import admit
     from lit_ft.run.summary import RunSummary, redacted
-    from lit_ft.run.trust import refuse_untrusted, trusted_packages
 
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
     cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    written = OmegaConf.to_container(cfg, resolve=False)
     if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
         rank_zero_info(moved)
     summary = RunSummary(config["run_dir"], config)
     if (val_loss := finished_val_loss(summary)) is not None:
         return val_loss
     with command_line_exits(), summary:
-        refuse_untrusted(config, also=trusted_packages(config, run.overrides.task))
-        refuse_without_class(config)
+        admit(config, written, run.overrides.task)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
         # Built before the trainer: the precision depends on whether it shards the weights.
         [strategy] = instantiate([config["trainer"].get("strategy", "auto")], _convert_="all")
-        if config["trainer"]["precision"] is None:
+        if config["trainer"].get("precision") is None:
             precision = sensible_precision(config["trainer"]["accelerator"], strategy)
             config["trainer"]["precision"] = precision
             summary.update(config=redacted(config))

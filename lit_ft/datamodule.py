@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
 from lit_ft.compat.protocols import IdsBeyond
+from lit_ft.compat.ranges import Count, OpenShare, WholeNumber
 from lit_ft.compat.refusal import Remedy
 from lit_ft.data import notes
 from lit_ft.data.batching import GlobalBatchSampler
@@ -135,9 +137,9 @@ class InstructionDataModule(LightningDataModule):
         format: Format | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
-        max_length: int = 512,
-        batch_size: int = 4,
-        val_batch_size: int | None = None,
+        max_length: Annotated[int, Ge(2)] = 512,
+        batch_size: Count = 4,
+        val_batch_size: Count | None = None,
         packing: bool = False,
         group_by_length: bool = True,
         overlong: Overlong = "cut",
@@ -146,12 +148,12 @@ class InstructionDataModule(LightningDataModule):
         learn_empty_think: bool = False,
         drop_unrendered: bool = False,
         bad_rows: Literal["stop", "skip"] = "stop",
-        val_fraction: float = 0.05,
-        max_train_examples: int | None = None,
-        max_val_examples: int | None = None,
+        val_fraction: OpenShare = 0.05,
+        max_train_examples: Count | None = None,
+        max_val_examples: Count | None = None,
         streaming: bool = False,
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: WholeNumber = 0,
+        seed: WholeNumber = 0,
         source_options: Mapping[str, Any] | None = None,
         val_source_options: Mapping[str, Any] | None = None,
     ) -> None:

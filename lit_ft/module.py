@@ -26,6 +26,7 @@ from lit_ft.compat.protocols import (
     Quantizes,
     clips_as_lightning_does,
 )
+from lit_ft.compat.ranges import WholeNumber
 from lit_ft.compat.refusal import Refusal
 from lit_ft.compat.rules import PARTS
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy, with_root_gathered
@@ -101,7 +102,7 @@ class CausalLMModule(LightningModule):
         loss: TokenLoss | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,  # the name that torch and Lightning users know
-        seed: int = 0,
+        seed: WholeNumber = 0,
     ) -> None:
         super().__init__()
         self.source = model
@@ -184,7 +185,7 @@ class CausalLMModule(LightningModule):
                 self.schedule(optimizer, 100)
             if in_subspaces:
                 check_steps_from_zero(optimizer)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             remedies = error.remedies if isinstance(error, Refusal) else ()
             why = error.why if isinstance(error, Refusal) else str(error).rstrip(".")
             raise Misconfiguration(f"optimizer, groups or schedule: {why}", *remedies) from error

@@ -20,10 +20,10 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.run.arguments import composed
 from lit_ft.run.console import quieten_libraries
-from lit_ft.run.preview import Preview
+from lit_ft.run.preview import Preview, only_of_this_package
 from lit_ft.run.preview_page import Section, write_page
 from lit_ft.run.preview_text import legend, shown_row, shown_survey
-from lit_ft.run.trust import refuse_untrusted, trusted_packages
+from lit_ft.run.settings import admit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten_libraries()
     try:
         config = composed(options.settings)
-        also = trusted_packages(config, options.settings)
-        refuse_untrusted({name: config[name] for name in ("model", "data")}, also=also)
+        only_of_this_package(config)
+        admit(config, config, options.settings, parts=("data", "model"))
         _show(Preview(config), options, Path(config["run_dir"]).parent)
     except ValueError as error:
         sys.exit(message_on_command_line(error))

@@ -14,6 +14,9 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from lit_ft.run.settings import settings_of
 
 CONF = Path(__file__).parents[2] / "conf"
 _HIDDEN = ("hydra.help.",)  # the text of --help
@@ -211,11 +214,17 @@ def render(conf: Path = CONF) -> str:
         names = ", ".join(_link(choice) for choice in choices)
         lines.append(f"| `{group}` | {f'`{default}`' if default else ''} | {names} |")
     job = read(conf / "train.yaml", conf)
-    lines += ["", "## Values of the job itself", "", *_table(job.values)]
+    lines += ["", "## Values of the job itself", "", *_table(job.values, _allowed(conf))]
     for group, choices in found.items():
         lines += ["", f"## `{group}`"]
         for choice in choices:
-            lines += ["", f"({_target(choice)})=", f"### `{choice.typed}`", "", *_about(choice)]
+            lines += [
+                "",
+                f"({_target(choice)})=",
+                f"### `{choice.typed}`",
+                "",
+                *_about(choice, conf),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -227,7 +236,7 @@ def _link(choice: Choice) -> str:
     return f"[`{choice.name}`](#{_target(choice)})"
 
 
-def _about(choice: Choice) -> Iterator[str]:
+def _about(choice: Choice, conf: Path) -> Iterator[str]:
     yield from _prose(choice.comment)
     if choice.base:
         starts = ", ".join(f"`{choice.group}={name}`" for name in choice.base)
@@ -235,7 +244,9 @@ def _about(choice: Choice) -> Iterator[str]:
     if choice.brings:
         yield from ("", f"Also chooses {', '.join(f'`{one}`' for one in choice.brings)}.")
     if choice.values:
-        yield from ("", *_table(choice.values))
+        is_of_hydra = all(value.name.startswith("hydra.") for value in choice.values)
+        typed = [] if is_of_hydra else [choice.typed.strip("'")]
+        yield from ("", *_table(choice.values, _allowed(conf, *typed)))
 
 
 def _prose(lines: tuple[str, ...]) -> Iterator[str]:
@@ -251,11 +262,23 @@ def _prose(lines: tuple[str, ...]) -> Iterator[str]:
         yield "```"
 
 
-def _table(values: tuple[Value, ...]) -> Iterator[str]:
-    yield from ("| Value | Default | What it is |", "| --- | --- | --- |")
+def _table(values: tuple[Value, ...], allowed: dict[str, str]) -> Iterator[str]:
+    yield from ("| Value | Default | Allowed | What it is |", "| --- | --- | --- | --- |")
     for value in values:
         default = f"`{value.default}`".replace("|", r"\|") if value.default else ""
-        yield f"| `{value.name}` | {default} | {_escaped(value.comment)} |"
+        kind = _escaped(allowed.get(value.name, ""))
+        yield f"| `{value.name}` | {default} | {kind} | {_escaped(value.comment)} |"
+
+
+def _allowed(conf: Path, *typed: str) -> dict[str, str]:
+    """Return what each setting admits, with these choices: from what they name itself."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        job = compose("train", ["run_dir=runs", *typed])
+    config: Any = OmegaConf.to_container(job, resolve=True)
+    written: Any = OmegaConf.to_container(job, resolve=False)
+    known = settings_of(config, written)
+    return {one.name: one.allowed.text for one in known if one.allowed is not None}
 
 
 def _escaped(text: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_ft.compat import remedies
 from lit_ft.compat.protocols import BoundsBatches, SumsLoss
+from lit_ft.compat.ranges import Decay
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.measure import estimate_state_bytes, is_out_of_memory, peak_bytes, reset_peak
 from lit_ft.measure.memory import current_bytes
@@ -46,7 +47,7 @@ class AutoBatchSize(Callback):
         ... )
     """
 
-    def __init__(self, headroom: float = 0.1) -> None:
+    def __init__(self, headroom: Decay = 0.1) -> None:
         self.headroom = headroom
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

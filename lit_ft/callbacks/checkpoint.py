@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.compat.ranges import Count
 from lit_ft.storage.atomic import keep_earlier, write_text
 
 
@@ -47,7 +48,7 @@ class LastCheckpoint(ModelCheckpoint):
         3
     """
 
-    def __init__(self, dirpath: str | Path, every_n_steps: int = 100, keep: int = 2) -> None:
+    def __init__(self, dirpath: str | Path, every_n_steps: Count = 100, keep: Count = 2) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         super().__init__(
@@ -141,7 +142,12 @@ class BestCheckpoint(ModelCheckpoint):
         >>> trainer = L.Trainer(callbacks=[best], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, dirpath: str | Path, monitor: str = "val_loss", mode: str = "min") -> None:
+    def __init__(
+        self,
+        dirpath: str | Path,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="best",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_ft.callbacks._support.trainer import callbacks_of, loss_scaler, network_of, only_optimizer
 from lit_ft.compat.plan import Basis
 from lit_ft.compat.protocols import LoadsAfterSharding, ShardsModel
+from lit_ft.compat.ranges import Count, Positive, WholeNumber
 from lit_ft.compat.refusal import Remedy
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.subspace import (
@@ -89,13 +90,13 @@ class GaLore(Callback):
 
     def __init__(
         self,
-        rank: int = 128,
+        rank: Count = 128,
         projector: Projector | None = None,
         *,
         targets: str | Sequence[str] = "all",
         side: Sides = "right",
-        scale: float | str = MATCH_ADAMW,
-        seed: int = 0,
+        scale: Positive | Literal["match_adamw"] = MATCH_ADAMW,
+        seed: WholeNumber = 0,
     ) -> None:
         self.rank = rank
         self.projector = projector or Oja()

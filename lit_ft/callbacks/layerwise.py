@@ -17,6 +17,7 @@ from lit_ft.callbacks._support.trainer import find_callback, loss_scaler, only_o
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.compat import remedies
 from lit_ft.compat.protocols import is_usual_clipping
+from lit_ft.compat.ranges import WholeNumber
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
@@ -62,7 +63,7 @@ class LayerwiseUpdate(Callback):
         [None, None]
     """
 
-    def __init__(self, min_grad_bytes: int = 2**20) -> None:
+    def __init__(self, min_grad_bytes: WholeNumber = 2**20) -> None:
         self.min_grad_bytes = min_grad_bytes
         self._step: LayerwiseStep | None = None
         self._undo = ExitStack()  # restores what one fit changes in the module and in torch

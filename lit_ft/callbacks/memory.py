@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.compat.ranges import Count
 from lit_ft.measure.memory import current_bytes, peak_bytes, reset_peak
 
 _GIB = 2**30
@@ -41,7 +42,7 @@ class MemoryMonitor(Callback):
         True
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: Count | None = None) -> None:
         self._every_n = EveryNSteps(every_n_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.callbacks import RichProgressBar
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.compat.ranges import Count, NonNegative
 
 
 class ProgressBar(LightningProgressBar):
@@ -41,7 +42,9 @@ class ProgressBar(LightningProgressBar):
             cls = TerminalProgress if sys.stdout.isatty() else LineProgress
         return super().__new__(cls)
 
-    def __init__(self, every_n_steps: int | None = None, every_n_seconds: float = 30.0) -> None:
+    def __init__(
+        self, every_n_steps: Count | None = None, every_n_seconds: NonNegative = 30.0
+    ) -> None:
         super().__init__()
         self._every_n = EveryNSteps(every_n_steps)
         self._every_n_seconds = every_n_seconds
@@ -62,7 +65,9 @@ class TerminalProgress(ProgressBar, RichProgressBar):
         >>> trainer = L.Trainer(callbacks=[TerminalProgress()], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, every_n_steps: int | None = None, every_n_seconds: float = 30.0) -> None:
+    def __init__(
+        self, every_n_steps: Count | None = None, every_n_seconds: NonNegative = 30.0
+    ) -> None:
         RichProgressBar.__init__(self)
         self._read_at = -math.inf
         self._metrics: dict[str, Any] = {}
@@ -123,7 +128,9 @@ class LineProgress(ProgressBar):
         step 4/4  lr 1.0e-01  eta 0s
     """
 
-    def __init__(self, every_n_steps: int | None = None, every_n_seconds: float = 30.0) -> None:
+    def __init__(
+        self, every_n_steps: Count | None = None, every_n_seconds: NonNegative = 30.0
+    ) -> None:
         super().__init__(every_n_steps, every_n_seconds)
         self._enabled = True
         self._printed_at = self._started_at = time.monotonic()

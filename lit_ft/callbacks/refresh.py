@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.callbacks._support.trainer import find_callback
 from lit_ft.callbacks.galore import GaLore
+from lit_ft.compat.ranges import Count, Share
 from lit_ft.subspace import Refresh, SubspaceLayer, SubspaceUpdater, layer_group
 from lit_ft.subspace.stats import Snapshot
 
@@ -65,13 +66,13 @@ class SubspaceRefresh(Callback):
 
     def __init__(
         self,
-        every: int | None = None,
+        every: Count | None = None,
         *,
         stagger: bool = True,
         adaptive: bool = False,
-        threshold: float = Refresh.threshold,
-        longest: int = Refresh.longest,
-        every_n_steps: int | None = None,
+        threshold: Share = Refresh.threshold,
+        longest: Count = Refresh.longest,
+        every_n_steps: Count | None = None,
     ) -> None:
         self.refresh = Refresh(every, stagger, adaptive, threshold, longest)
         self._every_n = EveryNSteps(every_n_steps)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.protocols import OffersPrompts
+from lit_ft.compat.ranges import Count, WholeNumber
 from lit_ft.data.turns import end_tokens
 from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
 
@@ -62,9 +63,9 @@ class SampleGenerations(Callback):
     def __init__(
         self,
         prompts: Sequence[Prompt] | None = None,
-        num_prompts: int = 2,
-        max_new_tokens: int = 64,
-        every_n_steps: int | None = None,
+        num_prompts: WholeNumber = 2,
+        max_new_tokens: Count = 64,
+        every_n_steps: Count | None = None,
     ) -> None:
         self.prompts = prompts
         self.num_prompts = num_prompts

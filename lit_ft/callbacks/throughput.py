@@ -11,6 +11,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.compat.ranges import Count, WholeNumber
 from lit_ft.distributed.ranks import data_parallel_rank
 from lit_ft.measure.batch_counts import BatchCounts, count_tokens, num_samples, sum_squared_lengths
 from lit_ft.measure.flops import TrainingFlops, training_flops
@@ -81,8 +82,8 @@ class ThroughputMonitor(Callback):
 
     def __init__(
         self,
-        every_n_steps: int | None = None,
-        skip_steps: int = 2,
+        every_n_steps: Count | None = None,
+        skip_steps: WholeNumber = 2,
         num_tokens: Callable[[Any], int] | None = None,
     ) -> None:
         self.skip_steps = skip_steps

@@ -81,7 +81,7 @@ class Docstrings:
         if kind not in (None, "function", "class"):
             raise ValueError(f"{self.name}: kind must be function or class, not {kind!r}")
         self.kind = kind
-        self.library = library or Path(sysconfig.get_path("stdlib"))
+        self.library = Path(library or sysconfig.get_path("stdlib"))
         if not self.files:
             raise Refusal(
                 f"{self.name}: this Python interpreter ships no source of its standard library in "

@@ -54,7 +54,10 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
     """
     local = Path(path).expanduser()
     if path == EMBEDDED:
-        return Docstrings(**options)
+        try:
+            return Docstrings(**options)
+        except TypeError as error:
+            raise ValueError(f"{path} does not take the options {sorted(options)}") from error
     if local.is_file():
         if options:
             raise ValueError(f"{path} is a file and takes no options, but got {sorted(options)}")

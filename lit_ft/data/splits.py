@@ -119,9 +119,12 @@ def weighted_sources(
         path = options.get("path")
         if path is None:
             raise Refusal("a source has no path", remedies.OWN_DATA)
+        if not isinstance(path, str):
+            raise ValueError(f"the path of a source must be text, not {path}")
         if isinstance(own_format, str):
             own_format = named(own_format)
-        if not (weight > 0 and isfinite(weight)):
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (is_number and weight > 0 and isfinite(weight)):
             raise ValueError(f"the weight of {path} must be positive, not {weight}")
         if (rows := rows_of_choice(choice)) in seen:
             raise ValueError(f"{path} is among the sources twice: raise its weight instead")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,10 +16,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from lit_ft.compat import remedies
+from lit_ft.compat.ranges import Count
 from lit_ft.compat.refusal import Remedy
 from lit_ft.distributed.checkpoint import load_file, load_parts, save_parts
 from lit_ft.distributed.fully_shard import fully_shard_model
 from lit_ft.distributed.plan import Misconfiguration
+from lit_ft.distributed.process_group import ProcessGroupOptions
 from lit_ft.tensors.sharding import is_model_sharded
 
 
@@ -53,11 +55,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         *,
-        data_parallel_replicate_size: int | Literal["auto"] = 1,
+        data_parallel_replicate_size: Count | Literal["auto"] = 1,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
-        **options: Any,
+        **options: Unpack[ProcessGroupOptions],
     ) -> None:
         replicas = data_parallel_replicate_size
         if replicas != "auto" and not (isinstance(replicas, int) and replicas > 0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -15,6 +15,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from lit_ft.compat import remedies
 from lit_ft.distributed.plan import Misconfiguration
+from lit_ft.distributed.process_group import ProcessGroupOptions
 from lit_ft.tensors.sharding import is_sharded
 
 # transformers' styles whose gradients stay correct when micro-batches are accumulated.
@@ -37,7 +38,9 @@ class TensorParallelStrategy(ModelParallelStrategy):
             `ModelParallelStrategy`.
     """
 
-    def __init__(self, *, save_distributed_checkpoint: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *, save_distributed_checkpoint: bool = False, **options: Unpack[ProcessGroupOptions]
+    ) -> None:
         super().__init__(
             data_parallel_size=1,
             tensor_parallel_size=1,  # setup_environment sets it to the number of ranks

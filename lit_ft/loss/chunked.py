@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lit_ft.compat.protocols import SumsCrossEntropy
+from lit_ft.compat.ranges import Count
 from lit_ft.loss.targets import IGNORE_INDEX
 from lit_ft.tensors.sharding import is_sharded
 
@@ -34,7 +35,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    chunk_tokens: int | None = None,
+    chunk_tokens: Count | None = None,
     repeatable: bool = False,
 ) -> Tensor:
     """Sum the next-token cross-entropy over the target positions, a chunk of tokens at a time.
@@ -92,7 +93,7 @@ def cross_entropy_through(
     hidden: Tensor,
     labels: Tensor,
     *,
-    chunk_tokens: int | None = None,
+    chunk_tokens: Count | None = None,
 ) -> Tensor:
     """Sum the next-token cross-entropy, chunk by chunk, from the logits that `head` computes.
 
@@ -180,7 +181,7 @@ class ChunkedCrossEntropy:
             copy of the head's gradient.
     """
 
-    chunk_tokens: int | None = None
+    chunk_tokens: Count | None = None
     repeatable: bool = False
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:

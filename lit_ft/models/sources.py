@@ -6,17 +6,19 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
+from lit_ft.compat.ranges import WholeNumber
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.tokenizer import load_tokenizer
@@ -290,12 +292,12 @@ class FromConfig:
     name: str = "from scratch"
     attn_implementation: str | None = None
     quantization_config: Any = None
-    seed: int = 0
+    seed: WholeNumber = 0
     resize_embeddings: bool = False
 
     def check(self) -> None:
         """Raise ValueError if the architecture, tokenizer or `quantization_config` cannot work."""
-        AutoConfig.for_model(self.model_type)
+        self._try_config()
         if self.quantization_config is not None:
             raise Refusal(
                 "Random weights are not quantised",
@@ -305,6 +307,18 @@ class FromConfig:
         source = self._tokenizer_source()
         if source is not None:
             source.check()
+
+    def _try_config(self) -> None:
+        defaults = AutoConfig.for_model(self.model_type)
+        for name in self.config:
+            if not hasattr(defaults, name):
+                near = get_close_matches(name, defaults.to_dict(), n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ValueError(f"config has '{name}', which {self.model_type} has not.{hint}")
+        try:
+            AutoConfig.for_model(self.model_type, **self.config)
+        except StrictDataclassError as error:
+            raise ValueError(f"config of {self.model_type}: {error}") from error
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer from the source `tokenizer`; None if there is none."""

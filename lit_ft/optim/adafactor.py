@@ -12,6 +12,7 @@ import transformers.optimization
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lit_ft.compat.ranges import Positive
 from lit_ft.tensors.sharding import added_over_ranks, full_tensor, holds_whole_rows, local
 
 
@@ -178,7 +179,7 @@ class RelativeStepAdafactor(Adafactor):
 
     sets_own_learning_rate = True
 
-    def __init__(self, params: ParamsT, *, relative_size: float = 1.0, **options: Any) -> None:
+    def __init__(self, params: ParamsT, *, relative_size: Positive = 1.0, **options: Any) -> None:
         if relative_size <= 0:
             raise ValueError(
                 f"relative_size={relative_size}: give a positive number, such as 0.1 to fine-tune."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import galore_torch
 from galore_torch.galore_projector import GaLoreProjector
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+
+from lit_ft.compat.ranges import Count, Positive
 
 _SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 _SIDES = ("std", "reverse_std", "right", "left", "full")
@@ -36,10 +38,10 @@ class _OriginalGaLore(Optimizer):
         self,
         params: ParamsT,
         *,
-        rank: int = 128,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
+        rank: Count = 128,
+        update_proj_gap: Count = 200,
+        scale: Positive = 0.25,
+        proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std",
         **options: Any,
     ) -> None:
         if rank < 1 or update_proj_gap < 1:

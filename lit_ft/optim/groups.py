@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_ft.compat.ranges import WholeNumber
+
 
 @dataclass(frozen=True)
 class GroupRule:
@@ -33,8 +35,8 @@ class GroupRule:
 
     name: str
     match: str = ""
-    min_ndim: int = 0
-    max_ndim: int | None = None
+    min_ndim: WholeNumber = 0
+    max_ndim: WholeNumber | None = None
     required: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 

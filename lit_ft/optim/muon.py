@@ -9,6 +9,8 @@ import torch
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lit_ft.compat.ranges import Count
+
 
 class MuonAdamW(Optimizer):
     """torch's Muon for the groups with `use_muon: True`, and torch's AdamW for the others.
@@ -48,7 +50,7 @@ class MuonAdamW(Optimizer):
         weight_decay: float = 0.01,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_steps: int = 5,
+        ns_steps: Count = 5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         fused: bool | None = None,

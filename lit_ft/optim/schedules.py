@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_ft.compat import remedies
 from lit_ft.compat.optimizers import traits_of
+from lit_ft.compat.ranges import NonNegative
 from lit_ft.compat.refusal import Refusal
 
 LENGTH_UNKNOWN = 10**9  # steps; a stand-in until `rebuilt` knows the length
@@ -40,7 +41,7 @@ class WarmupSchedule:
     """
 
     schedule: Callable[..., LambdaLR]
-    warmup: float
+    warmup: NonNegative
 
     def __post_init__(self) -> None:
         if not (0 <= self.warmup < 1 or (self.warmup >= 1 and float(self.warmup).is_integer())):

@@ -33,7 +33,7 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
     `+galore.rank=64` with galore=none, and from `+adapter.r=8` without an adapter.
     """
     for group in ("callbacks", "logger"):
-        entries = config.get(group) or {}
+        entries = _mapping(config.get(group))
         there = [n for n, entry in entries.items() if _names_class(entry)]
         for name in entries:
             if name not in there:
@@ -45,7 +45,7 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
                 )
     if config.get("adapter") is not None and not _names_class(config["adapter"]):
         raise ValueError("There are settings of an adapter, but no adapter: add adapter=lora.")
-    if config.get("galore") is not None and "galore" not in (config.get("callbacks") or {}):
+    if config.get("galore") is not None and "galore" not in _mapping(config.get("callbacks")):
         raise ValueError("There are settings of GaLore, but no GaLore: add galore=online.")
 
 
@@ -81,7 +81,7 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
             if not isinstance(node, Mapping):
                 break
             if name not in node:
-                lines.append(_suggestion(key, name, ".".join(parents), list(node)))
+                lines.append(suggestion(key, name, ".".join(parents), list(node)))
                 break
             node = node[name]
             parents.append(name)
@@ -152,7 +152,15 @@ def _moved(override: str) -> Iterator[str]:
                 yield f"\n{key}={value}: type {now} instead\n"
 
 
-def _suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
+def suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
+    """Return a line on a name that is not there, with the names that are, the nearest first.
+
+    Args:
+        key: The whole setting, as the user types it.
+        name: The part of it that is not there.
+        parent: The part ahead of `name`; empty at the top.
+        names: The names that are in `parent`.
+    """
     names = [n for n in names if not n.startswith("_")]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -166,6 +174,10 @@ def _not_chosen(key: str, group: str, config_dir: Path) -> str:
     names = sorted(path.stem for path in (config_dir / group).glob("*.yaml") if path.stem != "none")
     choices = ", ".join(f"{group}={name}" for name in names)
     return f"\n{key}: no current choice has it. Choose one of {choices}\n"
+
+
+def _mapping(node: Any) -> Mapping[str, Any]:
+    return node if isinstance(node, Mapping) else {}
 
 
 def _names_class(entry: Any) -> bool:

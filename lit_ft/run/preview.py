@@ -34,6 +34,14 @@ class Speed:
     run_dir: Path
 
 
+def only_of_this_package(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if the data is not that of `DATAMODULE`, whose settings are known."""
+    if (target := config["data"].get("_target_")) != DATAMODULE:
+        raise ValueError(
+            f"data._target_={target}: the preview shows only the data of {DATAMODULE}."
+        )
+
+
 class Preview:
     """The data that a configuration names, encoded as for training.
 
@@ -43,17 +51,12 @@ class Preview:
         config: The resolved configuration of `train.py`. It must name only trusted classes.
 
     Raises:
-        ValueError: If the data or the tokenizer does not exist, if a setting of the data is wrong,
-            or if the data module is not `DATAMODULE`.
+        ValueError: If the data or the tokenizer does not exist, or if a setting of the data is
+            wrong.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         data = config["data"]
-        if data.get("_target_") != DATAMODULE:
-            raise ValueError(
-                f"data._target_={data.get('_target_')}: the preview shows only the data of "
-                f"{DATAMODULE}."
-            )
         nested = {key: value for key, value in data.items() if key != "_target_"}
         self.settings = instantiate({"_target_": "builtins.dict", **nested}, _convert_="all")
         self.micro_batches: int = config["trainer"].get("accumulate_grad_batches", 1)

@@ -112,7 +112,8 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
             f"A configuration file sets {setting}=true, and only the command line may. If you "
             "trust the code in this repository, repeat it there."
         )
-    return list(config.get("trusted_packages") or ())
+    trusted = config.get("trusted_packages")
+    return list(map(str, trusted)) if isinstance(trusted, list) else []
 
 
 def remote_code(config: Mapping[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from lit_ft.compat.rules import check
 from lit_ft.subspace.layers.base import SubspaceLayer
 from lit_ft.tensors.sharding import full_tensor, holds_whole_rows, is_sharded
 
-MATCH_ADAMW = "match_adamw"
+MATCH_ADAMW: Final = "match_adamw"
 
 
 def check_settings(*, every: object = 1, scale: object = MATCH_ADAMW) -> None:

@@ -22,6 +22,9 @@ def test_the_dtype_of_the_source_wins_over_the_trainers(folder):
         (Pretrained(".", dtype="int3"), "int3"),
         (Packaged("no_such_package", "x.gguf", "pip install it", "X"), "pip install it"),
         (FromConfig("no_such_architecture"), "no_such_architecture"),
+        (FromConfig("llama", {"hidden_sise": 8}), "Did you mean hidden_size"),
+        (FromConfig("llama", {"hidden_size": "8"}), "'hidden_size' expected int"),
+        (FromConfig("llama", {"hidden_size": 8, "num_attention_heads": 3}), "not a multiple"),
         (FromConfig("llama", tokenizer="./nowhere"), "./nowhere"),
     ],
 )

@@ -13,12 +13,17 @@ from tests.support.commands import SWEPT, TINY, run
 from tests.support.running import run_job
 
 MISTAKES = {
-    "optim._target_=os.system": "only classes of lit_ft",
+    "optim._target_=os.system": "no class that a configuration may name",
     "resume=nowhere.ckpt": "nowhere.ckpt: there is no such checkpoint",
     "data.path=missing.jsonl": "missing.jsonl: no such file",
-    "optim.lr=-1": "Invalid learning rate: -1",
+    "optim.lr=-1": "optim.lr=-1: must be a number of at least 0",
     "schedule.warmup=-1": "warmup",
-    "data.batch_size=0": "batch_size must be at least 1, not 0",
+    "data.batch_size=0": "data.batch_size=0: must be a whole number of at least 1",
+    "+optim.foreach=true": "`fused` and `foreach` cannot be `True` together",
+    "+data.source_options.knd=x": r"does not take the options \['knd'\]",
+    "validate_only=no": "validate_only=no: must be true or false",
+    "+model.config.hidden_sise=8": "Did you mean hidden_size",
+    "model.config.hidden_size=x": "hidden_size.* expected int",
     "trainer.precision=16-true": "trainer.precision=bf16-true",
     "+optim.learning_rate=1": "learning_rate",
     "data.path=null": r"data\.path=my\.jsonl",

@@ -62,7 +62,7 @@ def test_remedies_that_are_in_use_are_not_named(job, tmp_path):
 
 
 def test_a_failure_is_recorded(job, tmp_path):
-    with pytest.raises(CompactHydraException, match="unexpected keyword argument 'lrr'"):
+    with pytest.raises(CompactHydraException, match="there is no 'lrr' in optim"):
         job("run", "+optim.lrr=1")
     summary = read_summary(tmp_path / "run")
     assert (summary["status"], summary["model"]["parameters"]) == ("failed", None)

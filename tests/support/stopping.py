@@ -48,6 +48,13 @@ class Fault(Callback):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+class Keyed(Callback):
+    """Takes a secret, as callbacks that talk to a service do."""
+
+    def __init__(self, api_key: str) -> None:
+        self.api_key = api_key
+
+
 class StopAt:
     """Ends training after a step, as an interruption between steps does."""
 

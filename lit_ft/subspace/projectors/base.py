@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lit_ft.compat.ranges import Count
+
 
 class BasisInput(Enum):
     """The input that a projector needs to move a basis."""
@@ -35,7 +37,7 @@ class Projector(ABC):
     basis_input: ClassVar[BasisInput]
     renews: ClassVar[bool] = True
     starts_from_svd: bool = False
-    every: int
+    every: Count
     rotates_moments: bool
 
     @property

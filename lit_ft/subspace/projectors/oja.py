@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lit_ft.compat.ranges import Count, Positive
 from lit_ft.subspace.projectors.base import (
     BasisInput,
     Projector,
@@ -54,8 +55,8 @@ class Oja(Projector):
 
     basis_input: ClassVar[BasisInput] = BasisInput.SKETCH
     renews: ClassVar[bool] = False
-    step_size: float = 0.1
-    every: int = 4
+    step_size: Positive = 0.1
+    every: Count = 4
     rotates_moments: bool = True
 
     def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:

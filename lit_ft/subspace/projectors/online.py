@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lit_ft.compat.ranges import Count, NonNegative
 from lit_ft.subspace.projectors.base import (
     BasisInput,
     Projector,
@@ -50,10 +51,10 @@ class Online(Projector):
 
     basis_input: ClassVar[BasisInput] = BasisInput.SKETCH
     renews: ClassVar[bool] = False
-    lr: float = 0.005
-    penalty: float = 0.0
+    lr: NonNegative = 0.005
+    penalty: NonNegative = 0.0
     starts_from_svd: bool = False
-    every: int = 1
+    every: Count = 1
     rotates_moments: bool = False
 
     def move(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lit_ft.compat.ranges import Count
 from lit_ft.subspace.projectors.base import BasisInput, Projector, orthonormal_rows
 
 
@@ -20,7 +21,7 @@ class Random(Projector):
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.NOTHING
-    every: int = 200
+    every: Count = 200
     rotates_moments: bool = True
 
     def move(

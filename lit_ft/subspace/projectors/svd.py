@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lit_ft.compat.ranges import Count
 from lit_ft.subspace.projectors.base import BasisInput, Projector
 
 
@@ -25,7 +26,7 @@ class SVD(Projector):
     """
 
     basis_input: ClassVar[BasisInput] = BasisInput.GRADIENT
-    every: int = 200
+    every: Count = 200
     rotates_moments: bool = False
 
     def move(self, basis: Tensor, basis_input: Tensor | None, **_: Any) -> Tensor:
