@@ -18,6 +18,7 @@ from torchmetrics import SumMetric
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
+from lit_ft.compat.not_finite import of_loss
 from lit_ft.compat.optimizers import class_of, traits_of
 from lit_ft.compat.plan import adapter_of
 from lit_ft.compat.protocols import (
@@ -298,14 +299,15 @@ class CausalLMModule(LightningModule):
         """Turn the accumulated gradient into that of the mean loss over the target tokens.
 
         Raises:
-            FloatingPointError: If the loss of the global batch is not finite.
+            NotFinite: If the loss of the global batch is not finite, unless a callback has given
+                the step up and left no gradient.
         """
         loss, num_targets = self._token_mean.finish(self.parameters())
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
-                "look at this step's data, or train in a wider precision."
-            )
+            self._router_sum = None
+            if any(p.grad is not None for p in self.parameters()):
+                raise of_loss(self.global_step)
+            return
         if self._router_sum is not None:
             router = self._sum_over_ranks(self._router_sum) / max(num_targets, 1)
             self._router_sum = None

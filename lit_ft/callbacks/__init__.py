@@ -7,6 +7,7 @@ from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate
 from lit_ft.callbacks.learning_rate import LearningRateMonitor
 from lit_ft.callbacks.memory import MemoryMonitor
+from lit_ft.callbacks.not_finite import StopOnNonFinite
 from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
 from lit_ft.callbacks.refresh import SubspaceRefresh
 from lit_ft.callbacks.samples import SampleGenerations
@@ -29,6 +30,7 @@ __all__ = [
     "ProgressBar",
     "SampleGenerations",
     "StartTable",
+    "StopOnNonFinite",
     "StopOnSignal",
     "SubspaceRefresh",
     "TerminalProgress",

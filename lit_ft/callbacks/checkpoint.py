@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.callbacks._support.finite import keep_finite
 from lit_ft.compat.ranges import Count
 from lit_ft.storage.atomic import keep_earlier, write_text
 
@@ -21,13 +22,17 @@ class LastCheckpoint(ModelCheckpoint):
 
     The state is saved when an optimizer step is complete, never between accumulated batches. The
     last step is saved like any other, before Lightning closes the epoch, whether it was planned or
-    another callback stops the training. A longer run therefore continues inside the epoch.
+    another callback stops the training. A longer run therefore continues inside the epoch. Weights
+    that are not finite are never saved: the earlier file stays.
 
     Args:
         dirpath: The folder in which `last.ckpt` is written.
         every_n_steps: The number of optimizer steps between two saves.
         keep: The number of states to keep, at least 1. The one before `last.ckpt` is
             `last-1.ckpt`, the one before that `last-2.ckpt`.
+
+    Raises:
+        FloatingPointError: Instead of saving, if a weight is not finite.
 
     Example:
         >>> import lightning as L
@@ -102,6 +107,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _save_once(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
+            keep_finite(trainer, trainer.lightning_module, "saved")
             path = self.format_checkpoint_name({})
             # Set before saving, because the path is part of the saved state.
             self.best_model_path = self.last_model_path = path
@@ -135,6 +141,9 @@ class BestCheckpoint(ModelCheckpoint):
         dirpath: The folder in which `best.ckpt` and `best.json` are written.
         monitor: The name of the logged metric that is the result of a validation.
         mode: Whether the smallest ("min") or the largest ("max") value is the best.
+
+    Raises:
+        FloatingPointError: Instead of saving, if a weight is not finite.
 
     Example:
         >>> import lightning as L
@@ -188,6 +197,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        keep_finite(trainer, trainer.lightning_module, "saved")
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and self.best_model_score is not None:
             best = {self.monitor: self.best_model_score.item(), "step": trainer.global_step}

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_ft.callbacks._support.finite import keep_finite
 from lit_ft.tensors.sharding import is_model_sharded
 
 
@@ -37,6 +38,7 @@ class ExportHF(Callback):
         MisconfigurationException: At the start of `fit`, if `pl_module.model` has no
             `save_pretrained`, if `push_to_hub` is not a valid repository name, or if `push_to_hub`
             is given and there is no login to the Hugging Face Hub.
+        FloatingPointError: At the end of `fit`, if a weight is not finite. Nothing is written.
 
     Example:
         >>> import lightning as L
@@ -72,6 +74,7 @@ class ExportHF(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model to the folder, and upload it if `push_to_hub` is given."""
+        keep_finite(trainer, pl_module, "exported")
         # Ranks that torchrun starts may name their run folders by different times: use rank 0's.
         folder = Path(trainer.strategy.broadcast(str(self.folder)))
         if not trainer.is_global_zero and not is_model_sharded(pl_module.model):

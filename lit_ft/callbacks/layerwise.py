@@ -16,6 +16,7 @@ from lit_ft.callbacks._support.second_backward import compiled_for_two_backward_
 from lit_ft.callbacks._support.trainer import find_callback, loss_scaler, only_optimizer
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.compat import remedies
+from lit_ft.compat.not_finite import of_loss
 from lit_ft.compat.protocols import is_usual_clipping
 from lit_ft.compat.ranges import WholeNumber
 from lit_ft.distributed.plan import Misconfiguration, check_run
@@ -38,6 +39,10 @@ class LayerwiseUpdate(Callback):
     they must be kept, and the step is an ordinary one. The same holds under float16's loss scaler,
     which checks all gradients before a step; a message then says so. The gradients of GaLore's
     layers are small and always wait for the step. Clipping by norm needs a second backward pass.
+
+    A loss or a gradient that is not finite reaches no weight, and ends the fit with a
+    FloatingPointError. Without clipping by norm, parameters that came earlier in the backward pass
+    have then been updated.
 
     Args:
         min_grad_bytes: The size in bytes of the smallest gradient that is freed during backward; 0
@@ -102,6 +107,7 @@ class LayerwiseUpdate(Callback):
         if max_norm is not None:
             self._prepare_second_backward(trainer, pl_module)
         self._step = LayerwiseStep(optimizer, large, max_norm=max_norm, max_value=max_value)
+        self._step.steps = trainer.global_step
         if max_norm is not None:
             self._replace(pl_module, "backward", self._step.backward)
         self._replace(pl_module, "configure_gradient_clipping", self._own_clipping(pl_module))
@@ -110,12 +116,12 @@ class LayerwiseUpdate(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Raise FloatingPointError if the loss is not finite, before it can reach a weight."""
-        if self._step is not None and not loss.isfinite():
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {trainer.global_step}: lower the learning "
-                "rate, look at this step's data, or train in a wider precision."
-            )
+        """Raise NotFinite if the loss is not finite, before it can reach a weight."""
+        if self._step is None:
+            return
+        # All ranks must stop together, or the others would wait in backward.
+        if not trainer.strategy.reduce_boolean_decision(bool(loss.isfinite())):
+            raise of_loss(trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detach from the optimizer, and restore the module and torch."""

@@ -86,6 +86,7 @@ class Plan:
         quantised: Whether the weights under the adapter are quantised.
         basis: The facts about GaLore's projector; None trains without GaLore.
         compiled: Whether torch.compile runs the model.
+        skips_steps: Whether a step whose gradient is not finite is skipped.
         finds_batch_size: Whether the run first measures the largest micro-batch that fits.
         module: The name of the module's class.
         optimizes_by_hand: Whether the module steps its optimizer itself.
@@ -110,6 +111,7 @@ class Plan:
     quantised: bool = False
     basis: Basis | None = None
     compiled: bool = False
+    skips_steps: bool = False
     finds_batch_size: bool = False
     module: str = "CausalLMModule"
     optimizes_by_hand: bool = False

@@ -258,6 +258,7 @@ class TokenBatch(TypedDict, total=False):
         position_ids: The positions [B, T], which start from 0 in each example of a packed row.
         num_tokens: The number of tokens that are not padding.
         num_targets: The number of targets after the shift.
+        origins: The place of each example in its source, such as `my.jsonl:57`, for error messages.
     """
 
     input_ids: Tensor
@@ -266,6 +267,7 @@ class TokenBatch(TypedDict, total=False):
     position_ids: Tensor
     num_tokens: int
     num_targets: int
+    origins: list[str]
 
 
 # Asked of an optimizer's class and of a layer

@@ -102,8 +102,15 @@ SMALL_MOVES = Remedy("use Oja()", {"galore": "online"})
 NOT_ADAPTIVE = Remedy("leave adaptive out", {"galore.refresh.adaptive": "false"})
 NO_DECAY = Remedy("set weight_decay=0", {"optim.weight_decay": "0"})
 LOWER_RATE = Remedy("lower the learning rate", advice="lower optim.lr")
-LOOK_AT_DATA = Remedy("look at this step's data")
+LOOK_AT_ROWS = Remedy(
+    "look at these rows", advice="look at the rows with `python -m lit_ft.preview`"
+)
+CLIPPING = Remedy(
+    "clip the gradient more (gradient_clip_val)", advice="set a smaller trainer.gradient_clip_val"
+)
 WIDER_PRECISION = Remedy("train in a wider precision", advice="set a wider trainer.precision")
+AGAINST_NON_FINITE = (LOWER_RATE, LOOK_AT_ROWS, CLIPPING, WIDER_PRECISION)
+STOP_AT_FIRST = Remedy('use StopOnNonFinite(action="stop")', {"nonfinite": "stop"})
 
 MAX_STEPS = Remedy("set Trainer(max_steps=...)", advice="set trainer.max_steps")
 MORE_STEPS = Remedy("raise max_steps of the Trainer", advice="raise trainer.max_steps")

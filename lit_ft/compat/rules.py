@@ -277,6 +277,18 @@ def _layerwise_needs_a_known_strategy(plan: Plan) -> Refusal | None:
 
 
 @_about("layerwise")
+def _layerwise_cannot_skip(plan: Plan) -> Refusal | None:
+    if not plan.layerwise or not plan.skips_steps:
+        return None
+    return Refusal(
+        "A step cannot be skipped under layerwise updates, which have moved some parameters before "
+        "the last gradient is known",
+        remedies.WHOLE_UPDATE,
+        remedies.STOP_AT_FIRST,
+    )
+
+
+@_about("layerwise")
 def _layerwise_clips_twice(plan: Plan) -> Refusal | None:
     if not plan.layerwise or not plan.sharded or plan.clip != "norm":
         return None

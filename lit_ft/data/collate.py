@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lit_ft.compat.protocols import TokenBatch
 from lit_ft.loss.targets import IGNORE_INDEX
 
-Example = Mapping[str, Sequence[int]]
+Example = Mapping[str, Sequence[int]]  # and the text `origin`
 Row = Sequence[Example]
 
 
@@ -31,7 +31,8 @@ class Collator:
       use_cache=False);
     - `attention_mask` [B, T], only in unpacked batches with padding: 1 on tokens, 0 on padding;
     - `num_tokens`: the number of tokens that are not padding;
-    - `num_targets`: the number of labels that are not -100.
+    - `num_targets`: the number of labels that are not -100;
+    - `origins`: the places of the examples in their sources, if each example has an `origin`.
 
     If the rows hold no tokens, the batch is a dummy: one short row that counts no tokens and no
     targets, so that a rank without work stays in step with the others.
@@ -89,6 +90,8 @@ class Collator:
             batch["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
         batch["num_tokens"] = int(lengths.sum())
         batch["num_targets"] = int((labels != IGNORE_INDEX).sum())
+        if all("origin" in example for example in examples):
+            batch["origins"] = [str(example["origin"]) for example in examples]
         return batch
 
     def _width(self, tokens: int) -> int:

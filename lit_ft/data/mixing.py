@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset as TorchDataset
 
-from lit_ft.data.tables import TENSOR_COLUMNS, column
+from lit_ft.data.tables import EXAMPLE_COLUMNS, column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,7 +91,7 @@ class Bins(TorchDataset[list[dict[str, NDArray[np.int64]]]]):
     """
 
     def __init__(self, table: Dataset, bins: list[list[int]] | None = None) -> None:
-        self.examples = table.select_columns(TENSOR_COLUMNS).with_format("numpy")
+        self.examples = table.select_columns(EXAMPLE_COLUMNS).with_format("numpy")
         self.bins = bins or [[index] for index in range(len(table))]
         lengths = column(table, "num_tokens")
         self.lengths = [int(lengths[indices].sum()) for indices in self.bins]

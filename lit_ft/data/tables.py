@@ -25,7 +25,7 @@ from lit_ft.data.sources import Source, parse
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-TENSOR_COLUMNS = ["input_ids", "labels"]
+EXAMPLE_COLUMNS = ["input_ids", "labels", "origin"]
 STREAM_CHUNK = 32  # rows encoded at once
 
 
@@ -100,7 +100,7 @@ def stream_source(
         seen += counts
         tally(counts)
         kept = [row for row in encoded if row.num_targets]
-        return {name: [getattr(row, name) for row in kept] for name in TENSOR_COLUMNS}
+        return {name: [getattr(row, name) for row in kept] for name in EXAMPLE_COLUMNS}
 
     stream = IterableDataset.from_generator(rows).skip(skip)
     return stream.map(encode, batched=True, batch_size=STREAM_CHUNK, remove_columns=["row"])

@@ -63,6 +63,7 @@ class TokenMean:
         num_targets = max(int(count), 1)
         if num_targets != self.reference:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, self.reference / num_targets)
+            if gradients:
+                torch._foreach_mul_(gradients, self.reference / num_targets)
         self._sums = None
         return loss_sum / num_targets, int(count)

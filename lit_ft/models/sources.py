@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -311,7 +314,7 @@ class FromConfig:
     def _try_config(self) -> None:
         defaults = AutoConfig.for_model(self.model_type)
         for name in self.config:
-            if not hasattr(defaults, name):
+            if not (hasattr(defaults, name) or _reads(defaults, name)):
                 near = get_close_matches(name, defaults.to_dict(), n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(f"config has '{name}', which {self.model_type} has not.{hint}")
@@ -355,6 +358,18 @@ def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
     from lit_ft.models.new_tokens import add_rows
 
     add_rows(model, source.load_tokenizer())
+
+
+def _reads(config: Any, name: str) -> bool:
+    """Return whether the code of a model reads a value that its configuration class does not name.
+
+    An example is the `head_dim` of Qwen3's mixture of experts.
+    """
+    from lit_ft.models.load_sharded import causal_lm_class
+
+    model = causal_lm_class(config, config.model_type, trust_remote_code=False, revision=None)
+    code = inspect.getsource(sys.modules[model.__module__])
+    return re.search(rf"\b{re.escape(name)}\b", code) is not None
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,11 +10,14 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lit_ft.compat.not_finite import of_gradients
 from lit_ft.compat.optimizers import traits_of, unwrapped
 from lit_ft.compat.plan import Plan
 from lit_ft.compat.rules import check
 from lit_ft.optim.narrowed import narrowed
 from lit_ft.optim.row_chunked import without_hooks
+from lit_ft.tensors.finite import values
+from lit_ft.tensors.sharding import added_over_ranks, is_sharded
 
 
 class LayerwiseStep:
@@ -28,6 +31,10 @@ class LayerwiseStep:
 
     If gradients accumulate over several backward passes, they are kept until the last pass, and the
     optimizer takes its ordinary step. A step without a closure is an ordinary step too.
+
+    A gradient that is not finite moves nothing: it and all that follow in the same backward pass
+    are replaced by zeros, and the step stops when the pass is over. Until then, the host does not
+    wait for the device, and no rank leaves the others. What came before has been stepped.
 
     With `max_norm`, call `backward(loss)` in place of `loss.backward()`. The norm over all
     parameters must be known before the first one moves, so backward runs twice over the same graph.
@@ -47,8 +54,8 @@ class LayerwiseStep:
         Refusal: If the optimizer needs more than one parameter at a time.
         RuntimeError: While stepping, if the optimizer counts steps in its groups, or if a parameter
             receives its gradient in several parts.
-        FloatingPointError: While stepping with `max_norm`, if the norm is not finite. No parameter
-            has then moved.
+        NotFinite: While stepping, if a gradient is not finite or, with `max_norm`, if the norm is
+            not. In the second case no parameter has moved.
     """
 
     def __init__(
@@ -68,7 +75,10 @@ class LayerwiseStep:
         self._large = [p for p in parameters if p.requires_grad]
         self._step_without_hooks = without_hooks(type(optimizer).step)
         self._steps_now = False
+        self.steps = 0  # optimizer steps so far, for messages
         self._stepped: set[Tensor] = set()
+        self._extremes: dict[Tensor, Tensor] = {}  # a scalar each, finite if the gradient is
+        self._so_far: Tensor | None = None  # their sum
         self._norms: dict[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._arm),
@@ -102,14 +112,12 @@ class LayerwiseStep:
                 if parameter.grad is not None:
                     self._norms[parameter] = get_total_norm(parameter.grad)
                     parameter.grad = None
-            self.grad_norm = get_total_norm([self._norms[p] for p in held if p in self._norms])
+            norms, total = self._norms, [self._norms[p] for p in held if p in self._norms]
+            self.grad_norm = get_total_norm(total)
         finally:
             self._norms = None
         if not self.grad_norm.isfinite():
-            raise FloatingPointError(
-                f"The norm of the gradient is {self.grad_norm.item()}: lower the learning rate, "
-                "look at this step's data, or train in a wider precision. Nothing has moved."
-            )
+            raise of_gradients(self._not_finite(norms), self.steps)
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._clip(held)
 
@@ -132,11 +140,14 @@ class LayerwiseStep:
                 # A gradient that exists already is from an earlier pass. Then all must be kept.
                 self._steps_now = all(p.grad is None for p in self._large)
                 self._stepped.clear()
-                self.grad_norm = None
+                self._extremes.clear()
+                self._so_far = self.grad_norm = None
                 try:
-                    return closure()
+                    result = closure()
                 finally:
                     self._steps_now = False
+                self._stop_if_not_finite()
+                return result
 
             return run
 
@@ -146,6 +157,7 @@ class LayerwiseStep:
         # The other gradients stay: GaLore still reads them after the step.
         for parameter in self._large:
             parameter.grad = None
+        self.steps += 1
 
     def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -156,9 +168,36 @@ class LayerwiseStep:
         elif self._steps_now:
             self._note_once(parameter, self._stepped)
             self._stepped.add(parameter)
+            if self.grad_norm is None:  # else it has been looked at
+                self._keep_finite(parameter)
             self._clip([parameter])
             self._step(parameter)
             parameter.grad = None
+
+    def _keep_finite(self, parameter: Tensor) -> None:
+        """Replace the gradient by zeros if it or an earlier one of this pass is not finite."""
+        assert parameter.grad is not None
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+        gradient = values(parameter.grad)
+        lowest, highest = gradient.aminmax() if gradient.numel() else gradient.new_zeros(2)
+        self._extremes[parameter] = lowest + highest
+        self._so_far = lowest + highest if self._so_far is None else self._so_far + lowest + highest
+        gradient.masked_fill_(~self._so_far.isfinite(), 0)
+
+    def _stop_if_not_finite(self) -> None:
+        if self._so_far is None:
+            return
+        sharded = next(filter(is_sharded, self._extremes), self._so_far)
+        [on_all_ranks] = added_over_ranks([self._so_far.reshape(1)], [sharded])
+        if not on_all_ranks.isfinite():
+            raise of_gradients(self._not_finite(self._extremes), self.steps)
+
+    def _not_finite(self, scalars: Mapping[Tensor, Tensor]) -> list[str]:
+        """Return the names of the parameters whose scalar is not finite on some rank, in order."""
+        sums = added_over_ranks([scalar.reshape(1) for scalar in scalars.values()], [*scalars])
+        bad = {p for p, total in zip(scalars, sums, strict=True) if not total.isfinite()}
+        return [name for p, name in _names(self.optimizer).items() if p in bad]
 
     def _clip(self, parameters: list[Tensor]) -> None:
         if self.grad_norm is not None and self.max_norm is not None:
@@ -192,6 +231,15 @@ def large_parameters(optimizer: Optimizer, min_grad_bytes: int) -> list[Tensor]:
     """Return the trainable parameters whose gradient takes at least `min_grad_bytes` bytes."""
     held = (p for group in optimizer.param_groups for p in group["params"])
     return [p for p in held if p.requires_grad and p.numel() * p.itemsize >= min_grad_bytes]
+
+
+def _names(optimizer: Optimizer) -> dict[Tensor, str]:
+    """Return the name of each parameter, or its shape if the optimizer was given no names."""
+    names: dict[Tensor, str] = {}
+    for group in optimizer.param_groups:
+        shapes = [f"a parameter {tuple(p.shape)}" for p in group["params"]]
+        names |= zip(group["params"], group.get("param_names", shapes), strict=True)
+    return names
 
 
 def _numbers(optimizer: Optimizer) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
     SampleGenerations,
+    StopOnNonFinite,
     StopOnSignal,
     final_panel,
 )
@@ -161,10 +162,9 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """Return a callback's place: `AutoBatchSize` comes first and `StopOnSignal` last."""
-    if isinstance(callback, AutoBatchSize):
-        return 0
-    return 2 if isinstance(callback, StopOnSignal) else 1
+    """Return a callback's place: two come before all others, and `StopOnSignal` comes last."""
+    places = ((AutoBatchSize, 0), (StopOnNonFinite, 1), (StopOnSignal, 3))
+    return next((place for kind, place in places if isinstance(callback, kind)), 2)
 
 
 def _rows_per_step(datamodule: InstructionDataModule, trainer: Trainer) -> int:

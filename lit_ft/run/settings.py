@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -28,6 +28,8 @@ class Job:
     seed: Annotated[int, Interval(ge=0, lt=2**32)]
     resume: str | None
     validate_only: bool
+    nonfinite: Literal["stop", "skip"]
+    nonfinite_limit: Count
     trusted_packages: list[str]
     module: Made
     data: Made

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ft.compat import remedies
+from lit_ft.compat.not_finite import of_gradients
 from lit_ft.compat.optimizers import traits_of, unwrapped
 from lit_ft.compat.plan import Basis, Plan
 from lit_ft.compat.refusal import Refusal
@@ -101,11 +102,11 @@ def check_dtype(name: str, weight: Tensor) -> None:
 
 
 def check_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
-    """Raise FloatingPointError, on every rank, if a gradient is not finite.
+    """Raise NotFinite, on every rank, if a gradient is not finite.
 
     Args:
         gradients: The gradient of each layer, keyed by name; None for a layer that has none.
-        step: The optimizer step that the gradients are for.
+        step: The number of optimizer steps before the one that the gradients are for.
     """
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     # The norm is a sum over the ranks. A maximum could lose NaN: that of NaN and 1 may be 1.
@@ -114,8 +115,4 @@ def check_finite(gradients: Mapping[str, Tensor | None], step: int) -> None:
         return
     bad = [name for name, gradient in present.items() if not full_tensor(gradient).isfinite().all()]
     if bad:  # else only the norm overflowed
-        raise FloatingPointError(
-            f"The gradient of {', '.join(bad[:4])}{', ...' * (len(bad) > 4)} is not finite at step "
-            f"{step}: lower the learning rate, look at this step's data, or train in a wider "
-            "precision. The weights of these layers have not moved in this step."
-        )
+        raise of_gradients(bad, step)

@@ -151,8 +151,8 @@ class SubspaceUpdater:
                 gradients are then not checked here.
 
         Raises:
-            FloatingPointError: If a gradient is not finite. The message names the layers. No layer
-                has moved.
+            NotFinite: If a gradient is not finite. The message names the layers. No layer has
+                moved.
         """
         if not skips_overflow:
             check_finite(

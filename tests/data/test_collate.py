@@ -173,3 +173,9 @@ def test_no_rows_make_a_dummy_that_a_model_can_run(model, packed, rows):
     assert ("position_ids" in batch) == packed
     assert "attention_mask" not in batch
     assert hidden_states(model, batch).isfinite().all()
+
+
+def test_a_packed_batch_names_all_its_rows():
+    rows = [[{**example([1, 2]), "origin": f"a.jsonl:{n}"} for n in row] for row in ([1, 3], [2])]
+    assert Collator(PAD)(rows)["origins"] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:2"]
+    assert "origins" not in Collator(PAD)([[example([1, 2])]])

@@ -225,7 +225,7 @@ class RootOfZero(Regression):
 def test_a_bad_gradient_is_named_before_it_reaches_anything(tmp_path, projector):
     data = batches(GOOD, GOOD, INF)
     module = RootOfZero()
-    with pytest.raises(FloatingPointError, match=r"gradient of net\.first is not finite at step 2"):
+    with pytest.raises(FloatingPointError, match=r"gradient of net\.first is not finite at step 3"):
         train(tmp_path, data, kind=lambda: module, projector=projector)
     _, states = train(tmp_path, data[:2], kind=RootOfZero, projector=projector)
     left = [*module.state_dict().values(), *moments(module)]

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_ft.tensors.sharding import local
+
 TRUSTED = "trusted_packages=[tests]"
 
 
@@ -84,3 +86,34 @@ class FailsOnOneRank(Callback):
     ) -> None:
         if trainer.global_rank == self.rank and trainer.global_step == 3:
             raise RuntimeError("a fault of this rank alone")
+
+
+class BadGradient(Callback):
+    """Spoils one value in the gradient of one parameter at a step, before anything sees it."""
+
+    def __init__(
+        self, step: int, parameter: int = 0, value: float = torch.nan, rank: int = 0
+    ) -> None:
+        self.rank = rank
+        self.step = step
+        self.parameter = parameter
+        self.value = value
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def spoil(parameter: Tensor) -> None:
+            if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+                local(parameter.grad).view(-1)[:1] = self.value
+
+        trained = [p for p in pl_module.parameters() if p.requires_grad]
+        trained[self.parameter].register_post_accumulate_grad_hook(spoil)
+
+
+def bad_gradient(step: int, parameter: int = 0, rank: int = 0) -> list[str]:
+    """Return the overrides that spoil a gradient on one rank after `step` steps."""
+    return [
+        TRUSTED,
+        "+callbacks.fault._target_=tests.support.stopping.BadGradient",
+        f"+callbacks.fault.step={step}",
+        f"+callbacks.fault.parameter={parameter}",
+        f"+callbacks.fault.rank={rank}",
+    ]
