@@ -232,9 +232,10 @@ class CausalLMModule(LightningModule):
         optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
         optimizer = row_chunked(stochastically_rounded(optimizer, seed=self.seed))
         self._options = options_of(optimizer)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if hasattr(self.trainer.precision_plugin, "scaler"):
             # A fused optimizer would remove float16's loss scale in its kernel, after clipping.
-            # This makes the trainer remove it before clipping.
+            # This makes the trainer remove it before clipping. In bfloat16 there is no scale, but
+            # Lightning would not clip by value all the same.
             optimizer._step_supports_amp_scaling = False
         if self.schedule is None or traits_of(type(optimizer)).own_rate:
             return optimizer

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from lit_ft import CausalLMModule
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
 from lit_ft.loss.targets import IGNORE_INDEX
-from lit_ft.optim import WarmupSchedule
+from lit_ft.optim import GroupRule, WarmupSchedule
 from tests.support.tiny_module import (
     batch_of,
     float16,
@@ -163,6 +163,18 @@ def test_under_a_loss_scaler_a_fused_optimizer_clips_the_gradient_itself(tmp_pat
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def test_a_fused_optimizer_clips_by_value_in_bfloat16_too(tmp_path):
+    fused = partial(torch.optim.SGD, lr=1.0, fused=True)
+    module = module_of(optimizer=fused, groups=[GroupRule("all")])
+    module.configure_model()
+    before = [p.detach().clone() for p in module.parameters()]
+    clipping = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    trainer = trainer_of(tmp_path, max_steps=1, precision="bf16-mixed", **clipping)
+    trainer.fit(module, loader(batch_of([12, 5])))
+    moved = [(p.detach() - q).abs().max() for p, q in zip(module.parameters(), before, strict=True)]
+    assert max(moved) == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_an_adapters_checkpoint_holds_the_adapter_and_resumes(tmp_path):

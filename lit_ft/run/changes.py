@@ -129,11 +129,8 @@ def differences(
     if isinstance(was, Mapping) and isinstance(now, Mapping) and _kind(was) == _kind(now):
         for name in {**was, **now}:
             if not name.startswith("_"):
-                usual = (
-                    _default(now, name)
-                    if defaults and name not in was.keys() & now.keys()
-                    else None
-                )
+                given = name in was and name in now
+                usual = _default(now, name) if defaults and not given else None
                 sides = was.get(name, usual), now.get(name, usual)
                 yield from differences(*sides, f"{path}.{name}".lstrip("."), defaults=defaults)
     elif _are_lists_of_parts(was, now):
@@ -164,7 +161,7 @@ def _repeated(path: str) -> str:
 def _precision_of_weights(precision: Any) -> str:
     """Return the precision in which the trainer keeps the weights, such as "bf16"."""
     kept, _, how = str(precision).partition("-")
-    return kept if how == "true" else "32"
+    return kept if how == "true" or kept == "64" else "32"
 
 
 def _kind(part: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 from hydra.utils import get_object
 
-from lit_ft.run.library_ranges import range_of
+from lit_ft.run.library_ranges import IGNORE_OTHERS, range_of
 from lit_ft.run.types import Allowed, allowed
 
 
@@ -67,7 +67,7 @@ def constructor_of(made: Any) -> Constructor:
             annotation = hints.get(parameter.name, Parameter.empty)
             if parameter.kind is Parameter.VAR_KEYWORD:
                 named = _unpacked(annotation)
-                is_open = named is None
+                is_open = named is None and made.__module__ not in IGNORE_OTHERS
                 found |= {name: allowed(one) for name, one in (named or {}).items()}
             elif parameter.kind is not Parameter.VAR_POSITIONAL and parameter.name not in found:
                 limit = range_of(made, parameter.name)

@@ -82,6 +82,9 @@ _BY_PACKAGE: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+IGNORE_OTHERS = ("transformers.utils.quantization_config",)
+"""Modules whose classes accept any name and do nothing with one that they do not know."""
+
 
 def range_of(made: Any, name: str) -> Any:
     """Return the range of an argument; None if nothing is known.

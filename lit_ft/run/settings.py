@@ -163,7 +163,7 @@ def _of_section(
         path = f"{section}.{name}".lstrip(".")
         if name in constructor.arguments:
             yield Setting(_typed(path, written), value, constructor.arguments[name])
-        elif value != {} and not _is_read(path, read):  # update=whole has nothing to set
+        elif not _is_read(path, read):
             yield Setting(path, value, near=constructor.arguments)
     for name in constructor.required:
         if name not in node:

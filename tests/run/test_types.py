@@ -93,6 +93,7 @@ def test_a_value_that_nothing_admits_is_answered_with_what_it_must_be(overrides,
         ("+checkpoint.every=1", "Did you mean every_n_steps?"),
         ("+module.optimiser=1", "Did you mean optimizer"),
         ("+valdate_only=true", "Did you mean validate_only"),
+        ("+update={}", "there is no 'update'."),  # nothing brings it, and nothing reads it
         ("+callbacks.progress.every=1", "Did you mean every_n_steps"),
     ],
 )
@@ -100,6 +101,11 @@ def test_a_name_that_nothing_reads_is_answered_with_the_nearest(override, said):
     line, names = faults(override)
     assert said in line
     assert names.startswith("  Names: ")
+
+
+def test_a_class_that_takes_any_name_and_ignores_it_is_held_to_its_own():
+    line, _ = faults("adapter=qlora", "+model.quantization_config.load_in_4bti=true")
+    assert "Did you mean load_in_4bit" in line
 
 
 def test_all_faults_are_told_at_once():
