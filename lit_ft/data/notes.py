@@ -12,7 +12,7 @@ FIELDS = {
     "tools": "the tools",
 }
 
-EMPTY_ANSWER = "an answer is empty, so that ending at once is learnt"
+EMPTY_ANSWER = "an answer is empty, so the model learns to end at once"
 PROMPT_MERGES = (
     "the prompt that opens an answer and its first characters would share a token; they are kept "
     "apart, as they are when the model is used"
