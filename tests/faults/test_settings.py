@@ -314,7 +314,7 @@ def faults_of(choices: tuple[str, ...], typed: dict[str, str]) -> list[str]:
         config = OmegaConf.to_container(job, resolve=True)
     started = time.perf_counter()
     try:
-        admit(config, written, [])
+        admit(config, written, [f"{name}={one}" for name, one in typed.items()])
     except ValueError as error:
         lines = [line for line in str(error).splitlines() if not line.startswith("  Names: ")]
         return [line.replace(": ", "=").partition("=")[0] for line in lines]
