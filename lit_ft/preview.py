@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lit_ft.run.preview import Preview, only_of_this_package
 from lit_ft.run.preview_page import Section, write_page
 from lit_ft.run.preview_text import legend, shown_row, shown_survey
 from lit_ft.run.settings import admit
+from lit_ft.run.trust import refuse_untrusted, trusted_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,17 +35,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = composed(options.settings)
         only_of_this_package(config)
-        admit(config, config, options.settings, parts=("data", "model"))
-        _show(Preview(config), options, Path(config["run_dir"]).parent)
+        # The class of the data is known, and the rest of what is built here imports little.
+        parts = {**config["data"], "_target_": None, "model": config["model"]}
+        refuse_untrusted(
+            {name: one for name, one in parts.items() if one is not None},
+            also=trusted_packages(config, options.settings),
+        )
+        check = partial(admit, config, config, options.settings, parts=("data", "model"))
+        try:
+            _show(Preview(config), options, Path(config["run_dir"]).parent, check)
+        except (TypeError, AttributeError, ArithmeticError):
+            check()  # names the setting at fault, if it is one
+            raise
     except ValueError as error:
         sys.exit(message_on_command_line(error))
 
 
-def _show(preview: Preview, options: argparse.Namespace, runs: Path) -> None:
+def _show(
+    preview: Preview, options: argparse.Namespace, runs: Path, check: Callable[[], None]
+) -> None:
+    """Show each source; `check` looks at all settings once the first rows are there."""
     console = Console()
     console.print(legend(console))
-    speed = preview.last_speed(runs)
-    sections = []
+    sections: list[Section] = []
+    speed = None
     for source in preview.sources:
         name = source.source.name
         console.rule(name)
@@ -52,6 +67,10 @@ def _show(preview: Preview, options: argparse.Namespace, runs: Path) -> None:
         shown = list(islice(encoded, options.rows))
         for row in shown:
             console.print(shown_row(console, preview, row, with_ids=options.ids))
+        if not sections:
+            # It imports what trains models, which the first rows should not wait for.
+            check()
+            speed = preview.last_speed(runs)
         read, is_whole = _counted(encoded, options.sample, [*skipped, *shown])
         survey = preview.survey(source, read, is_whole=is_whole)
         for part in shown_survey(preview, survey, speed):

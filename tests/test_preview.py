@@ -151,11 +151,14 @@ def test_the_time_of_an_epoch_is_that_of_the_newest_run_of_the_model(shown, tmp_
         (["data._target_=lit_ft.CausalLMModule"], "shows only the data of"),
         (["model._target_=os.system"], "trusted_packages"),
         (["data.path=empty.jsonl"], "the file has no rows"),
+        (["data.path=one.jsonl", "data.max_length=abc"], "data.max_length=abc: must be"),
+        (["data.path=one.jsonl", "data.num_workers=-1"], "data.num_workers=-1: must be"),
     ],
 )
 def test_a_mistake_is_one_message(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "one.jsonl").write_text(json.dumps(chat("q", "a")))
     with pytest.raises(SystemExit, match=said):
         main(["model=tiny", *arguments])
 
