@@ -136,6 +136,13 @@ def of_collectives() -> list[str]:
     return [f"{run['median']:,.1f} MB" for run in runs]
 
 
+def of_encoding() -> list[str]:
+    sides = result("encoding.json")["sides"]
+    speeds = [f"{side['rows_per_second']['median']:,.0f}" for side in sides.values()]
+    ratios = [f"{sides[name]['lit_ft_ratio']:.2f} times" for name in sides if name != "lit_ft"]
+    return [*speeds, *ratios]
+
+
 def of_layerwise_steps() -> list[str]:
     return [f"{pair['ratio']:.2f}" for pair in result("layerwise.json")["pairs"].values()]
 
@@ -171,6 +178,7 @@ def of_quality() -> list[str]:
         ("at_scale.json", of_bytes_at_scale),
         ("captured_energy.json", of_captured_energy),
         ("communication.json", of_collectives),
+        ("encoding.json", of_encoding),
         ("layerwise.json", of_layerwise_steps),
         ("optimizer_step.json", of_steps),
         ("optimizer_step_cuda.json", of_steps_on_a_gpu),
