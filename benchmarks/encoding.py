@@ -56,7 +56,9 @@ def main() -> None:
     """Measure, print, and write the results."""
     parser = script_parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=10, help="parts, of which each side has one")
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="number of parts; the sides take turns at each"
+    )
     options = parser.parse_args()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.run.arguments import composed
 from lit_ft.run.console import quieten_libraries
-from lit_ft.run.preview import Preview, only_of_this_package
+from lit_ft.run.preview import Preview, settings_of_data
 from lit_ft.run.preview_page import Section, write_page
 from lit_ft.run.preview_text import legend, shown_row, shown_survey
 from lit_ft.run.settings import admit
@@ -34,13 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten_libraries()
     try:
         config = composed(options.settings)
-        only_of_this_package(config)
         # The class of the data is known, and the rest of what is built here imports little.
-        parts = {**config["data"], "_target_": None, "model": config["model"]}
-        refuse_untrusted(
-            {name: one for name, one in parts.items() if one is not None},
-            also=trusted_packages(config, options.settings),
-        )
+        parts = {"data": settings_of_data(config), "model": config["model"]}
+        refuse_untrusted(parts, also=trusted_packages(config, options.settings))
         check = partial(admit, config, config, options.settings, parts=("data", "model"))
         try:
             _show(Preview(config), options, Path(config["run_dir"]).parent, check)

@@ -13,12 +13,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from lit_ft.datamodule import InstructionDataModule
 from tests.support.datamodules import answers, val_batches, write
+from tests.support.tiny_module import quiet_trainer
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -43,18 +44,6 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def quiet_trainer(**options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
 
 
 def test_a_trainer_feeds_a_module_whose_tokenizer_it_takes(

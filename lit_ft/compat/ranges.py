@@ -11,10 +11,10 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Interval
 
 Count = Annotated[int, Ge(1)]
-"""A number of things, of which there is at least one."""
+"""A number of things: one or more."""
 
 WholeNumber = Annotated[int, Ge(0)]
-"""A number of things, of which there may be none."""
+"""A number of things: none or more."""
 
 Positive = Annotated[float, Gt(0)]
 """A finite number above 0."""

@@ -143,7 +143,7 @@ class _Probe:
         self.template = template
 
     def words(self, roles: str, *, prompt: bool = False, **options: Any) -> list[str]:
-        """Return the template's words between the messages of a chat, all of which it writes."""
+        """Return the template's words around the messages of a chat, which it must all write."""
         try:
             shown, words = self.render(roles, prompt=prompt, **options)
         except TemplateError as error:

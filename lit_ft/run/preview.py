@@ -34,12 +34,17 @@ class Speed:
     run_dir: Path
 
 
-def only_of_this_package(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if the data is not that of `DATAMODULE`, whose settings are known."""
+def settings_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the data.
+
+    Raises:
+        ValueError: If the data is not that of `DATAMODULE`, whose settings are known.
+    """
     if (target := config["data"].get("_target_")) != DATAMODULE:
         raise ValueError(
             f"data._target_={target}: the preview shows only the data of {DATAMODULE}."
         )
+    return {name: value for name, value in config["data"].items() if name != "_target_"}
 
 
 class Preview:
@@ -56,9 +61,9 @@ class Preview:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        data = config["data"]
-        nested = {key: value for key, value in data.items() if key != "_target_"}
-        self.settings = instantiate({"_target_": "builtins.dict", **nested}, _convert_="all")
+        self.settings = instantiate(
+            {"_target_": "builtins.dict", **settings_of_data(config)}, _convert_="all"
+        )
         self.micro_batches: int = config["trainer"].get("accumulate_grad_batches", 1)
         self.model = config["model"]
         self.tokenizer = self._load_tokenizer()

@@ -202,7 +202,7 @@ def _of_object(
 
 
 def _of_group_options(config: Mapping[str, Any]) -> Iterator[Setting]:
-    """Yield the options of parameter groups, of which the optimizer says what they admit."""
+    """Yield the options of parameter groups. The optimizer's arguments say what they admit."""
     from lit_ft.run.constructors import constructor_named
 
     optimizer, groups = config.get("optim"), config.get("groups")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 import traceback
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
+from lit_ft.storage.atomic import write_text
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,7 @@ class RunSummary:
     def write(self) -> None:
         """Write the file completely or not at all."""
         self.fields["seconds"]["total"] = self._elapsed()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(_as_json(self.fields, indent=2) + "\n")
-        os.replace(beside, self.path)
+        write_text(self.path, _as_json(self.fields, indent=2) + "\n")
 
     def __enter__(self) -> Self:
         self.write()

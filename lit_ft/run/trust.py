@@ -101,10 +101,11 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
             line does not name.
     """
     named = {argument.partition("=")[0].lstrip("+~") for argument in arguments}
-    if config.get("trusted_packages") and "trusted_packages" not in named:
+    trusted = config.get("trusted_packages")
+    if trusted and "trusted_packages" not in named:
         raise ValueError(
-            f"A configuration file sets trusted_packages={config['trusted_packages']}, and only "
-            "the command line may. If you trust them, repeat it there."
+            f"A configuration file sets trusted_packages={trusted}, and only the command line may. "
+            "If you trust them, repeat it there."
         )
     setting = remote_code(config)
     if setting and not any("trust_remote_code" in argument for argument in arguments):
@@ -112,7 +113,6 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
             f"A configuration file sets {setting}=true, and only the command line may. If you "
             "trust the code in this repository, repeat it there."
         )
-    trusted = config.get("trusted_packages")
     return list(map(str, trusted)) if isinstance(trusted, list) else []
 
 
@@ -176,11 +176,8 @@ def _without_sweeps(settings: Sequence[str]) -> Iterator[list[str]]:
 def _is_trusted(target: str, also: Sequence[str]) -> bool:
     if target.partition(".")[0] not in (*LIBRARIES, *(name.partition(".")[0] for name in also)):
         return False  # importing it would run it
-    try:
-        found = get_object(target)
-    except Exception:  # whatever an import can raise; Hydra names the error later
-        return False
-    module = str(getattr(found, "__module__", ""))
+    found = _found(target)
+    module = _home(found)
     if any(module == name or module.startswith(f"{name}.") for name in also):
         return callable(found)
     if inspect.isfunction(found):
@@ -194,13 +191,21 @@ def _is_trusted(target: str, also: Sequence[str]) -> bool:
 def _defined_in(target: str) -> str:
     """Return the package that defines a target, or that its name begins with."""
     root = target.partition(".")[0]
-    if root not in LIBRARIES:
-        return root
+    module = _home(_found(target)) if root in LIBRARIES else ""
+    return (module or root).partition(".")[0]
+
+
+def _found(target: str) -> Any:
+    """Return what a name stands for; None if there is no such thing, or its import fails."""
     try:
-        module = str(getattr(get_object(target), "__module__", None) or root)
-    except Exception:  # see _is_trusted
-        return root
-    return module.partition(".")[0]
+        return get_object(target)
+    except Exception:  # whatever an import can raise; Hydra names the error later
+        return None
+
+
+def _home(found: Any) -> str:
+    """Return the module that defines an object; empty if none does."""
+    return str(getattr(found, "__module__", None) or "")
 
 
 def _targets(node: Any) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ def seem_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors of which this rank holds a value that is not finite."""
+    """Return the names of the tensors that are not finite in this rank's part."""
     if seem_finite(tensors.values()):
         return []
     # Looked at one by one, because the norm of finite values may overflow.

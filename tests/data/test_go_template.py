@@ -42,7 +42,7 @@ def expected(tokenizer: PreTrainedTokenizerFast, chat: Any, **options: Any) -> s
 
 
 def chats(*, system: bool) -> list[list[dict[str, Any]]]:
-    """Return chats of one, two and three questions, the last of which is to be answered."""
+    """Return chats of one, two and three questions; the last question has no answer yet."""
     return [talk(turns, system=system)[:-1] for turns in (1, 2, 3)]
 
 

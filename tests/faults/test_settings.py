@@ -239,7 +239,7 @@ TOLD = ("ValueError", "Refusal", "Misconfiguration", "MisconfigurationException"
 TOLD += ("FloatingPointError",)
 ELSEWHERE = {"strategy=fsdp", "model=pretrained", "adapter=qlora"}
 TWO_STEPS = ["trainer.max_steps=2"]
-# What interpolations read. To resolve them anew takes most of the time.
+# What interpolations read. Resolving them again takes most of the time.
 READ_ELSEWHERE = ("seed", "galore.", "checkpoint.")
 HUGE = str(2**32)  # more than a seed may be; as a number of batches, it takes weeks
 TYPED = [

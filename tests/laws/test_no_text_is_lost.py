@@ -16,7 +16,7 @@ from lit_ft.data.encoding import Encoder
 from lit_ft.data.sources import open_source, parse
 
 END = "<|im_end|>"
-# Any character of UTF-8 but those of control tokens; a stock of long texts beside short ones.
+# Any character of UTF-8 except those of control tokens, in short and in long texts.
 characters = st.characters(codec="utf-8", exclude_characters="<>|")
 texts = st.one_of(st.text(characters, max_size=20), st.text(characters, max_size=300))
 

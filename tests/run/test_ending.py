@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -14,6 +13,7 @@ from lit_ft.run.recorder import Recorder
 from lit_ft.run.summary import RunSummary, read_summary
 from tests.support.running import LORA
 from tests.support.stopping import StopAt, at, stopped
+from tests.support.tiny_module import quiet_trainer
 
 
 class Falls(BoringModel):
@@ -29,13 +29,7 @@ class Falls(BoringModel):
 
 def ended(folder, *callbacks, losses=(9.0,) * 99, resume=None, **options):
     summary = RunSummary(folder, {})
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+    trainer = quiet_trainer(
         limit_train_batches=10,
         limit_val_batches=1,
         val_check_interval=1,

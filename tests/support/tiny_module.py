@@ -1,6 +1,7 @@
 """A tiny CausalLMModule, batches for it, and a trainer that prints nothing."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -28,6 +29,18 @@ def module_of(model_type="llama", **options):
     options.setdefault("optimizer", partial(torch.optim.SGD, lr=0.1))
     torch.manual_seed(0)
     return CausalLMModule(FromConfig(model_type, TINY), **options)
+
+
+def quiet_trainer(**options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
 
 
 def trainer_of(folder, **options):

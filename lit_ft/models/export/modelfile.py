@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lit_ft.data.go_template import GoTemplate, go_template
 from lit_ft.data.turns import ChatTemplate, end_tokens
-from lit_ft.storage.atomic import replace_atomically, temporary_path
+from lit_ft.storage.atomic import write_text
 
 
 def write_modelfile(folder: str | Path) -> list[str]:
@@ -36,12 +35,7 @@ def write_modelfile(folder: str | Path) -> list[str]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     template = ChatTemplate(tokenizer)
     go = go_template(template)
-    new = temporary_path(folder / "Modelfile")
-    with new.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(modelfile(go, _stops(template, folder)))
-        file.flush()
-        os.fsync(file.fileno())
-    replace_atomically(new, folder / "Modelfile")
+    write_text(folder / "Modelfile", modelfile(go, _stops(template, folder)))
     return go.notes
 
 
