@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
-CONF = Path(__file__).parents[2] / "conf"
+from lit_ft.run import arguments
 
 
 def composed(*overrides: str) -> dict[str, Any]:
     """Return the configuration of `python train.py` with these arguments."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
-    assert isinstance(config, dict)
-    return {str(name): value for name, value in config.items()}
+    return arguments.composed(overrides)
 
 
 def module_and_data(config: dict[str, Any]) -> tuple[Any, Any]:

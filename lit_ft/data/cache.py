@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib.metadata import version
@@ -22,11 +22,10 @@ from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format
 from lit_ft.data.sources import Source
 from lit_ft.storage.cache_dir import user_cache
+from lit_ft.storage.damage import CHECKSUMS, damage, write_checksums
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-MANIFEST = "manifest.json"
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def _write(entry: Path, build: Callable[[Path], Dataset]) -> None:
     ) as work:
         finished = Path(work) / "entry"
         build(Path(work) / "scratch").save_to_disk(finished)
-        (finished / MANIFEST).write_text(json.dumps(dict(_digests(finished))))
+        write_checksums(finished)
         try:
             os.replace(finished, entry)
         except OSError:
@@ -101,10 +100,11 @@ def _write(entry: Path, build: Callable[[Path], Dataset]) -> None:
 def _load(entry: Path) -> Dataset:
     from datasets import load_from_disk
 
-    expected = json.loads((entry / MANIFEST).read_text())
+    if not (entry / CHECKSUMS).is_file():
+        raise ValueError(f"it has no {CHECKSUMS}")
     # Extra files come from `filter` and `map`, which write next to the table that they read.
-    if not expected.items() <= dict(_digests(entry)).items():
-        raise ValueError("its files differ from those that were written")
+    if (reason := damage(entry)) is not None:
+        raise ValueError(reason)
     return load_from_disk(entry)
 
 
@@ -117,13 +117,6 @@ def _discard(entry: Path) -> None:
         pass
     finally:
         shutil.rmtree(grave, ignore_errors=True)
-
-
-def _digests(entry: Path) -> Iterator[tuple[str, str]]:
-    for file in sorted(entry.iterdir()):
-        if file.name != MANIFEST:
-            with file.open("rb") as stream:
-                yield file.name, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _describe(choice: object) -> list[object]:

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,13 +39,11 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
     file = cached_file(name_or_path, gguf_file, revision=revision)
     assert file is not None  # it is None only with options that are not used here
     source = Path(file).resolve()
-    folder = (
-        user_cache()
-        / "models"
-        / f"{source.stem}-{_digest(source)[:16]}-transformers{transformers.__version__}"
-    )
+    digest = _digest(source, _stamps(source))[:16]
+    name = f"{source.stem}-{digest}-transformers{transformers.__version__}"
+    folder = user_cache() / "models" / name
     if (folder / "config.json").is_file():
-        if (reason := damage(folder)) is None:
+        if (reason := _damage(folder, _stamps(*folder.iterdir()))) is None:
             return folder
         logger.warning("making the damaged %s again: %s", folder, reason)
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,6 +82,19 @@ def _dequantise(source: Path, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _digest(file: Path) -> str:
+def _stamps(*files: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return the name, size and time of each file, which change when it is written to."""
+    found = [(file.name, file.stat()) for file in sorted(files)]
+    return tuple((name, about.st_size, about.st_mtime_ns) for name, about in found)
+
+
+# A run asks for the model's folder several times, and its files are large: each is read once.
+@cache
+def _damage(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str | None:
+    return damage(folder)
+
+
+@cache
+def _digest(file: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -32,7 +32,7 @@ def _empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip_a_bit, _empty, Path.unlink])
-@pytest.mark.parametrize("victim", ["*.arrow", "state.json", "manifest.json"])
+@pytest.mark.parametrize("victim", ["*.arrow", "state.json", "checksums.json"])
 def test_a_damaged_entry_is_rebuilt(
     folder: Path, damage: Callable[[Path], None], victim: str, caplog: pytest.LogCaptureFixture
 ) -> None:
