@@ -37,3 +37,19 @@ class ParsedRow(NamedTuple):
     content: Content | ValueError
     held_out: bool | None = None
     unread: tuple[str, ...] = ()
+
+
+class Part(NamedTuple):
+    """Some successive rows of a source.
+
+    Args:
+        first: The number of the first row, counted from 0.
+        last: The number of the row after the last one; None for all rows to the end.
+    """
+
+    first: int = 0
+    last: int | None = None
+
+
+WHOLE = Part()
+"""All rows of a source."""

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from lit_ft.compat.refusal import Refusal, Remedy, located
 from lit_ft.data.docstrings import Docstrings
 from lit_ft.data.files import READERS, kind_of, num_rows, read, without_nulls
 from lit_ft.data.formats import Format, Row, available, detect
-from lit_ft.data.rows import ParsedRow, SourceRow
+from lit_ft.data.rows import WHOLE, ParsedRow, Part, SourceRow
 
 EMBEDDED = "python-docstrings"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -80,7 +81,11 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
 
 
 def parse(
-    source: Source, format: Format | None = None, *, keep_errors: bool = False
+    source: Source,
+    format: Format | None = None,
+    *,
+    keep_errors: bool = False,
+    part: Part = WHOLE,
 ) -> Iterator[ParsedRow]:
     """Yield the rows of a source, as their format reads them.
 
@@ -89,13 +94,16 @@ def parse(
         format: The format that reads the rows; None detects it from the keys of the first row.
         keep_errors: Whether a row that cannot be read or does not fit the format is yielded with
             its error as its content. Otherwise the error is raised.
+        part: The rows to yield. Those before them only tell the format.
 
     Raises:
         ValueError: If a row cannot be read or does not fit the format, and `keep_errors` is false;
             the message names the row. Also if the source cannot be read to its end.
     """
     is_detected = False
-    for row in source.rows():
+    for number, row in enumerate(islice(source.rows(), part.last)):
+        if number < part.first and format is not None:
+            continue
         try:
             if isinstance(row.fields, ValueError):
                 raise row.fields
@@ -109,9 +117,11 @@ def parse(
         except ValueError as error:
             if not keep_errors:
                 raise located(error, row.origin) from error
-            yield ParsedRow(row.origin, error, row.held_out)
+            parsed = ParsedRow(row.origin, error, row.held_out)
         else:
-            yield ParsedRow(row.origin, content, row.held_out, keys)
+            parsed = ParsedRow(row.origin, content, row.held_out, keys)
+        if number >= part.first:
+            yield parsed
 
 
 def _other_format(format: Format, row: Row) -> Refusal | None:

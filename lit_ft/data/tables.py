@@ -6,6 +6,7 @@ A table is a `datasets.Dataset` of `EncodedRow`s, memory-mapped from the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from lit_ft.data.encoded import REPORT_COLUMNS, EncodedRow, EncodingReport
 from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format
 from lit_ft.data.notes import count
-from lit_ft.data.rows import ParsedRow
+from lit_ft.data.parts import parts_of, work_on
+from lit_ft.data.rows import WHOLE, ParsedRow, Part
 from lit_ft.data.sources import Source, parse
 
 if TYPE_CHECKING:
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
 
 EXAMPLE_COLUMNS = ["input_ids", "labels", "origin"]
 STREAM_CHUNK = 32  # rows encoded at once
+WRITTEN_AT_ONCE = 256  # rows
 
 
 def encode_source(source: Source, format: Format | None, encoder: Encoder) -> Dataset:
     """Return the table of a source, from the cache if nothing that determines it has changed.
+
+    Several processes encode a large source; see `lit_ft.data.parts`.
 
     Raises:
         ValueError: If a row cannot be read or encoded. The message names the row.
@@ -38,7 +43,7 @@ def encode_source(source: Source, format: Format | None, encoder: Encoder) -> Da
     key = cache_key(source, format, encoder)
 
     def build(scratch: Path) -> Dataset:
-        return _table(encoder(_parsed(source, format, encoder)), scratch, key)
+        return _table(source, format, encoder, scratch)
 
     return cached(key, build)
 
@@ -141,8 +146,10 @@ def repeated(train: Dataset, val: Dataset | None = None) -> int:
     return int(np.isin(column(val, "digest"), digests).sum())
 
 
-def _parsed(source: Source, format: Format | None, encoder: Encoder) -> Iterator[ParsedRow]:
-    return parse(source, format, keep_errors=encoder.bad_rows == "skip")
+def _parsed(
+    source: Source, format: Format | None, encoder: Encoder, part: Part = WHOLE
+) -> Iterator[ParsedRow]:
+    return parse(source, format, keep_errors=encoder.bad_rows == "skip", part=part)
 
 
 def column(table: Dataset, name: str) -> NDArray[Any]:
@@ -156,20 +163,33 @@ def drop_unusable(table: Dataset) -> Dataset:
     return table.select(np.flatnonzero(column(table, "num_targets") > 0))
 
 
-def _table(rows: Iterable[EncodedRow], scratch: Path, key: str) -> Dataset:
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
+def _table(source: Source, format: Format | None, encoder: Encoder, scratch: Path) -> Dataset:
+    from datasets import Dataset, concatenate_datasets
+    from datasets.utils import tqdm
 
-    try:
-        return Dataset.from_generator(
-            lambda: (row._asdict() for row in rows),
-            features=_features(),
-            cache_dir=str(scratch),
-            fingerprint=key,
-        )
-    except DatasetGenerationError as error:
-        # The user must see the cause.
-        raise error.__cause__ or error from None
+    def write(part: Part) -> Iterator[int]:
+        return _write(encoder(_parsed(source, format, encoder, part)), file_of(part))
+
+    def file_of(part: Part) -> Path:
+        return scratch / f"{part.first}.arrow"
+
+    scratch.mkdir()
+    parts = parts_of(source)
+    with tqdm(desc="Encoding", unit=" rows") as bar:
+        for count in work_on(parts, write):
+            bar.update(count)
+    return concatenate_datasets([Dataset.from_file(str(file_of(part))) for part in parts])
+
+
+def _write(rows: Iterator[EncodedRow], file: Path) -> Iterator[int]:
+    """Write rows to a file as a table; yield the number of rows of each batch that is written."""
+    import pyarrow
+
+    schema = _features().arrow_schema
+    with pyarrow.OSFile(str(file), "wb") as stream, pyarrow.ipc.new_stream(stream, schema) as out:
+        while batch := [row._asdict() for row in islice(rows, WRITTEN_AT_ONCE)]:
+            out.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
+            yield len(batch)
 
 
 def _features() -> Any:
