@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from lit_ft.data.turns import end_tokens
 from lit_ft.run.console import quieten_libraries
 from lit_ft.run.summary import read_summary
+from lit_ft.storage.plain_values import plain_weights
 
 Message = dict[str, str]
 
@@ -30,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Stated, because transformers otherwise asks on the terminal whether to run the folder's code.
     trust = {"trust_remote_code": options.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
+    try:
+        with plain_weights(folder):
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
+    except ValueError as error:
+        sys.exit(str(error))
     model = model.to(device).eval()
     conversation: list[Message] = []
     if options.system:

@@ -20,6 +20,7 @@ from lit_ft.run.trust import refuse_untrusted, remote_code
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 from lit_ft.storage.damage import damage
+from lit_ft.storage.plain_values import load_plain
 
 
 def export_run(
@@ -104,11 +105,14 @@ def export_run(
     precision = HalfPrecision("bf16-true") if halves else Precision()
     with precision.module_init_context():
         module.configure_model()
-    if path.is_dir():  # it holds only an adapter, which is small
-        saved = CheckpointFolder(path).load_whole()
-    else:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    module.load_state_dict(_without_subspaces(saved["state_dict"]))
+    # A folder holds only an adapter, which is small.
+    saved = CheckpointFolder(path).load_whole() if path.is_dir() else load_plain(path, mmap=True)
+    if not isinstance(saved, dict) or "state_dict" not in saved:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no state_dict.")
+    try:
+        module.load_state_dict(_without_subspaces(saved["state_dict"]))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is a checkpoint of another model than {run_dir}.") from error
     return export_model(
         module.model,
         module.tokenizer,
