@@ -37,7 +37,7 @@ class Leaky(Callback):
             warnings.warn(f"warned: {secret}", stacklevel=1)
         try:
             raise ValueError(" ".join(self.secrets))
-        except ValueError:
-            logging.getLogger(__name__).exception("a traceback")
+        except ValueError as error:
+            logging.getLogger(__name__).exception("a traceback of %s", error)
         if self.fails:
             raise RuntimeError("no service takes " + " ".join(self.secrets))
