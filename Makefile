@@ -5,6 +5,7 @@
 # make fuzz       generated settings and damaged files: make fuzz MINUTES=60 SEED=1; a failure says
 #                 how to repeat it, such as make fuzz SEED=1 CASE=data:17
 # make lint       format, rules, types, import floors
+# make audit      known vulnerabilities of the installed packages
 # make docs       the site, into build/docs; a broken link or reference is an error
 # make matrix     the table of what goes together, in docs/
 # Arguments for the main job: make train ARGS="optim=adamw_8bit adapter=lora"
@@ -19,7 +20,7 @@ MINUTES ?= 5
 # A worker that died fails the run: after another has taken its place xdist may wait for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart 0
 
-.PHONY: setup train test-unit test test-slow fuzz lint docs matrix clean
+.PHONY: setup train test-unit test test-slow fuzz lint audit docs matrix clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +54,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: setup
+	$(BIN)/python .ci/audit
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
