@@ -2,7 +2,10 @@
 # make test-unit  set up, then the tests that start no process and load no SmolLM2 (minutes)
 # make test       those, and all others that take seconds
 # make test-slow  the long tests: ranks, every optimizer, what peaks in memory
+# make fuzz       generated settings and damaged files: make fuzz MINUTES=60 SEED=1; a failure says
+#                 how to repeat it, such as make fuzz SEED=1 CASE=data:17
 # make lint       format, rules, types, import floors
+# make audit      known vulnerabilities of the installed packages
 # make docs       the site, into build/docs; a broken link or reference is an error
 # make matrix     the table of what goes together, in docs/
 # Arguments for the main job: make train ARGS="optim=adamw_8bit adapter=lora"
@@ -12,11 +15,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+MINUTES ?= 5
 # One thread a test: else each of those that run side by side would take all cores.
 # A worker that died fails the run: after another has taken its place xdist may wait for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart 0
 
-.PHONY: setup train test-unit test test-slow lint docs matrix clean
+.PHONY: setup train test-unit test test-slow fuzz lint audit docs matrix clean
 
 setup: $(VENV)/.installed
 
@@ -41,11 +45,18 @@ test: setup
 test-slow: setup
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow
 
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.fuzz --minutes $(MINUTES) \
+		$(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: setup
+	$(BIN)/python .ci/audit
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/docs

@@ -8,12 +8,15 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_ft.run.arguments import CONF, quoted_paths
+from lit_ft.run.arguments import CONF, for_hydra
+from lit_ft.run.redaction import redact_output, redacted
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Build the objects that the configuration names, and run the job with them."""
+    redact_output()  # on a cluster, this function is all that runs of this file
+
     # Imported here so that --help and mistyped names answer at once.
     import lightning as L
     from lightning.pytorch.utilities import rank_zero_info
@@ -31,7 +34,7 @@ def main(cfg: DictConfig) -> float:
     )
     from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
     from lit_ft.run.settings import admit
-    from lit_ft.run.summary import RunSummary, redacted
+    from lit_ft.run.summary import RunSummary
 
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
@@ -70,11 +73,10 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     from lit_ft.run.config import names_near
-    from lit_ft.run.trust import hold_hydra_to_command_line
 
-    sys.argv[1:] = quoted_paths(sys.argv[1:])
+    redact_output()
     try:
-        hold_hydra_to_command_line(sys.argv[1:], config_dir=CONF)
+        sys.argv[1:] = for_hydra(sys.argv[1:])
     except ValueError as error:
         sys.exit(str(error))
     try:

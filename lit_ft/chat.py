@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from lit_ft.compat.refusal import message_on_command_line
+from lit_ft.data.rendering import CostlyTemplate, bounded_rendering
 from lit_ft.data.turns import end_tokens
 from lit_ft.run.console import quieten_libraries
 from lit_ft.run.summary import read_summary
+from lit_ft.storage.plain_values import plain_weights
 
 Message = dict[str, str]
 
@@ -30,8 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Stated, because transformers otherwise asks on the terminal whether to run the folder's code.
     trust = {"trust_remote_code": options.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
-    model = model.to(device).eval()
+    try:
+        with plain_weights(folder):
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
+    except ValueError as error:
+        sys.exit(str(error))
+    try:
+        _converse(model.to(device).eval(), tokenizer, folder, options)
+    except CostlyTemplate as error:
+        sys.exit(message_on_command_line(error))
+
+
+def _converse(model: Any, tokenizer: Any, folder: Path, options: Any) -> None:
+    """Answer the prompt, or what the user types until an empty line."""
     conversation: list[Message] = []
     if options.system:
         conversation.append({"role": "system", "content": options.system})
@@ -58,9 +72,10 @@ def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any)
     if tokenizer.chat_template is None:
         prompt = tokenizer(conversation[-1]["content"], return_tensors="pt")
     else:
-        prompt = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with bounded_rendering(tokenizer):
+            prompt = tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     sampling = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature}

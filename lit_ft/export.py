@@ -14,6 +14,7 @@ from pathlib import Path
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.console import quieten_libraries
 from lit_ft.run.export_run import export_run
+from lit_ft.run.redaction import redacted_text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             trust_remote_code=options.trust_remote_code,
         )
     except ValueError as error:
-        sys.exit(str(error))
+        sys.exit(redacted_text(str(error)))
     if options.ollama:
         _write_modelfile(folder)
     print(folder)

@@ -24,6 +24,7 @@ from lit_ft.run.console import quieten_libraries
 from lit_ft.run.preview import Preview, settings_of_data
 from lit_ft.run.preview_page import Section, write_page
 from lit_ft.run.preview_text import legend, shown_row, shown_survey
+from lit_ft.run.redaction import redacted_text
 from lit_ft.run.settings import admit
 from lit_ft.run.trust import refuse_untrusted, trusted_packages
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check()  # names the setting at fault, if it is one
             raise
     except ValueError as error:
-        sys.exit(message_on_command_line(error))
+        sys.exit(redacted_text(message_on_command_line(error)))
 
 
 def _show(

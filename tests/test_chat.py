@@ -12,6 +12,7 @@ import torch
 
 from lit_ft.chat import main
 from lit_ft.models import FromConfig, export_model
+from tests.support.checkpoints import Poison
 from tests.support.commands import TINY
 from tests.support.running import run_job
 
@@ -193,3 +194,12 @@ def _says(answer, seen):
         return answer
 
     return reply
+
+
+def test_weights_that_hold_code_are_refused_without_torchs_advice(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Poison(tmp_path / "marker")}, folder / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="names getattr, which is neither") as refused:
+        main([str(folder), "--prompt", "Hi"])
+    assert "weights_only" not in str(refused.value)
+    assert not (tmp_path / "marker").exists()

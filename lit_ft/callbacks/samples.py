@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.protocols import OffersPrompts
 from lit_ft.compat.ranges import Count, WholeNumber
+from lit_ft.data.rendering import bounded_rendering
 from lit_ft.data.turns import end_tokens
 from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
 
@@ -215,7 +216,8 @@ def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str) and not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    with bounded_rendering(tokenizer):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # The template has written the special tokens.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -29,6 +29,7 @@ from lit_ft.data.conversation import Content, Conversation, chat_of, prompt_of
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.data.formats.chat import ROLES
 from lit_ft.data.masks import ChatEncoder, ControlTokens, TrainOn
+from lit_ft.data.rendering import CostlyTemplate
 from lit_ft.data.rows import ParsedRow
 from lit_ft.data.turns import ChatTemplate
 from lit_ft.loss.targets import IGNORE_INDEX
@@ -108,6 +109,8 @@ class Encoder:
             for row, content in zip(several, contents, strict=True):
                 try:
                     yield from self._encode(row, content)
+                except CostlyTemplate:
+                    raise  # each other row would take as long
                 except (ValueError, TemplateError) as error:
                     bad = located(error, row.origin)
                     if self.bad_rows == "stop":

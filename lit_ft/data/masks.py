@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
 from lit_ft.data import notes
 from lit_ft.data.conversation import Conversation
+from lit_ft.data.rendering import CostlyTemplate
 from lit_ft.data.turns import ChatTemplate, Rendering, Turn
 
 TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
@@ -102,8 +102,12 @@ class ChatEncoder:
         """
         found = []
         for chat in chats:
-            with suppress(ValueError, TemplateError):
+            try:
                 found.append((chat, self.template.find(chat)))
+            except CostlyTemplate:
+                raise
+            except (ValueError, TemplateError):
+                continue  # which is said when the chat is encoded
         texts = [rendering.text for _, rendering in found]
         tokens = self._tokenized(texts) if texts else []
         self._prepared = {

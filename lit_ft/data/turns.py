@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile
@@ -34,6 +35,7 @@ from lit_ft.data.marks import (
     split_at_marks,
     unused_stem,
 )
+from lit_ft.data.rendering import CostlyTemplate, bounded_rendering
 
 _TEMPLATES = (remedies.MARKED_TEMPLATE, remedies.PLAIN_TEMPLATE)
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -139,6 +141,7 @@ class ChatTemplate:
             add_generation_prompt: Whether to add the prompt that opens the next answer.
 
         Raises:
+            CostlyTemplate: If the template takes too long, or too much memory.
             TemplateError: If the template refuses the chat.
         """
         return self._render(chat, add_generation_prompt=add_generation_prompt)[0]
@@ -200,14 +203,15 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return a chat's rendering, and the places of its `{% generation %}` blocks."""
         try:
-            texts, answers = _RENDER(
-                [[self._readable(message) for message in chat.messages]],
-                tools=None if chat.tools is None else list(chat.tools),
-                chat_template=self._for_tools if chat.tools else self._template,
-                return_assistant_tokens_mask=self.marks_answers,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **chat.template_options},
-            )
+            with bounded_rendering(self.tokenizer):
+                texts, answers = _RENDER(
+                    [[self._readable(message) for message in chat.messages]],
+                    tools=None if chat.tools is None else list(chat.tools),
+                    chat_template=self._for_tools if chat.tools else self._template,
+                    return_assistant_tokens_mask=self.marks_answers,
+                    add_generation_prompt=add_generation_prompt,
+                    **{**self.tokenizer.special_tokens_map, **chat.template_options},
+                )
         except (TypeError, LookupError, AttributeError) as error:  # of the template's own code
             raise TemplateError(f"the chat template cannot render this chat: {error}") from error
         return texts[0], answers[0] if self.marks_answers else []
@@ -432,7 +436,8 @@ def end_tokens(tokenizer: Any, own: int | Sequence[int] | None = None) -> list[i
     """
     ends = [own] if isinstance(own, int) else [*(own or ())]
     if getattr(tokenizer, "chat_template", None) is not None:
-        ends += ChatTemplate(tokenizer).end_tokens()
+        with suppress(CostlyTemplate):  # trained weights are exported all the same
+            ends += ChatTemplate(tokenizer).end_tokens()
     eos = getattr(tokenizer, "eos_token_id", None)
     return list(dict.fromkeys([*ends, *([] if eos is None else [eos])]))
 

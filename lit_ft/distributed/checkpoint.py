@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lit_ft.storage.atomic import remove, replace_atomically, sync_folder, temporary_path
 from lit_ft.storage.checkpoint_folder import CheckpointFolder, write_parts, write_rest
 from lit_ft.storage.damage import write_checksums
+from lit_ft.storage.plain_values import load_plain
 from lit_ft.tensors.sharding import shard_like
 
 
@@ -111,10 +112,14 @@ def load_file(
     Raises:
         KeyError: If there are optimizers, and the checkpoint holds only weights.
         RuntimeError: If the checkpoint belongs to another model or optimizer.
+        ValueError: If the checkpoint is broken, or holds objects other than tensors and plain
+            values.
     """
-    checkpoint: dict[str, Any] = torch.load(
-        path, map_location="cpu", mmap=True, weights_only=weights_only is not False
-    )
+    checkpoint: dict[str, Any]
+    if weights_only is False:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    else:
+        checkpoint = load_plain(path, mmap=True)
     if optimizers and "optimizer_states" not in checkpoint:
         raise _of_the_model_alone(path)
     spread = get_model_state_dict(module)

@@ -25,6 +25,7 @@ from lit_ft.compat.ranges import WholeNumber
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.tokenizer import load_tokenizer
+from lit_ft.storage.plain_values import plain_weights
 from lit_ft.tensors.stochastic_rounding import own_gpu
 
 # `transformers` imports a name when it is used. Those of models take seconds, and who only looks at
@@ -156,7 +157,9 @@ class Pretrained:
                     remedies.RESIZED_BEFORE,
                 )
             return from_pretrained_in_shards(folder, shard, dtype=dtype, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        with plain_weights(self.name_or_path):
+            model: PreTrainedModel = load(folder, dtype=dtype, **options)
         if self.resize_embeddings:
             _add_rows(model, self)
         if shard is not None:

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.run.config import names_near
+from lit_ft.run.hidden import references, without_secrets
+from lit_ft.run.trust import compositions, hold_hydra_to_command_line
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -45,7 +47,7 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
             f"{config_dir} holds no train.yaml: clone the repository, and install lit_ft from the "
             "clone with `pip install -e .`."
         )
-    arguments = quoted_paths(arguments)
+    arguments = quoted_paths(without_secrets(arguments))
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             config: Any = OmegaConf.to_container(
@@ -55,6 +57,33 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
         near = names_near(arguments, config_dir=config_dir)
         raise ValueError(f"{error}\n{near}".rstrip()) from error
     return dict(config)
+
+
+def for_hydra(arguments: Sequence[str], *, config_dir: Path = CONF) -> list[str]:
+    """Return the arguments with which Hydra can be trusted: with paths quoted, and no secrets.
+
+    Args:
+        arguments: The command-line arguments as the user typed them.
+        config_dir: The folder that holds train.yaml.
+
+    Raises:
+        ValueError: If a configuration file changes what Hydra runs, or if a secret is one that was
+            left out of a run's files.
+    """
+    arguments = quoted_paths(without_secrets(arguments))
+    composed = compositions(arguments, config_dir=config_dir)
+    hold_hydra_to_command_line(composed, arguments, config_dir=config_dir)
+    of_files: list[dict[str, str]] = []
+    for whole in composed:
+        config: Any = OmegaConf.to_container(whole, resolve=False)
+        of_files.append(references({name: one for name, one in config.items() if name != "hydra"}))
+    if any(other != of_files[0] for other in of_files):
+        raise ValueError(
+            "The configuration files of a sweep hold different secrets. Write ${oc.env:VARIABLE} "
+            "in their place, which reads a variable of the environment."
+        )
+    own = of_files[0].items() if of_files else ()
+    return [*arguments, *(f"++{name}={reference}" for name, reference in own)]
 
 
 def quoted_paths(arguments: Sequence[str]) -> list[str]:

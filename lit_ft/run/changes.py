@@ -11,12 +11,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lit_ft.optim.schedules import OBEYED as OBEYED_OPTIONS
+from lit_ft.run.redaction import MASK
 
 
 class Outcome(Enum):
     """What becomes of a setting that differs."""
 
     UNLISTED = auto()  # it has no influence on the weights
+    SECRET = auto()  # the checkpoint does not hold it, so this run must be given it again
     OBEYED = auto()  # from the first step after the resume
     ELSEWHERE = auto()  # it says where weights or rows are, and these may be the same
     STEP = auto()  # inside an epoch, the rows of a step must stay as many as they were
@@ -141,6 +143,8 @@ def differences(
 
 
 def _outcome(setting: str, was: Any, now: Any) -> Outcome:
+    if MASK in (was, now):
+        return Outcome.SECRET if now is None else Outcome.UNLISTED
     if setting == "trainer.precision" and _precision_of_weights(was) != _precision_of_weights(now):
         return Outcome.REFUSED
     return next(

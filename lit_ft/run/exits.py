@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.compat.refusal import message_on_command_line
+from lit_ft.run.redaction import redacted_text
 
 
 @contextmanager
@@ -46,5 +47,5 @@ def command_line_exits() -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        said = message_on_command_line(cause)
+        said = redacted_text(message_on_command_line(cause))
         raise CompactHydraException(f"\n{type(cause).__name__}: {said}") from error

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from lit_ft.data.encoding import load_chat_template
 from lit_ft.data.turns import end_tokens
+from lit_ft.run.hidden import with_secrets
 from lit_ft.run.old_names import with_current_names
 from lit_ft.run.summary import read_summary
 from lit_ft.run.trust import refuse_untrusted, remote_code
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 from lit_ft.storage.damage import damage
+from lit_ft.storage.plain_values import load_plain
 
 
 def export_run(
@@ -53,9 +55,10 @@ def export_run(
         The folder that was written.
 
     Raises:
-        ValueError: If the run or the checkpoint does not exist, or if `merge` is False and the run
-            has no adapter. Also if only the adapter would be written, to a folder that already
-            holds a model.
+        ValueError: If the run or the checkpoint does not exist, if the environment does not hold a
+            secret that the run's model was given, or if `merge` is False and the run has no
+            adapter. Also if only the adapter would be written, to a folder that already holds a
+            model.
     """
     # Imported here, because peft prints when it is imported, and the caller silences it first.
     from lit_ft.models import export_model
@@ -85,7 +88,7 @@ def export_run(
             f"{run_dir} was made with {setting}=true, which runs the Python code in the model's "
             "repository. If you trust it, add --trust-remote-code."
         )
-    module = instantiate(config["module"], _convert_="all")
+    module = instantiate(with_secrets(config["module"], "module"), _convert_="all")
     if module.tokenizer is not None and (template := config["data"].get("chat_template")):
         module.tokenizer.chat_template = load_chat_template(template)  # the one it was trained with
     if module.adapter is None and not merge:
@@ -102,11 +105,14 @@ def export_run(
     precision = HalfPrecision("bf16-true") if halves else Precision()
     with precision.module_init_context():
         module.configure_model()
-    if path.is_dir():  # it holds only an adapter, which is small
-        saved = CheckpointFolder(path).load_whole()
-    else:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    module.load_state_dict(_without_subspaces(saved["state_dict"]))
+    # A folder holds only an adapter, which is small.
+    saved = CheckpointFolder(path).load_whole() if path.is_dir() else load_plain(path, mmap=True)
+    if not isinstance(saved, dict) or "state_dict" not in saved:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no state_dict.")
+    try:
+        module.load_state_dict(_without_subspaces(saved["state_dict"]))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is a checkpoint of another model than {run_dir}.") from error
     return export_model(
         module.model,
         module.tokenizer,

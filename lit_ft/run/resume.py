@@ -15,6 +15,7 @@ from lit_ft.distributed.plan import Misconfiguration
 from lit_ft.run.changes import Change, Outcome, changes, differences
 from lit_ft.run.failures import not_this_run
 from lit_ft.run.recorder import Recorder
+from lit_ft.run.redaction import MASK
 from lit_ft.run.summary import RunSummary, as_written
 from lit_ft.storage.atomic import earlier, existing_or_backup
 from lit_ft.storage.checkpoint_io import load_rest
@@ -22,6 +23,7 @@ from lit_ft.storage.damage import damage
 
 # A finished run need not be repeated for other values of these.
 _NOT_OF_THE_RESULT = ("resume", "trusted_packages", "logger*", "trainer.logger*")
+_LISTED = (Outcome.OBEYED, Outcome.STEP, Outcome.ROWS)
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
 
@@ -146,7 +148,12 @@ def compare_with_checkpoint(resume: str | Path, recorder: Recorder) -> None:
                 f"The checkpoint's run had another {change}. Repeat its value if this is not "
                 "intended."
             )
-    if obeyed := [change for change in found if change.outcome is not Outcome.ELSEWHERE]:
+    if secrets := [one.setting for one in found if one.now is None and MASK in str(one.was)]:
+        rank_zero_warn(
+            f"The checkpoint's run was given a secret, which its files do not hold: "
+            f"{', '.join(secrets)}. Give it again if this run needs it."
+        )
+    if obeyed := [change for change in found if change.outcome in _LISTED]:
         rank_zero_info(
             f"These settings differ from the checkpoint's run and are obeyed: {_listed(obeyed)}."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 import traceback
 from collections.abc import Mapping
@@ -18,14 +17,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
+from lit_ft.run.redaction import redacted
 from lit_ft.storage.atomic import write_text
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "summary.json"
-_SECRET = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
-_NOT_SECRET = re.compile(r"tokens|tokenizer|token_id", re.IGNORECASE)
 
 
 class RunSummary:
@@ -36,8 +34,7 @@ class RunSummary:
 
     Args:
         run_dir: The folder of the run, created if it is missing.
-        config: The resolved configuration as plain values. Values whose names suggest secrets are
-            redacted.
+        config: The resolved configuration as plain values. Its secrets are redacted.
 
     Attributes:
         fields: The fields of the file.
@@ -93,7 +90,7 @@ class RunSummary:
     def write(self) -> None:
         """Write the file completely or not at all."""
         self.fields["seconds"]["total"] = self._elapsed()
-        write_text(self.path, _as_json(self.fields, indent=2) + "\n")
+        write_text(self.path, _as_json(redacted(self.fields), indent=2) + "\n")
 
     def __enter__(self) -> Self:
         self.write()
@@ -164,16 +161,6 @@ def _ended_by(error: BaseException, status: str, steps: int) -> str:
     return f"{by} {place}"
 
 
-def redacted(config: Any) -> Any:
-    """Return a copy of `config` with "***" for every value whose name suggests a secret."""
-    if isinstance(config, Mapping):
-        return {
-            key: "***" if value and _is_secret(str(key)) else redacted(value)
-            for key, value in config.items()
-        }
-    return [redacted(value) for value in config] if isinstance(config, list) else config
-
-
 def _earlier(run_dir: str | Path) -> dict[str, Any] | None:
     try:
         return read_summary(run_dir)
@@ -183,10 +170,6 @@ def _earlier(run_dir: str | Path) -> dict[str, Any] | None:
 
 def _as_json(value: Any, **layout: Any) -> str:
     return json.dumps(_finite(value), default=str, **layout)
-
-
-def _is_secret(key: str) -> bool:
-    return bool(_SECRET.search(key)) and not _NOT_SECRET.search(key)
 
 
 def _finite(value: Any) -> Any:

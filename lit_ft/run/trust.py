@@ -122,23 +122,40 @@ def remote_code(config: Mapping[str, Any]) -> str | None:
     return next(settings, None)
 
 
-def hold_hydra_to_command_line(arguments: Sequence[str], *, config_dir: Path) -> None:
-    """Raise ValueError if a chosen file changes what Hydra itself runs, before Hydra runs it.
+def compositions(arguments: Sequence[str], *, config_dir: Path) -> list[Any]:
+    """Return what Hydra composes, its own settings included; several for the choices of a sweep.
 
     Args:
-        arguments: The arguments of the command line, which may change it.
+        arguments: The arguments of the command line. If Hydra cannot read them, nothing is
+            composed: it says itself what is wrong with them.
         config_dir: The folder that holds train.yaml.
     """
     settings = [one for one in arguments if not one.startswith("-")]
-    own = [one for one in settings if one.lstrip("+~").startswith("hydra")]
-    for chosen in _without_sweeps(settings):
-        try:
-            with initialize_config_dir(str(config_dir), version_base="1.3"):
-                whole, expected = (
-                    compose("train", list(some), return_hydra_config=True) for some in (chosen, own)
-                )
-        except HydraException:
-            return  # Hydra itself says what is wrong with the arguments
+    try:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            return [
+                compose("train", chosen, return_hydra_config=True)
+                for chosen in _without_sweeps(settings)
+            ]
+    except HydraException:
+        return []
+
+
+def hold_hydra_to_command_line(
+    composed: Sequence[Any], arguments: Sequence[str], *, config_dir: Path
+) -> None:
+    """Raise ValueError if a chosen file changes what Hydra itself runs, before Hydra runs it.
+
+    Args:
+        composed: What Hydra composes; see `compositions`.
+        arguments: The arguments of the command line, which may change it.
+        config_dir: The folder that holds train.yaml.
+    """
+    own = [one for one in arguments if one.lstrip("+~").startswith("hydra")]
+    [expected] = compositions(own, config_dir=config_dir) or [None]
+    if expected is None:
+        return
+    for whole in composed:
         for name in _RUN_BY_HYDRA:
             if _of_hydra(whole, name) != _of_hydra(expected, name):
                 raise ValueError(

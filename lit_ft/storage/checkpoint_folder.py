@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lit_ft.storage.plain_values import load_plain, refusal
+
 META = "meta.pt"  # Lightning's name
 
 _CLASSES: tuple[Any, ...] = (
@@ -63,7 +65,7 @@ def write_parts(state: dict[str, Any], folder: Path) -> None:
     try:
         save(state, storage_writer=FileSystemWriter(folder))
     except CheckpointException as error:
-        raise OSError(_first_reason(error)) from error
+        raise OSError(str(_first_cause(error)).partition("\n")[0]) from error
 
 
 def write_rest(checkpoint: dict[str, Any], folder: Path) -> None:
@@ -133,7 +135,7 @@ class CheckpointFolder:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 load(state, storage_reader=_Reader(self), planner=_PlainValues(), no_dist=alone)
         except CheckpointException as error:
-            raise ValueError(f"Refusing to read {self.path}: {_first_reason(error)}") from error
+            raise refusal(self.path, _first_cause(error)) from None
 
     def load_whole(self) -> dict[str, Any]:
         """Load the whole checkpoint into this process's memory, as if it were a single file."""
@@ -156,10 +158,10 @@ class CheckpointFolder:
             ValueError: If the file is broken, or holds objects that are refused.
         """
         file = self.path / META
-        try:
-            rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"Refusing to read {file}: {error}") from error
+        if weights_only:
+            rest: dict[str, Any] = load_plain(file)
+        else:
+            rest = torch.load(file, map_location="cpu", weights_only=False)
         return rest
 
     def _differences(self, state: dict[str, Any]) -> list[str]:
@@ -212,9 +214,9 @@ def _room_for(entry: Any) -> Tensor | None:
     return None
 
 
-def _first_reason(error: CheckpointException) -> str:
+def _first_cause(error: CheckpointException) -> BaseException:
     cause, _ = next(iter(error.failures.values()))
-    return str(cause).partition("\n")[0]
+    return cause
 
 
 def _some(names: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_ft.storage.atomic import remove, replace_atomically, temporary_path
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
+from lit_ft.storage.plain_values import load_plain
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -67,11 +67,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load a checkpoint; code from it can run only with `weights_only=False`."""
+        """Load a checkpoint; code from it can run only with `weights_only=False`.
+
+        Raises:
+            ValueError: If the checkpoint is broken, or holds objects other than tensors and plain
+                values.
+        """
         if Path(path).is_dir():
             return CheckpointFolder(path).load_whole()
-        safe = True if weights_only is None else weights_only
-        return super().load_checkpoint(path, map_location, safe)
+        if weights_only is False:
+            return super().load_checkpoint(path, map_location, weights_only)
+        return _entries(path, load_plain(path, map_location=map_location))
 
 
 def load_rest(path: str | Path) -> dict[str, Any]:
@@ -86,12 +92,15 @@ def load_rest(path: str | Path) -> dict[str, Any]:
     """
     if Path(path).is_dir():
         return CheckpointFolder(path).load_rest()
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"Refusing to read {path}: {error}") from error
+    checkpoint = _entries(path, load_plain(path, mmap=True))
     large = ("state_dict", "optimizer_states")
     return {name: entry for name, entry in checkpoint.items() if name not in large}
+
+
+def _entries(path: str | Path, loaded: Any) -> dict[str, Any]:
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(loaded).__name__}.")
+    return loaded
 
 
 def _reason(error: BaseException) -> str:

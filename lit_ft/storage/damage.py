@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import json
 import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import xxhash
 
+from lit_ft.storage.plain_values import reason_of
+
 CHECKSUMS = "checksums.json"
-# What Python's reader raises where a header is wrong: a place outside the file is an OSError, and
-# a wrong flag means that the record is encrypted, which is a RuntimeError.
-_BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
 
 
 def damage(path: Path) -> str | None:
@@ -57,8 +46,8 @@ def _damage_of_file(path: Path) -> str | None:
         torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         return None  # it is whole, and loading it refuses what it holds
-    except _BROKEN as error:
-        return f"it is no whole archive ({str(error).partition(chr(10))[0]})"
+    except Exception as error:  # broken archives and pickles raise errors of many kinds
+        return f"it is no whole archive ({reason_of(error)})"
     return None
 
 

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
 
 from lit_ft.data.conversation import chat_of
@@ -14,6 +11,7 @@ from lit_ft.data.files import READERS
 from lit_ft.data.formats.alpaca import Alpaca
 from lit_ft.data.rows import ParsedRow
 from lit_ft.data.sources import Files, Hub, open_source, parse
+from tests.support.data_files import lines, write
 
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i} é\u2028!"} for i in range(100)]
 BAD_LINES: list[tuple[bytes, str]] = [
@@ -27,10 +25,6 @@ BAD_LINES: list[tuple[bytes, str]] = [
 ]
 
 
-def lines(rows: list[Any]) -> list[bytes]:
-    return [json.dumps(row, ensure_ascii=False).encode() for row in rows]
-
-
 def conversations(path: Path) -> list[Any]:
     return [said(row) for row in parse(open_source(str(path)))]
 
@@ -39,34 +33,6 @@ def said(row: ParsedRow) -> Any:
     """Return a row's text or its messages."""
     chat = chat_of(row.content)
     return row.content if chat is None else chat.messages
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows as the file's suffix says."""
-    if path.suffix == ".gz":
-        plain = write(path.with_suffix(""), rows)
-        path.write_bytes(gzip.compress(plain.read_bytes()))
-        plain.unlink()
-    elif path.suffix == ".zst":
-        plain = write(path.with_suffix(""), rows)
-        with pyarrow.output_stream(str(path), compression="zstd") as stream:
-            stream.write(plain.read_bytes())
-        plain.unlink()
-    elif path.suffix == ".jsonl":
-        path.write_bytes(b"\n".join(lines(rows)))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            table = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
-            table.writeheader()
-            table.writerows(rows)
-    else:
-        from datasets import Dataset
-
-        Dataset.from_list(rows).to_parquet(str(path))
-    return path
 
 
 @pytest.mark.parametrize(("line", "complaint"), BAD_LINES)

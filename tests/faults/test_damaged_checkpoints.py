@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import CompactHydraException
+from torch import nn
 
 from lit_ft.callbacks import AtomicCheckpointIO
+from lit_ft.distributed.checkpoint import load_file
+from lit_ft.run.export_run import export_run
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
+from lit_ft.storage.checkpoint_io import load_rest
 from tests.support.checkpoints import Poison, write_checkpoint
+from tests.support.running import SHORT, run_job
 
 
 @pytest.fixture
@@ -69,15 +79,84 @@ def test_a_folder_without_its_last_files_is_no_checkpoint(name, folder):
         AtomicCheckpointIO().load_checkpoint(folder)
 
 
-def test_loading_runs_no_code(tmp_path):
-    marker = tmp_path / "marker"
+READERS = {
+    "resume": load_rest,
+    "load": lambda path: AtomicCheckpointIO().load_checkpoint(path),
+    "load on ranks": lambda path: load_file(path, nn.Linear(1, 1), []),
+}
+ADVICE = (
+    "`weights_only`",
+    "weights_only=False",
+    "Weights only",
+    "safe_globals",
+    "Re-running",
+    "docs/stable",
+)
 
-    class Poison:
-        def __reduce__(self):
-            return marker.touch, ()
 
-    path = tmp_path / "bad.ckpt"
-    torch.save({"weights": Poison()}, path)
-    with pytest.raises(pickle.UnpicklingError):
-        AtomicCheckpointIO().load_checkpoint(path)
-    assert not marker.exists()
+def assert_without_torchs_advice(text: str) -> None:
+    assert not [words for words in ADVICE if words in text], text
+
+
+def foreign(path: Path, kind: str) -> Path:
+    """Write a file of another program that loads only without protection."""
+    if kind == "script":
+        torch.jit.save(torch.jit.script(nn.Linear(1, 1)), path)
+        return path
+    content = {
+        "poison": {"weights": Poison(path.with_name("marker"))},
+        "module": {"model": nn.Linear(1, 1)},
+        "blocked": {"call": os.system},
+    }
+    torch.save(content[kind], path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("poison", "names getattr, which is neither a tensor nor a plain value"),
+        ("module", "names torch.nn.modules.linear.Linear, which is neither"),
+        ("blocked", "names posix.system, which is neither a tensor nor"),
+        ("script", "is a TorchScript archive, which holds code"),
+    ],
+)
+def test_what_a_foreign_file_holds_is_said_without_advice_to_run_it(reader, kind, told, tmp_path):
+    path = foreign(tmp_path / "bad.ckpt", kind)
+    with pytest.raises(ValueError, match=rf"Refusing to read .*bad\.ckpt: it {told}") as caught:
+        READERS[reader](path)
+    assert_without_torchs_advice("".join(traceback.format_exception(caught.value)))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("place", ["rest", "value"])
+def test_the_files_of_ranks_are_refused_without_that_advice(place, tmp_path):
+    poison = Poison(tmp_path / "marker")
+    own = {"rest": {"state": poison}} if place == "rest" else {"lr": poison}
+    folder = write_checkpoint(tmp_path / "last.ckpt", **own)
+    with pytest.raises(ValueError, match="names getattr, which is neither") as caught:
+        AtomicCheckpointIO().load_checkpoint(folder)
+    assert_without_torchs_advice("".join(traceback.format_exception(caught.value)))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(2), None])
+def test_a_file_that_holds_no_entries_is_no_checkpoint(content, tmp_path):
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad\.ckpt is no checkpoint: it holds a"):
+        load_rest(tmp_path / "bad.ckpt")
+
+
+def test_a_run_that_is_given_a_foreign_file_says_so_and_leaves_no_advice(tmp_path):
+    path = foreign(tmp_path / "bad.ckpt", "poison")
+    for own in ([], ["validate_only=true"]):
+        with pytest.raises(CompactHydraException, match="names getattr, which is neither"):
+            run_job(tmp_path / "run", "model=tiny", *SHORT, f"resume={path}", *own)
+        error = json.loads((tmp_path / "run" / "summary.json").read_text())["error"]
+        assert_without_torchs_advice(json.dumps(error))
+    with pytest.raises(ValueError, match="names getattr, which is neither"):
+        export_run(tmp_path / "run", checkpoint=str(path))
+    assert not (tmp_path / "marker").exists()

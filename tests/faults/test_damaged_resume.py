@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from pathlib import Path
 
@@ -10,22 +9,10 @@ import pytest
 from hydra.errors import CompactHydraException
 
 from tests.support.checkpoints import same
+from tests.support.damaging import cut, flip
 from tests.support.stopping import at, stopped
 
 OPTIONS = ["optim=adamw", "checkpoint.every_n_steps=2"]
-
-
-def flip(path: Path, seed: int = 0) -> None:
-    """Flip a bit in the middle half of a file, where the weights are."""
-    content = bytearray(path.read_bytes())
-    place = random.Random(seed).randrange(len(content) * 2, len(content) * 6)
-    content[place // 8] ^= 1 << place % 8
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size // 2)
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
 """Where a model comes from."""
 
+import shutil
+import traceback
+
 import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig
 
 from lit_ft.models import FromConfig, Packaged, Pretrained
+from tests.support.checkpoints import Poison
 
 
 def test_the_dtype_of_the_source_wins_over_the_trainers(folder):
@@ -68,3 +72,14 @@ def test_an_empty_model_is_the_model_but_for_its_values(kind, folder):
     assert shapes[0] == shapes[1]
     assert empty.all_tied_weights_keys == model.all_tied_weights_keys
     assert empty.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+def test_weights_that_hold_code_are_refused_without_torchs_advice(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "poisoned")
+    for file in copy.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({"lm_head.weight": Poison(tmp_path / "marker")}, copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="poisoned: it names getattr, .*safetensors") as refused:
+        Pretrained(str(copy)).load_model(torch.float32)
+    assert "allowlist" not in "".join(traceback.format_exception(refused.value))
+    assert not (tmp_path / "marker").exists()

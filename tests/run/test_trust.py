@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_object
 
-from lit_ft.run.trust import KINDS, hold_hydra_to_command_line, refuse_untrusted
+from lit_ft.run.arguments import for_hydra
+from lit_ft.run.trust import KINDS, refuse_untrusted
 from lit_ft.run.trust import trusted_packages as given_trust
 from tests.support.commands import TINY, run
 from tests.support.running import CONF
@@ -128,7 +129,7 @@ def experiments(tmp_path: Path) -> Path:
 def test_a_file_changes_nothing_that_hydra_runs(experiments: Path, name: str, sweep: str) -> None:
     arguments = [f"hydra.searchpath=[file://{experiments}]", f"experiment={sweep}{name}"]
     with pytest.raises(ValueError, match=f"A configuration file sets hydra.{name}"):
-        hold_hydra_to_command_line(arguments, config_dir=CONF)
+        for_hydra(arguments)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_file_changes_nothing_that_hydra_runs(experiments: Path, name: str, sw
     ],
 )
 def test_what_the_project_brings_and_the_command_line_sets_is_taken(arguments: list[str]) -> None:
-    hold_hydra_to_command_line(arguments, config_dir=CONF)
+    for_hydra(arguments)
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""Bound what a chat template may cost: its time, and its memory.
+
+transformers renders templates in Jinja's sandbox, which keeps them from everything but the chat.
+The sandbox bounds neither the number of loops inside loops nor the size of a text. A template comes
+with a model, so it may be anyone's.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
+
+SECONDS = 5.0
+"""The time of computation that a rendering may take. The chats of training take milliseconds."""
+
+BYTES = 1 << 30
+"""The memory that a rendering may take."""
+
+_SIZES = "/proc/self/statm"  # on Linux
+_PAGE = resource.getpagesize()
+_SHOWN = 60  # characters of a template in a message
+
+
+class CostlyTemplate(Refusal):
+    """The error for a chat template that takes too long, or too much memory, to render a chat."""
+
+
+class _TimeIsUp(BaseException):
+    """No `Exception`, because Jinja and its filters catch those."""
+
+
+@contextmanager
+def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Bound the rendering of a chat in the block.
+
+    The time is bounded in a process's main thread, and the memory on Linux.
+
+    Args:
+        tokenizer: The tokenizer whose chat template renders, for the message.
+
+    Raises:
+        CostlyTemplate: If the rendering goes beyond `SECONDS` or `BYTES`.
+    """
+    try:
+        with _bounded_memory(), _bounded_time():
+            yield
+    except (_TimeIsUp, MemoryError) as error:
+        bound = f"{BYTES >> 20} MiB" if isinstance(error, MemoryError) else f"{SECONDS:g} seconds"
+        raise CostlyTemplate(
+            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'}, which begins "
+            f"{str(tokenizer.chat_template)[:_SHOWN]!r}, takes more than {bound} to render a chat",
+            remedies.OTHER_TEMPLATE,
+            remedies.PLAIN_TEMPLATE,
+        ) from None
+
+
+@contextmanager
+def _bounded_time() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    # The timer counts time of computation, so a process that is suspended does not run out of it.
+    before = signal.signal(signal.SIGVTALRM, _end)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _end(_: int, __: FrameType | None) -> Any:
+    raise _TimeIsUp
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    try:
+        with open(_SIZES, "rb", buffering=0) as file:  # a rendering takes less than a millisecond
+            most = int(file.read().split()[0]) * _PAGE + BYTES
+    except FileNotFoundError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        most = min(most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
