@@ -58,6 +58,8 @@ def _show(
     for source in preview.sources:
         name = source.source.name
         console.rule(name)
+        if others := getattr(source.source, "others", ()):
+            console.print(f"no files, and not read: {', '.join(others)}", markup=False)
         encoded = preview.rows(source)
         skipped = list(islice(encoded, options.skip))
         shown = list(islice(encoded, options.rows))
