@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from lit_ft.data.turns import end_tokens
-from lit_ft.run.console import quieten_libraries
+from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.summary import read_summary
 
 Message = dict[str, str]
@@ -132,4 +132,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main()

@@ -10,10 +10,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_ft.run.config import names_near
+from lit_ft.run.config import names_near, null_choices, resolved
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -46,15 +45,14 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
             "clone with `pip install -e .`."
         )
     arguments = quoted_paths(arguments)
+    if told := null_choices(arguments, config_dir=config_dir):
+        raise ValueError(told)
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
-            config: Any = OmegaConf.to_container(
-                compose("train", list(arguments)), resolve=True, throw_on_missing=True
-            )
+            return resolved(compose("train", list(arguments)))
     except (HydraException, OmegaConfBaseException) as error:
         near = names_near(arguments, config_dir=config_dir)
         raise ValueError(f"{error}\n{near}".rstrip()) from error
-    return dict(config)
 
 
 def quoted_paths(arguments: Sequence[str]) -> list[str]:

@@ -85,8 +85,8 @@ def fine_tune(
     callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
         check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
-        if resume is not None:
-            compare_with_checkpoint(resume, recorder)
+    if resume is not None:
+        compare_with_checkpoint(resume, recorder, weights_only=validate_only)
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),

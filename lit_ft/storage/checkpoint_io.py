@@ -90,6 +90,10 @@ def load_rest(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"Refusing to read {path}: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f"Refusing to read {path}: it holds a {type(checkpoint).__name__}, no checkpoint."
+        )
     large = ("state_dict", "optimizer_states")
     return {name: entry for name, entry in checkpoint.items() if name not in large}
 

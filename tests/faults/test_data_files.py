@@ -100,6 +100,7 @@ def test_a_key_that_stands_twice_is_an_error_of_its_row(
     (tmp_path / name).write_text(text)
     first, (origin, error), last = read(tmp_path / name)
     assert (first[1], last[1]) == (ROW, ROW)
+    assert isinstance(error, ValueError)
     with pytest.raises(ValueError, match=name + told):
         raise ValueError(f"{origin}: {error}")
 
