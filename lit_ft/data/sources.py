@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from lit_ft.data.docstrings import Docstrings
 from lit_ft.data.files import READERS, kind_of, num_rows, other_than_file, read, without_nulls
 from lit_ft.data.formats import Format, Row, available, detect
 from lit_ft.data.rows import ParsedRow, SourceRow
+from lit_ft.storage.hub import offline_if_unreachable, why_unreachable
 
 EMBEDDED = "python-docstrings"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -231,11 +233,18 @@ class Hub:
         if self._dataset is None:
             from datasets import load_dataset
 
+            is_local = Path(self.name).is_dir()
             try:
-                self._dataset = load_dataset(
-                    self.name, split=self.split, streaming=self.streaming, **self.options
-                )
+                with nullcontext() if is_local else offline_if_unreachable():
+                    self._dataset = load_dataset(
+                        self.name, split=self.split, streaming=self.streaming, **self.options
+                    )
             except Exception as error:  # from the library, fsspec, pyarrow or the network
+                if not is_local and (why := why_unreachable()) is not None:
+                    raise ValueError(
+                        f"{self.name}: neither a local file nor a dataset in the cache, and the "
+                        f"hub cannot be reached ({why}). Give a file, or connect to the hub."
+                    ) from error
                 raise ValueError(
                     f"{self.name}: neither a local file nor a dataset that can be loaded "
                     f"({type(error).__name__}: {error}). A private dataset needs `hf auth login`."
