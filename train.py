@@ -1,19 +1,24 @@
 """Fine-tune a causal language model: `python train.py --help` shows what can be chosen."""
 
-import sys
-
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_ft.run.arguments import CONF, for_hydra
+from lit_ft.run.arguments import CONF
+from lit_ft.run.launch import launch, reported_by_hydra
 from lit_ft.run.redaction import redact_output, redacted
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
+    """Run the job that the configuration describes."""
+    with reported_by_hydra():
+        return _job(cfg)
+
+
+def _job(cfg: DictConfig) -> float:
     """Build the objects that the configuration names, and run the job with them."""
     redact_output()  # on a cluster, this function is all that runs of this file
 
@@ -24,7 +29,7 @@ def main(cfg: DictConfig) -> float:
     from lit_ft.run.console import quieten_libraries
 
     quieten_libraries()  # the imports below print messages too
-    from lit_ft.run.config import also_chosen
+    from lit_ft.run.config import also_chosen, resolved
     from lit_ft.run.exits import command_line_exits
     from lit_ft.run.job import (
         available_accelerator,
@@ -38,14 +43,19 @@ def main(cfg: DictConfig) -> float:
 
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
-    cfg.trainer.accelerator = available_accelerator(cfg.trainer.accelerator)
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     written = OmegaConf.to_container(cfg, resolve=False)
-    if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
-        rank_zero_info(moved)
-    summary = RunSummary(config["run_dir"], config)
-    if (val_loss := finished_val_loss(summary)) is not None:
-        return val_loss
+    with command_line_exits():
+        summary = RunSummary(cfg.run_dir, written)
+        with summary.if_it_fails():
+            config = resolved(cfg)
+            trainer = config.get("trainer") or {}
+            if "accelerator" in trainer:
+                trainer["accelerator"] = available_accelerator(trainer["accelerator"])
+        summary.update(config=redacted(config), seed=config.get("seed"))
+        if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
+            rank_zero_info(moved)
+        if (val_loss := finished_val_loss(summary)) is not None:
+            return val_loss
     with command_line_exits(), summary:
         admit(config, written, run.overrides.task)
         L.seed_everything(config["seed"], workers=True, verbose=False)
@@ -72,16 +82,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    from lit_ft.run.config import names_near
-
-    redact_output()
-    try:
-        sys.argv[1:] = for_hydra(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(str(error))
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code == 1:
-            print(names_near(sys.argv[1:], config_dir=CONF), file=sys.stderr, end="")
-        raise
+    launch(main)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.rendering import CostlyTemplate, bounded_rendering
 from lit_ft.data.turns import end_tokens
-from lit_ft.run.console import quieten_libraries
+from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.summary import read_summary
 from lit_ft.storage.plain_values import plain_weights
 
@@ -147,4 +147,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main()

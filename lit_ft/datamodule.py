@@ -374,6 +374,11 @@ class InstructionDataModule(LightningDataModule):
         used = len(self.val_examples)
         choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
         rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")
+        for weighted in [*self._train, *self._val]:
+            if others := getattr(weighted.source, "others", ()):
+                rank_zero_info(
+                    f"{weighted.source.name}: no files, and not read: {', '.join(others)}."
+                )
         if not self.streaming:
             self._say_notes()
 

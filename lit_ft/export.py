@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.console import quieten_libraries
+from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.export_run import export_run
 from lit_ft.run.redaction import redacted_text
 
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             trusted_packages=options.trusted_packages,
             trust_remote_code=options.trust_remote_code,
         )
-    except ValueError as error:
-        sys.exit(redacted_text(str(error)))
+    except (ValueError, OSError) as error:
+        sys.exit(redacted_text(message_on_command_line(error)))
     if options.ollama:
         _write_modelfile(folder)
     print(folder)
@@ -82,4 +82,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main()

@@ -20,7 +20,7 @@ from rich.progress import track
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.run.arguments import composed
-from lit_ft.run.console import quieten_libraries
+from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.preview import Preview, settings_of_data
 from lit_ft.run.preview_page import Section, write_page
 from lit_ft.run.preview_text import legend, shown_row, shown_survey
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except (TypeError, AttributeError, ArithmeticError):
             check()  # names the setting at fault, if it is one
             raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(redacted_text(message_on_command_line(error)))
 
 
@@ -59,6 +59,8 @@ def _show(
     for source in preview.sources:
         name = source.source.name
         console.rule(name)
+        if others := getattr(source.source, "others", ()):
+            console.print(f"no files, and not read: {', '.join(others)}", markup=False)
         encoded = preview.rows(source)
         skipped = list(islice(encoded, options.skip))
         shown = list(islice(encoded, options.rows))
@@ -124,4 +126,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main()

@@ -1,9 +1,11 @@
-"""End a run on Ctrl-C, SIGTERM or a scheduler's warning without losing anything."""
+"""End a run on Ctrl-C, SIGTERM, SIGHUP or a scheduler's warning without losing anything."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,7 +18,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ft.callbacks._support.trainer import callbacks_of
 from lit_ft.callbacks.checkpoint import LastCheckpoint
 
-_WARNING: Any = getattr(signal, "SIGUSR2", None)  # missing on Windows
+_HANGUP: Any = getattr(signal, "SIGHUP", None)  # these two are missing on Windows
+_WARNING: Any = getattr(signal, "SIGUSR2", None)
+
+
+class SIGHUPException(SIGTERMException):
+    """The exception for a SIGHUP, which the terminal sends when it goes; it ends Lightning's run.
+
+    Lightning knows SIGTERM alone. The exit code that a shell expects is another one.
+    """
 
 
 class StopOnSignal(Callback):
@@ -27,6 +37,9 @@ class StopOnSignal(Callback):
     run at once. All ranks stop at the same step, even if only one of them got the signal. The
     callback works only in the main thread, because Python allows signal handlers nowhere else.
 
+    SIGHUP, which comes when the terminal or the connection to the machine is gone, is handled like
+    SIGTERM, unless `nohup` or another caller has chosen to ignore it.
+
     SIGUSR2 is handled in the same way, if it has a handler when training starts. This is for jobs
     that submitit starts under Slurm. Slurm sends SIGUSR2 shortly before the job's time limit, and
     submitit's handler queues the job again. The callback runs that handler after it has saved.
@@ -34,6 +47,7 @@ class StopOnSignal(Callback):
     Raises:
         KeyboardInterrupt: After Ctrl-C; Lightning turns it into SystemExit.
         SIGTERMException: After SIGTERM, and after SIGUSR2 if its handler returns.
+        SIGHUPException: After SIGHUP.
 
     Example:
         >>> import lightning as L
@@ -52,12 +66,12 @@ class StopOnSignal(Callback):
         self._saves = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let SIGTERM end a validation outside `fit` at once.
+        """Let SIGTERM and SIGHUP end a validation outside `fit` at once.
 
         Lightning's own handler misses a signal that comes during the last batch.
         """
         if trainer.state.fn != TrainerFn.FITTING:
-            _handle(signal.SIGTERM, _stop_at_once)
+            stop_at_once_on_signals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the signal handlers; Lightning restores the earlier ones when `fit` ends."""
@@ -65,7 +79,7 @@ class StopOnSignal(Callback):
         self._step_is_complete = False
         self._global_step = trainer.global_step
         self._saves = any(isinstance(c, LastCheckpoint) for c in callbacks_of(trainer))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *_ends()):
             _handle(number, self._note)
         if _WARNING is not None:
             self._on_warning = signal.getsignal(_WARNING)
@@ -104,7 +118,7 @@ class StopOnSignal(Callback):
 
     def _let_signals_through(self) -> None:
         _handle(signal.SIGINT, signal.default_int_handler)
-        _handle(signal.SIGTERM, _stop_at_once)
+        stop_at_once_on_signals()
         if callable(self._on_warning):
             _handle(_WARNING, self._on_warning)
 
@@ -126,11 +140,36 @@ class StopOnSignal(Callback):
             raise KeyboardInterrupt
         if received == _WARNING and self._on_warning:
             self._on_warning(_WARNING, None)
-        raise SIGTERMException
+        _stop_at_once(received, None)
+
+
+def stop_at_once_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise their exceptions wherever this process is."""
+    for number in _ends():
+        _handle(number, _stop_at_once)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block at once, with its own clean-up; see `StopOnSignal`."""
+    before = {number: signal.getsignal(number) for number in _ends()}
+    stop_at_once_on_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # it is not Python's own
+                _handle(number, handler)
+
+
+def _ends() -> list[signal.Signals]:
+    """Return the signals that ask a process to end; a SIGHUP that is ignored does not."""
+    ignored = _HANGUP is None or signal.getsignal(_HANGUP) == signal.SIG_IGN
+    return [signal.SIGTERM] if ignored else [signal.SIGTERM, _HANGUP]
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    raise SIGTERMException
+    raise SIGHUPException if number == _HANGUP else SIGTERMException
 
 
 def _handle(number: signal.Signals, handler: Any) -> None:

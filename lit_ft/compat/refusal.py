@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+_ROOM = "Free some space, or choose another path."
+_RIGHT = "Give yourself the right to it, or choose another path."
+# What helps against an error of the machine, by its number.
+_AGAINST = {
+    errno.EACCES: _RIGHT,
+    errno.EPERM: _RIGHT,
+    errno.EROFS: "It cannot be written to: choose another path.",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "A part of the path is a file: choose another path.",
+    errno.EEXIST: "It is a file: choose another path.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,9 @@ def located(error: Exception, place: str) -> ValueError:
 
 def message_on_command_line(error: BaseException) -> str:
     """Return the message of an error for users of the command line."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        remedy = _AGAINST.get(error.errno, "Choose another path.")
+        return f"{error.filename}: {os.strerror(error.errno)}. {remedy}"
     return error.on_command_line if isinstance(error, Refusal) else str(error)
 
 

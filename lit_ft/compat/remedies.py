@@ -114,6 +114,10 @@ STOP_AT_FIRST = Remedy('use StopOnNonFinite(action="stop")', {"nonfinite": "stop
 
 MAX_STEPS = Remedy("set Trainer(max_steps=...)", advice="set trainer.max_steps")
 MORE_STEPS = Remedy("raise max_steps of the Trainer", advice="raise trainer.max_steps")
+VALIDATE_ONLY = Remedy(
+    "validate alone, with Trainer.validate",
+    advice="use validate_only=true, which measures the model, or give the run a length",
+)
 AFRESH = Remedy("start afresh", advice="start afresh, with resume=null or another run_dir")
 REPEATED_ARGUMENTS = Remedy(
     "repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them)"

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format
 from lit_ft.data.sources import Source
-from lit_ft.storage.cache_dir import user_cache
+from lit_ft.storage.cache_dir import user_cache, written_to_cache
 from lit_ft.storage.damage import CHECKSUMS, damage, write_checksums
 
 if TYPE_CHECKING:
@@ -65,12 +65,14 @@ def cached(key: str, build: Callable[[Path], Dataset]) -> Dataset:
             files, which is deleted afterwards.
 
     Raises:
+        OSError: If the cache folder cannot be written to.
         RuntimeError: If the entry is still damaged after three attempts.
     """
     entry = cache_folder() / key
     for _ in range(3):  # another process that found the entry damaged may remove ours once
         if not entry.exists():
-            _write(entry, build)
+            with written_to_cache():
+                _write(entry, build)
         try:
             return _load(entry)
         except Exception as error:  # a damaged file can make its reader raise anything

@@ -27,6 +27,7 @@ from lit_ft.compat.refusal import Refusal, located
 from lit_ft.data import notes
 from lit_ft.data.conversation import Content, Conversation, chat_of, prompt_of
 from lit_ft.data.encoded import EncodedRow
+from lit_ft.data.files import other_than_file
 from lit_ft.data.formats.chat import ROLES
 from lit_ft.data.masks import ChatEncoder, ControlTokens, TrainOn
 from lit_ft.data.rendering import CostlyTemplate
@@ -314,8 +315,11 @@ def load_chat_template(name: str) -> str:
     shipped = files("lit_ft.data") / "templates" / f"{name}.jinja"
     if shipped.is_file():
         return shipped.read_text(encoding="utf-8")
+    path = Path(name).expanduser()
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        if (kind := other_than_file(path)) not in (None, "missing"):
+            raise OSError(f"it is {kind}")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"chat_template={name}: neither `plain` nor a text file: {error}"

@@ -8,8 +8,9 @@ starts with the name of the file.
 from __future__ import annotations
 
 import csv
+import errno
 import io
-import json
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,37 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lit_ft.data.formats import Row
+from lit_ft.data.json_values import Marked, RepeatedKey, decoded, repeated_key_in
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+_NOT_FILES = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def other_than_file(path: Path) -> str | None:
+    """Return what a path is if it is no ordinary file, without opening it; None if it is one.
+
+    To open a FIFO waits for a writer, and a device may have no end.
+
+    Raises:
+        OSError: If nothing is known about the path, such as for lack of a right.
+    """
+    try:
+        return _NOT_FILES.get(stat.S_IFMT(path.stat().st_mode))
+    except (FileNotFoundError, NotADirectoryError):
+        return "a link to nothing" if path.is_symlink() else "missing"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a loop of links"
+        raise
 
 
 def kind_of(file: Path) -> str:
@@ -91,7 +120,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
             if number == 1:
                 line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
-                yield f"{file}:{number}", _decoded(line)
+                yield f"{file}:{number}", decoded(line)
 
 
 def read_json(file: Path) -> Iterator[tuple[str, object]]:
@@ -104,18 +133,40 @@ def read_json(file: Path) -> Iterator[tuple[str, object]]:
         first = stream.readline().removeprefix(BYTE_ORDER_MARK).strip()
         while not first and (line := stream.readline()):
             first = line.strip()
-        is_lines = first.startswith(b"{") and isinstance(_decoded(first), dict)
+        is_lines = first.startswith(b"{") and isinstance(decoded(first), dict | RepeatedKey)
         is_lines = is_lines and any(line.strip() for line in stream)
     if is_lines:
         yield from read_json_lines(file)
         return
     with _opened(file) as stream:
-        value = _decoded(stream.read().removeprefix(BYTE_ORDER_MARK))
+        text = stream.read().removeprefix(BYTE_ORDER_MARK)
+    value = decoded(text)
+    if isinstance(value, RepeatedKey):
+        yield from _rows_around_repeated_keys(text, file)
+        return
     if isinstance(value, ValueError):
         if first.startswith(b"{"):  # JSON lines whose first line is broken
             yield from read_json_lines(file)
             return
         raise ValueError(f"{file}: {value}") from value
+    yield from _rows_of_value(value, file)
+
+
+def _rows_around_repeated_keys(text: bytes, file: Path) -> Iterator[tuple[str, object]]:
+    """Yield the rows of a JSON file, with an error in place of each that has a key twice.
+
+    Raises:
+        ValueError: If the object around all rows has a key twice.
+    """
+    value = decoded(text, mark=True)
+    if isinstance(value, Marked | ValueError):
+        raise ValueError(f"{file}: {value.error if isinstance(value, Marked) else value}")
+    for origin, row in _rows_of_value(value, file):
+        yield origin, repeated_key_in(row) or row
+
+
+def _rows_of_value(value: object, file: Path) -> Iterator[tuple[str, object]]:
+    """Yield the rows of a file that holds an array, an object, or a single value."""
     if isinstance(value, dict):
         yield from _rows_of_object(value, file)
         return
@@ -216,24 +267,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
-def _decoded(text: bytes) -> Any:
-    """Return the value of a JSON text, or the error that says what is wrong with it."""
-    try:
-        value: object = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{text[error.start]:02x} at column {error.start + 1}"
-        return ValueError(f"not UTF-8 ({where}); save the file as UTF-8")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not valid JSON: {error}")
-    if b"\\u" in text:
-        # JSON allows half of a surrogate pair in an escape; UTF-8 and tokenizers do not.
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            return ValueError("holds half of a \\u surrogate pair; write both halves or remove it")
-    return value
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any, Protocol
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy, located
 from lit_ft.data.docstrings import Docstrings
-from lit_ft.data.files import READERS, kind_of, num_rows, read, without_nulls
+from lit_ft.data.files import READERS, kind_of, num_rows, other_than_file, read, without_nulls
 from lit_ft.data.formats import Format, Row, available, detect
 from lit_ft.data.rows import WHOLE, ParsedRow, Part, SourceRow
+from lit_ft.storage.hub import offline_if_unreachable, why_unreachable
 
 EMBEDDED = "python-docstrings"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -59,12 +61,13 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
             return Docstrings(**options)
         except TypeError as error:
             raise ValueError(f"{path} does not take the options {sorted(options)}") from error
-    if local.is_file():
+    kind = other_than_file(local)
+    if kind is None:
         if options:
             raise ValueError(f"{path} is a file and takes no options, but got {sorted(options)}")
         return Files(path, [local])
-    if local.is_dir() and not options:
-        files = sorted(f for f in local.iterdir() if kind_of(f) in READERS and not _is_notice(f))
+    if kind == "a folder" and not options:
+        files, others = _data_files(local)
         if files:
             if unread := _unread(local, files):
                 raise Refusal(
@@ -74,8 +77,13 @@ def open_source(path: str, *, streaming: bool = False, **options: Any) -> Source
                     Remedy("move them out of the folder"),
                     remedies.THROUGH_DATASETS,
                 )
-            return Files(path, files)
-    if not local.is_dir() and (not HUB_NAME.fullmatch(path) or kind_of(local) in READERS):
+            return Files(path, files, others)
+        if others or kind_of(local) in READERS:
+            found = f"only {', '.join(others)}" if others else "nothing that can be read"
+            raise ValueError(f"{path} is a folder that holds {found}: give a file, or its folder")
+    if kind not in ("a folder", "missing"):
+        raise ValueError(f"{path} is {kind}, not a file: give a file with the rows")
+    if kind == "missing" and (not HUB_NAME.fullmatch(path) or kind_of(local) in READERS):
         raise ValueError(f"{path}: no such file{_near(local)}")
     return Hub(path, streaming=streaming, **options)
 
@@ -145,13 +153,15 @@ class Files:
     Args:
         name: The name that the user gave the files.
         files: The existing files to read; each suffix chooses a reader.
+        others: What has the name of a data file next to them and is none, such as `b.jsonl (a
+            FIFO)`. It is not read.
 
     Raises:
         ValueError: If no reader knows a suffix, or if the files look like the splits of one
             dataset, whose test part must not be trained on.
     """
 
-    def __init__(self, name: str, files: list[Path]) -> None:
+    def __init__(self, name: str, files: list[Path], others: Sequence[str] = ()) -> None:
         for file in files:
             if kind_of(file) not in READERS:
                 known = ", ".join(READERS)
@@ -165,6 +175,7 @@ class Files:
             )
         self.name = name
         self.files = files
+        self.others = tuple(others)
 
     def rows(self) -> Iterator[SourceRow]:
         """Yield the rows file by file; their origins name the file, and the line or the row."""
@@ -232,16 +243,31 @@ class Hub:
         if self._dataset is None:
             from datasets import load_dataset
 
+            is_local = Path(self.name).is_dir()
             try:
-                self._dataset = load_dataset(
-                    self.name, split=self.split, streaming=self.streaming, **self.options
-                )
+                with nullcontext() if is_local else offline_if_unreachable():
+                    self._dataset = load_dataset(
+                        self.name, split=self.split, streaming=self.streaming, **self.options
+                    )
             except Exception as error:  # from the library, fsspec, pyarrow or the network
+                if not is_local and (why := why_unreachable()) is not None:
+                    raise ValueError(
+                        f"{self.name}: neither a local file nor a dataset in the cache, and the "
+                        f"hub cannot be reached ({why}). Give a file, or connect to the hub."
+                    ) from error
                 raise ValueError(
                     f"{self.name}: neither a local file nor a dataset that can be loaded "
                     f"({type(error).__name__}: {error}). A private dataset needs `hf auth login`."
                 ) from error
         return self._dataset
+
+
+def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the data files in a folder, and what has the name of one and is something else."""
+    named = sorted(f for f in folder.iterdir() if kind_of(f) in READERS and not _is_notice(f))
+    kinds = {file: other_than_file(file) for file in named}
+    files = [file for file, kind in kinds.items() if kind is None]
+    return files, [f"{file.name} ({kind})" for file, kind in kinds.items() if kind is not None]
 
 
 def _unread(folder: Path, files: list[Path]) -> list[str]:
@@ -252,6 +278,7 @@ def _unread(folder: Path, files: list[Path]) -> list[str]:
         if not (name := file.relative_to(folder).as_posix()).startswith(".")
         and not READERS.keys().isdisjoint(map(str.lower, file.suffixes))
         and not _is_notice(file)
+        and file.is_file()
     ]
 
 

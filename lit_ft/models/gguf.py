@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers.utils.hub import cached_file
 
-from lit_ft.storage.cache_dir import user_cache
+from lit_ft.storage.cache_dir import user_cache, written_to_cache
 from lit_ft.storage.damage import damage, write_checksums
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,13 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
             return folder
         logger.warning("making the damaged %s again: %s", folder, reason)
         shutil.rmtree(folder, ignore_errors=True)
+    with written_to_cache():
+        _make(source, folder)
+    return folder
+
+
+def _make(source: Path, folder: Path) -> None:
+    """Write the dequantised model to `folder`, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -59,7 +66,6 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return folder
 
 
 def _dequantise(source: Path, folder: Path) -> None:

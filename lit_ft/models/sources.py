@@ -7,15 +7,17 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # has no __all__
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from lit_ft.compat.ranges import WholeNumber
 from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.tokenizer import load_tokenizer
+from lit_ft.storage.hub import offline_if_unreachable, why_unreachable
 from lit_ft.storage.plain_values import plain_weights
 from lit_ft.tensors.stochastic_rounding import own_gpu
 
@@ -33,6 +36,8 @@ from lit_ft.tensors.stochastic_rounding import own_gpu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Shard = Callable[["PreTrainedModel"], None]
 
 
@@ -61,6 +66,18 @@ class ModelSource(Protocol):
 
     def build_empty(self) -> PreTrainedModel:
         """Return the model on the meta device, without values, which takes no time or memory."""
+
+
+def _from_cache_if_unreachable(load: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that loads from the cache at once if the hub cannot be reached."""
+
+    @wraps(load)
+    def loaded(*args: P.args, **kwargs: P.kwargs) -> T:
+        is_local = getattr(args[0], "_is_local", False)
+        with nullcontext() if is_local else offline_if_unreachable():
+            return load(*args, **kwargs)
+
+    return loaded
 
 
 @dataclass
@@ -113,6 +130,12 @@ class Pretrained:
                     f"name_or_path={self.name_or_path}: there is no such folder, and it is "
                     "not a hub id, which has at most one slash."
                 ) from error
+            if not self._is_cached and (why := why_unreachable()) is not None:
+                raise ValueError(
+                    f"name_or_path={self.name_or_path}: there is no such folder, the cache holds "
+                    f"no such model, and the hub cannot be reached ({why}). Give a folder, or "
+                    "connect to the hub."
+                )
         if self.gguf_file and path.is_dir() and not (path / self.gguf_file).is_file():
             found = ", ".join(p.name for p in path.glob("*.gguf")) or "none"
             raise ValueError(
@@ -130,6 +153,7 @@ class Pretrained:
                     Remedy('use Trainer(accelerator="cpu")', {"strategy": "cpu"}),
                 )
 
+    @_from_cache_if_unreachable
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's own tokenizer, with a padding token."""
         folder = self._folder()
@@ -138,6 +162,7 @@ class Pretrained:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    @_from_cache_if_unreachable
     def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
         """Return the pretrained model; `self.dtype` overrides `dtype`."""
         folder = self._folder()
@@ -166,6 +191,7 @@ class Pretrained:
             shard(model)
         return model
 
+    @_from_cache_if_unreachable
     def build_empty(self) -> PreTrainedModel:
         """Return the model on the meta device, built from its configuration.
 
@@ -206,6 +232,12 @@ class Pretrained:
     @property
     def _is_local(self) -> bool:
         return Path(self.name_or_path).expanduser().is_dir()
+
+    @property
+    def _is_cached(self) -> bool:
+        file = self.gguf_file or "config.json"
+        found = try_to_load_from_cache(self.name_or_path, file, revision=self.revision)
+        return isinstance(found, str)
 
     def _hub_options(self, folder: str) -> dict[str, Any]:
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}

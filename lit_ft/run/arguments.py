@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_ft.run.config import names_near
+from lit_ft.run.config import names_near, null_choices, resolved
 from lit_ft.run.hidden import references, without_secrets
 from lit_ft.run.trust import compositions, hold_hydra_to_command_line
 
@@ -48,15 +48,14 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
             "clone with `pip install -e .`."
         )
     arguments = quoted_paths(without_secrets(arguments))
+    if told := null_choices(arguments, config_dir=config_dir):
+        raise ValueError(told)
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
-            config: Any = OmegaConf.to_container(
-                compose("train", list(arguments)), resolve=True, throw_on_missing=True
-            )
+            return resolved(compose("train", list(arguments)))
     except (HydraException, OmegaConfBaseException) as error:
         near = names_near(arguments, config_dir=config_dir)
         raise ValueError(f"{error}\n{near}".rstrip()) from error
-    return dict(config)
 
 
 def for_hydra(arguments: Sequence[str], *, config_dir: Path = CONF) -> list[str]:

@@ -49,6 +49,52 @@ def refuse_without_class(config: Mapping[str, Any]) -> None:
         raise ValueError("There are settings of GaLore, but no GaLore: add galore=online.")
 
 
+def resolved(config: Any) -> dict[str, Any]:
+    """Return Hydra's configuration as plain values, with its interpolations resolved.
+
+    Raises:
+        ValueError: If a mandatory setting has no value, or if an interpolation names nothing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is missing: add {error.full_key}=VALUE.") from error
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{error.full_key}: {reason}. Between ${{ and }} stands the name of a setting that "
+            "exists."
+        ) from error
+    return dict(plain)
+
+
+def null_choices(overrides: Sequence[str], *, config_dir: str | Path) -> str:
+    """Return a line for each override that chooses null, which no group has; empty without any.
+
+    Args:
+        overrides: The command-line arguments, such as `optim=null`.
+        config_dir: The folder that holds train.yaml.
+    """
+    lines = []
+    own = _entries(Path(config_dir) / "train.yaml")
+    for override in overrides:
+        group, _, values = override.lstrip("+").partition("=")
+        if "null" not in values.split(",") or not (Path(config_dir) / group).is_dir():
+            continue
+        names = sorted(path.stem for path in (Path(config_dir) / group).glob("*.yaml"))
+        if "none" in names:
+            remedy = f"type {group}=none"
+        elif group in own and own[group] is None:
+            remedy = "leave it out"
+        else:
+            remedy = f"choose one of {', '.join(f'{group}={name}' for name in names)}"
+        lines.append(f"{group}=null is no choice: {remedy}.")
+    return "\n".join(lines)
+
+
 def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
     """Return hints for overrides that name no setting: the existing names, the closest first.
 

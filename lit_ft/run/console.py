@@ -1,10 +1,13 @@
-"""Keep libraries' messages off the terminal."""
+"""Keep libraries' messages off the terminal, and the terminal's faults off the run."""
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 import warnings
+from typing import Any
 
 # A user of lit_ft cannot act on these: they are mostly deprecations between libraries.
 _WARNINGS = (
@@ -46,3 +49,51 @@ def quieten_libraries() -> None:
 
         disable_progress_bar()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def outlive_terminal() -> None:
+    """Let no text and no end of the terminal fail this process: the run's files matter more.
+
+    Characters that the terminal's encoding lacks are printed as escapes. Where standard output is
+    closed, its reader has gone or its disk is full, the rest of the output is lost.
+    """
+    logging.raiseExceptions = False  # or each line of a log on a full disk prints a traceback
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # it is closed, and the next file would take its number
+            _become_null(number)
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+        elif number and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _lasting(stream))
+
+
+def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Return a stream to the same file descriptor that never raises an error."""
+    stream.flush()
+    raw: Any = _Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Lasting(io.FileIO):
+    """A file descriptor of the terminal; once it cannot be written to, nothing is."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:  # a broken pipe, a terminal that hung up, a full disk
+            _become_null(self.fileno())  # for what libraries write themselves, and child processes
+            return memoryview(data).nbytes
+
+
+def _become_null(number: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)

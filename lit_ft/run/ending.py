@@ -39,7 +39,14 @@ class BestSteps:
 
 def why_fit_ended(trainer: Trainer, best: BestSteps) -> str:
     """Return why `fit` came to its end; call it before the trainer does anything else."""
+    reason = _reason(trainer, best)
+    return reason if trainer.global_step else f"no step was taken: {reason}"
+
+
+def _reason(trainer: Trainer, best: BestSteps) -> str:
     step = trainer.global_step
+    if trainer.limit_train_batches == 0:
+        return "limit_train_batches=0 reached"
     if 0 <= trainer.max_steps <= step:
         return f"max_steps={trainer.max_steps} reached"
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:

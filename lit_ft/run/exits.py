@@ -12,6 +12,7 @@ from hydra.errors import CompactHydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ft.callbacks.stop import SIGHUPException, ended_by_signals
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.redaction import redacted_text
 
@@ -21,14 +22,17 @@ def command_line_exits() -> Iterator[None]:
     """Turn the exceptions that end a run into the exit codes that a shell expects of a command.
 
     Raises:
-        SystemExit: With code 130 after Ctrl-C and 143 after SIGTERM, the usual codes for these
-            signals.
+        SystemExit: With code 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, the usual
+            codes for these signals. They end the block wherever it is, and its clean-up runs.
         CompactHydraException: If the run fails for a reason that the user can act on, such as a
             wrong setting. Hydra prints only the message, runs the rest of a sweep, and exits with
             code 1. HYDRA_FULL_ERROR=1 adds the traceback.
     """
     try:
-        yield
+        with ended_by_signals():
+            yield
+    except SIGHUPException:
+        sys.exit(128 + signal.SIGHUP)
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -38,14 +42,19 @@ def command_line_exits() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except (
         ValueError,
-        FileNotFoundError,
+        OSError,
         FloatingPointError,
         MisconfigurationException,
         InstantiationException,
         torch.OutOfMemoryError,
     ) as error:
-        cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
+        cause = unwrapped(error)
         said = redacted_text(message_on_command_line(cause))
         raise CompactHydraException(f"\n{type(cause).__name__}: {said}") from error
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """Return the error of a constructor, without the one in which Hydra wraps it."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -17,6 +17,7 @@ from lit_ft.compat.refusal import Remedy
 from lit_ft.compat.rules import after, goes
 from lit_ft.datamodule import InstructionDataModule
 from lit_ft.distributed.plan import Misconfiguration, plan_of
+from lit_ft.measure.memory_terms import memory_terms
 from lit_ft.module import CausalLMModule
 from lit_ft.run.summary import status_of
 
@@ -25,7 +26,7 @@ from lit_ft.run.summary import status_of
 def remedies_for_out_of_memory(
     module: CausalLMModule, datamodule: InstructionDataModule, trainer: Trainer
 ) -> Iterator[None]:
-    """Add the settings that need less memory in this run to the message of an out-of-memory error.
+    """Add the largest term of the memory, and what needs less, to an out-of-memory error's message.
 
     Args:
         module: The module that is trained.
@@ -43,8 +44,18 @@ def remedies_for_out_of_memory(
             raise
         settings = ", ".join(_settings_that_need_less(module, datamodule, trainer))
         raise torch.OutOfMemoryError(
-            f"{error}\nSettings that need less memory: {settings}."
+            f"{error}\n{_largest_term(module, trainer)}Settings that need less memory: {settings}."
         ) from error
+
+
+def _largest_term(module: CausalLMModule, trainer: Trainer) -> str:
+    """Return a line that names the largest term of the memory; empty before there is a model."""
+    if next(module.parameters(), None) is None:
+        return ""
+    terms = memory_terms(module, trainer.optimizers, trainer.strategy.root_device)
+    (largest, size), *others = [(name, f"{n / 2**30:.3g} GiB") for name, n in terms.items()]
+    rest = ", ".join(f"{name} {n}" for name, n in others)
+    return f"The largest part of the memory: {largest}, {size} ({rest}).\n"
 
 
 def _settings_that_need_less(

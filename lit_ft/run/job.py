@@ -19,6 +19,7 @@ from lit_ft.callbacks import (
     final_panel,
 )
 from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
+from lit_ft.compat import remedies
 from lit_ft.compat.plan import parallel_of
 from lit_ft.compat.refusal import Remedy
 from lit_ft.datamodule import InstructionDataModule
@@ -78,6 +79,8 @@ def fine_tune(
             "trainer.limit_val_batches=0: a run is judged by its validation",
             Remedy("make it short with max_val_examples=8", {"data.max_val_examples": "8"}),
         )
+    if not validate_only and (length := _length_of_no_step(trainer)) is not None:
+        raise Misconfiguration(f"{length}: the run would take no step", remedies.VALIDATE_ONLY)
     rows = _rows_per_step(datamodule, trainer)
     datamodule.max_val_examples = _enough_validation(datamodule, trainer, rows)
     recorder = Recorder(summary, optimizer_name(module), None if datamodule.streaming else rows)
@@ -85,8 +88,8 @@ def fine_tune(
     callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
         check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
-        if resume is not None:
-            compare_with_checkpoint(resume, recorder)
+    if resume is not None:
+        compare_with_checkpoint(resume, recorder, weights_only=validate_only)
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),
@@ -165,6 +168,14 @@ def _turn(callback: Callback) -> int:
     """Return a callback's place: two come before all others, and `StopOnSignal` comes last."""
     places = ((AutoBatchSize, 0), (StopOnNonFinite, 1), (StopOnSignal, 3))
     return next((place for kind, place in places if isinstance(callback, kind)), 2)
+
+
+def _length_of_no_step(trainer: Trainer) -> str | None:
+    """Return the setting with which the trainer takes no step at all; None if there is none."""
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            return f"trainer.{name}=0"
+    return None
 
 
 def _rows_per_step(datamodule: InstructionDataModule, trainer: Trainer) -> int:

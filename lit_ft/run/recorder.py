@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_ft.callbacks import ExportHF, LastCheckpoint, ThroughputMonitor
 from lit_ft.callbacks._support.trainer import find_callback, source_name
@@ -89,7 +89,10 @@ class Recorder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record why the training ended, and the folder of the exported model."""
-        self.summary.update(ended=why_fit_ended(trainer, self.best_steps))
+        ended = why_fit_ended(trainer, self.best_steps)
+        self.summary.update(ended=ended)
+        if trainer.global_step == 0:
+            rank_zero_warn(f"The model is as it was: {ended}.")
         if trainer.ckpt_path is not None and self._first_step in (None, trainer.global_step):
             self._record_without_a_step(trainer)
         export = find_callback(trainer, ExportHF)

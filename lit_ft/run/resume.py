@@ -24,6 +24,9 @@ from lit_ft.storage.damage import damage
 # A finished run need not be repeated for other values of these.
 _NOT_OF_THE_RESULT = ("resume", "trusted_packages", "logger*", "trainer.logger*")
 _LISTED = (Outcome.OBEYED, Outcome.STEP, Outcome.ROWS)
+# What Lightning needs to load weights, and to go on, besides what is large.
+_MODEL = {"pytorch-lightning_version"}
+_STATE = {"callbacks", "loops", "epoch", "global_step", *_MODEL}
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
 
@@ -116,23 +119,28 @@ def finished_val_loss(summary: RunSummary) -> float | None:
     return float(earlier["val_loss"])
 
 
-def compare_with_checkpoint(resume: str | Path, recorder: Recorder) -> None:
+def compare_with_checkpoint(
+    resume: str | Path, recorder: Recorder, *, weights_only: bool = False
+) -> None:
     """Say which settings differ from the checkpoint's run, and refuse what cannot be obeyed.
 
     Args:
         resume: The checkpoint. Its weights are not read.
         recorder: The recorder of this run.
+        weights_only: Whether the run uses only its weights, with which any setting goes.
 
     Raises:
         Misconfiguration: If the saved state depends on a setting that differs.
-        ValueError: If the checkpoint is broken, or holds the model alone.
+        ValueError: If the checkpoint is broken, or does not hold what the run needs of it.
     """
     rest, own = load_rest(resume), recorder.state_dict()
-    if "callbacks" not in rest:
+    if missing := (_MODEL if weights_only else _STATE) - rest.keys():
         raise ValueError(
-            f"resume={resume} holds the model alone, and no state to continue with. Resume from "
-            "last.ckpt, which resume=auto takes."
+            f"resume={resume} holds the model alone, and no state to continue with (there is no "
+            f"{', '.join(sorted(missing))}). Resume from last.ckpt, which resume=auto takes."
         )
+    if weights_only:
+        return
     saved = rest["callbacks"].get(recorder.state_key, {})
     if saved.get("optimizer", own["optimizer"]) != own["optimizer"]:
         raise not_this_run(f"The checkpoint is one of {saved['optimizer']}, not {own['optimizer']}")

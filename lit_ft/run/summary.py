@@ -6,7 +6,8 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,9 +15,12 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ft.callbacks.stop import SIGHUPException
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
+from lit_ft.run.exits import unwrapped
+from lit_ft.run.first_error import add_to_summary, end_of_another, follows_another
 from lit_ft.run.redaction import redacted
 from lit_ft.storage.atomic import write_text
 
@@ -88,12 +92,20 @@ class RunSummary:
 
     @rank_zero_only
     def write(self) -> None:
-        """Write the file completely or not at all."""
-        self.fields["seconds"]["total"] = self._elapsed()
-        write_text(self.path, _as_json(redacted(self.fields), indent=2) + "\n")
+        """Write the file completely or not at all; another rank's error in it stays."""
+        self._write({**self.fields, **end_of_another(self.path)})
+
+    @contextmanager
+    def if_it_fails(self) -> Iterator[None]:
+        """Write the file only if the block raises an error, which then is the run's."""
+        try:
+            yield
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def __enter__(self) -> Self:
-        self.write()
+        self._write(self.fields)
         return self
 
     def __exit__(
@@ -102,6 +114,7 @@ class RunSummary:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        error = None if error is None else unwrapped(error)
         status = status_of(error)
         self.update(status=status)
         if error is not None:
@@ -115,8 +128,30 @@ class RunSummary:
                     "traceback": lines,
                 }
             )
-        self.write()
+            log.error("The traceback of the error that ended the run:", exc_info=error)
+        try:
+            self._write_end(error)
+        except OSError:
+            if error is None:  # otherwise what went wrong first is what the user has to know
+                raise
         self._log_end()
+
+    def _write_end(self, error: BaseException | None) -> None:
+        """Write the end of this rank, and leave that of another one which it follows."""
+        rank: int = getattr(rank_zero_only, "rank", 0)
+        if rank == 0 and follows_another(error):
+            self.update(**end_of_another(self.path))
+        if rank == 0:
+            self._write(self.fields)
+        elif self.fields["error"] is not None and not follows_another(error):
+            end = {name: self.fields[name] for name in ("status", "error")}
+            end["ended"] = f"{self.fields['ended']} (on rank {rank})"
+            add_to_summary(self.path, redacted(end), rank=rank)
+
+    @rank_zero_only
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        self.fields["seconds"]["total"] = self._elapsed()
+        write_text(self.path, _as_json(redacted(fields), indent=2) + "\n")
 
     @rank_zero_only
     def _log_end(self) -> None:
@@ -158,6 +193,7 @@ def _ended_by(error: BaseException, status: str, steps: int) -> str:
         first, *_ = message_on_command_line(error).strip().splitlines() or [""]
         return f"{type(error).__name__} {place}: {first}".rstrip(".")
     by = "SIGTERM" if isinstance(error, SIGTERMException) else "Ctrl-C"
+    by = "SIGHUP" if isinstance(error, SIGHUPException) else by
     return f"{by} {place}"
 
 

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 
 from lit_ft.callbacks import AtomicCheckpointIO
 from lit_ft.distributed.checkpoint import save_parts
+from lit_ft.run.summary import read_summary
 from lit_ft.storage import atomic as replacing
 from lit_ft.storage import checkpoint_folder
 from lit_ft.storage.atomic import existing_or_backup
@@ -76,13 +77,21 @@ def test_two_ranks_that_are_killed_again_and_again_go_on_and_so_does_one_process
     assert 0 < steps[1] < steps[2] < torch.load(last, weights_only=True)["global_step"] == end
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_fault_of_one_rank_ends_both_and_is_shown(rank, strategy, tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "strategy", "fault", "ended"),
+    [
+        (0, "fsdp", "fault", ("failed", "RuntimeError at step 3: a fault of this rank alone")),
+        (1, "fsdp", "fault", ("failed", "RuntimeError at step 3: a fault of this rank alone")),
+        (0, "ddp", "fault", ("failed", "RuntimeError at step 3: a fault of this rank alone")),
+        (1, "ddp", "out_of_memory", ("out_of_memory", "out of memory at step 3")),
+    ],
+)
+def test_a_fault_of_one_rank_ends_both_and_is_shown(rank, strategy, fault, ended, tmp_path):
     fails = ["+callbacks.fails._target_=tests.support.stopping.FailsOnOneRank"]
     fails += [
         "trusted_packages=[tests]",
         f"+callbacks.fails.rank={rank}",
+        f"+callbacks.fails.fault={fault}",
         "checkpoint.every_n_steps=2",
     ]
     process = start(*TWO_RANKS, f"run_dir={tmp_path}", f"strategy={strategy}", *fails)
@@ -99,6 +108,13 @@ def test_a_fault_of_one_rank_ends_both_and_is_shown(rank, strategy, tmp_path):
     logs = output + "".join(path.read_text() for path in tmp_path.glob("train*.log"))
     assert "a fault of this rank alone" in logs
     assert is_whole(tmp_path / "checkpoints" / "last.ckpt")
+    summary = read_summary(tmp_path)
+    status, sentence = ended
+    assert summary["status"] == status
+    assert summary["ended"] == sentence + (f" (on rank {rank})" if rank else "")
+    assert "a fault of this rank alone" in summary["error"]["message"]
+    if fault == "out_of_memory":
+        assert "The largest part of the memory: " in summary["error"]["message"]
 
 
 def fail_on(rank, function):

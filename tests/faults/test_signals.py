@@ -12,11 +12,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+import train
 from lit_ft.callbacks import LastCheckpoint, StopOnSignal
+from lit_ft.callbacks.stop import SIGHUPException
 from lit_ft.run.summary import read_summary
 from tests.support.commands import TINY, signal_at, start
 from tests.support.running import run_job
 from tests.support.stopping import Fault, at, stopped
+
+STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 def fit(tmp_path, *callbacks, verb="fit", saves=True):
@@ -40,12 +44,26 @@ def saved_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "raised"), [("interrupt", SystemExit), ("terminate", SIGTERMException)]
+    ("fault", "raised"),
+    [
+        ("interrupt", SystemExit),
+        ("terminate", SIGTERMException),
+        ("hang_up", SIGHUPException),
+    ],
 )
 def test_the_step_under_way_is_finished_and_saved(tmp_path, fault, raised):
     with pytest.raises(raised):
         fit(tmp_path, Fault("on_train_batch_start", 2, fault))
     assert saved_step(tmp_path) == 3
+
+
+def test_a_sighup_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        fit(tmp_path, Fault("on_train_batch_start", 2, "hang_up"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert saved_step(tmp_path) == 6
 
 
 @pytest.mark.parametrize("saves", [True, False])
@@ -105,9 +123,9 @@ def test_sigterm_saves_and_exits_with_143(job, tmp_path):
 
 
 def test_signals_have_their_usual_effect_after_the_run(job):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in STATUSES]
     stopped(job, "run", *at("on_train_batch_start", 0))
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in STATUSES] == before
 
 
 @pytest.fixture
@@ -123,7 +141,7 @@ def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path, ctrl_c_ends):
     assert read_summary(tmp_path / "run")["status"] == "interrupted"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), STATUSES.items())
 def test_a_signal_saves_a_checkpoint_that_resume_auto_goes_on_from(number, status, tmp_path):
     job = [*TINY, "schedule=constant", "trainer.log_every_n_steps=1"]
     process = start(f"run_dir={tmp_path}", *job, "trainer.max_steps=5000")
@@ -132,12 +150,65 @@ def test_a_signal_saves_a_checkpoint_that_resume_auto_goes_on_from(number, statu
     assert "Traceback" not in output
     stopped = read_summary(tmp_path)
     assert (stopped["status"], stopped["error"]) == ("interrupted", None)
+    names = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+    assert stopped["ended"] == f"{names[number]} at step {stopped['steps']}"
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == stopped["steps"] >= 3
     steps = stopped["steps"] + 1
     resumed = run_job(tmp_path, *job, "resume=auto", f"trainer.max_steps={steps}")
     assert (resumed["status"], resumed["steps"]) == ("completed", steps)
     assert resumed["initial_val_loss"] == stopped["initial_val_loss"]
+
+
+WAITS = """
+import runpy, sys, time
+from pathlib import Path
+import lit_ft.data.cache, {module}
+
+def waits(*_, **__):
+    print('waiting', flush=True)
+    time.sleep(60)
+
+{module}.{name} = waits
+cache = Path(sys.argv[1]) / 'cache'
+lit_ft.data.cache.cache_folder = lambda: cache
+sys.argv[1] = 'run_dir=' + sys.argv[1] + '/run'
+runpy.run_path({train!r}, run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "module", "name"),
+    [
+        (signal.SIGTERM, "lit_ft.data.encoding", "Encoder.__call__"),
+        (signal.SIGHUP, "lit_ft.data.encoding", "Encoder.__call__"),
+        (signal.SIGTERM, "lit_ft.models.gguf", "_dequantise"),
+        (signal.SIGINT, "lit_ft.models.sources", "FromConfig.load_model"),
+    ],
+)
+def test_a_signal_before_training_ends_the_run_at_once_and_leaves_no_part(
+    number, module, name, tmp_path, monkeypatch
+):
+    if name == "_dequantise":  # otherwise the model that is there already is taken
+        monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 40)
+    script = WAITS.format(module=module, name=name, train=train.__file__)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path, *TINY, f"data.path={tmp_path / 'rows.jsonl'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    exit_status, output = signal_at(process, "waiting", number)
+    assert exit_status == STATUSES[number], output
+    assert "Traceback" not in output
+    summary = read_summary(tmp_path / "run")
+    assert (summary["status"], summary["error"]) == ("interrupted", None)
+    assert summary["ended"].endswith("before the first step")
+    cache = tmp_path / "cache"
+    assert cache.is_dir() or name == "FromConfig.load_model"
+    entries = [*cache.glob("*"), *cache.glob("models/*")]
+    assert not [entry.name for entry in entries if entry.name.startswith((".", "building-"))]
 
 
 def test_a_killed_run_leaves_interrupted_behind(tmp_path):

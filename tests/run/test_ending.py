@@ -9,6 +9,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.callbacks import final_panel
+from lit_ft.callbacks.stop import SIGHUPException
 from lit_ft.run.recorder import Recorder
 from lit_ft.run.summary import RunSummary, read_summary
 from tests.support.running import LORA
@@ -30,12 +31,11 @@ class Falls(BoringModel):
 def ended(folder, *callbacks, losses=(9.0,) * 99, resume=None, **options):
     summary = RunSummary(folder, {})
     trainer = quiet_trainer(
-        limit_train_batches=10,
         limit_val_batches=1,
         val_check_interval=1,
         default_root_dir=folder,
         callbacks=[*callbacks, Recorder(summary, "SGD", [])],
-        **options,
+        **{"limit_train_batches": 10, **options},
     )
     trainer.fit(Falls(losses), ckpt_path=resume)
     trainer.save_checkpoint(folder / "last.ckpt")
@@ -48,7 +48,16 @@ def ended(folder, *callbacks, losses=(9.0,) * 99, resume=None, **options):
         ({"max_steps": 2}, [], "max_steps=2 reached"),
         ({"max_epochs": 2}, [], "max_epochs=2 reached at step 20"),
         ({"max_epochs": 2, "max_steps": 10}, [], "max_steps=10 reached"),
-        ({"max_time": {"seconds": 0}}, [], "max_time reached after 0:00:00, at step 0"),
+        (
+            {"max_time": {"seconds": 0}},
+            [],
+            "no step was taken: max_time reached after 0:00:00, at step 0",
+        ),
+        (
+            {"limit_train_batches": 0, "max_steps": 2},
+            [],
+            "no step was taken: limit_train_batches=0 reached",
+        ),
         ({"max_steps": 9}, [StopAt(3)], "a callback stopped the training at step 3"),
     ],
 )
@@ -87,6 +96,7 @@ def test_other_reasons_of_early_stopping_are_told_in_its_own_words(tmp_path):
     ("error", "steps", "told"),
     [
         (SIGTERMException(), 2, "SIGTERM at step 2"),
+        (SIGHUPException(), 2, "SIGHUP at step 2"),
         (KeyboardInterrupt(), 2, "Ctrl-C at step 2"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory at step 1"),
         (
@@ -104,7 +114,7 @@ def test_an_error_or_a_signal_is_named_with_its_step(tmp_path, error, steps, tol
         assert read_summary(tmp_path)["ended"] is None  # a run that is killed does not know
         raise error
     assert read_summary(tmp_path)["ended"] == told
-    assert caplog.messages == [f"Ended: {told}."]
+    assert caplog.messages[-1] == f"Ended: {told}."
 
 
 def test_a_job_says_it_in_its_log_and_in_the_box(job, caplog, capsys):

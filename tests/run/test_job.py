@@ -44,7 +44,11 @@ def test_out_of_memory_names_the_settings_that_need_less(job, tmp_path):
         job("run", *at("on_before_backward", 1, fault="out_of_memory"))
     summary = read_summary(tmp_path / "run")
     assert (summary["status"], summary["steps"]) == ("out_of_memory", 1)
+    assert (
+        "The largest part of the memory: activations and the rest, " in summary["error"]["message"]
+    )
     for setting in (
+        "optimizer state 0.0",
         "data.batch_size=1 with twice the trainer.accumulate_grad_batches",
         "module.activation_checkpointing=true",
         "adapter=lora",
@@ -93,6 +97,12 @@ def test_the_best_checkpoint_counts_the_last_validation(job, tmp_path):
         (["strategy=ddp", "trainer.devices=2", "update=layerwise"], "strategy=fsdp"),
         (["trainer.devices=2", "callbacks=[default,auto_batch_size]"], "trainer.devices=1"),
         (["+trainer.limit_val_batches=0"], "data.max_val_examples"),
+        (
+            ["+trainer.limit_train_batches=0"],
+            "limit_train_batches=0: the run would take no step.*val",
+        ),
+        (["trainer.max_steps=-1", "trainer.max_epochs=0"], "max_epochs=0: .*validate_only=true"),
+        (["trainer.max_steps=0"], "max_steps=0: .*validate_only=true"),
         ([*LORA, "adapter.target_modules=[q_projj]"], r"adapter\.target_modules=\[q_proj\]"),
     ],
 )

@@ -43,6 +43,9 @@ class Fault(Callback):
     def terminate(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def hang_up(self) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
     def warn(self) -> None:
         os.kill(os.getpid(), signal.SIGUSR2)
 
@@ -78,14 +81,16 @@ def stopped(job, name, *overrides, status=130):
 class FailsOnOneRank(Callback):
     """Raises on one rank."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, fault: str = "fault") -> None:
         self.rank = rank
+        self.fault = fault
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         if trainer.global_rank == self.rank and trainer.global_step == 3:
-            raise RuntimeError("a fault of this rank alone")
+            kind = torch.OutOfMemoryError if self.fault == "out_of_memory" else RuntimeError
+            raise kind("a fault of this rank alone")
 
 
 class BadGradient(Callback):

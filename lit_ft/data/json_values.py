@@ -1,0 +1,74 @@
+"""Values of JSON texts: an object that has a key twice is an error, as text is that is no JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def decoded(text: bytes, *, mark: bool = False) -> Any:
+    """Return the value of a JSON text, or the error that says what is wrong with it.
+
+    Args:
+        text: The text, in UTF-8.
+        mark: Whether an object that has a key twice is no error, but is found by `repeated_key_in`.
+    """
+    try:
+        decoder = _MARKS_REPEATED_KEYS if mark else _REFUSES_REPEATED_KEYS
+        value: object = decoder.decode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{text[error.start]:02x} at column {error.start + 1}"
+        return ValueError(f"not UTF-8 ({where}); save the file as UTF-8")
+    except RepeatedKey as error:
+        return error
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON: {error}")
+    if b"\\u" in text:
+        # JSON allows half of a surrogate pair in an escape; UTF-8 and tokenizers do not.
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            return ValueError("holds half of a \\u surrogate pair; write both halves or remove it")
+    return value
+
+
+def repeated_key_in(value: object) -> RepeatedKey | None:
+    """Return the error of the first object in a value that has a key twice."""
+    if isinstance(value, Marked):
+        return value.error
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(repeated_key_in, parts)), None)
+
+
+class RepeatedKey(ValueError):
+    """The error for an object of JSON that has a key twice, of which Python keeps the last."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
+        super().__init__(f"an object has the key {key!r} twice; remove one of the two")
+
+
+class Marked(dict[str, Any]):
+    """An object that has a key twice."""
+
+    error: RepeatedKey
+
+
+def _refusing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise RepeatedKey(pairs)
+    return fields
+
+
+def _marking(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        fields = Marked(fields)
+        fields.error = RepeatedKey(pairs)
+    return fields
+
+
+_REFUSES_REPEATED_KEYS = json.JSONDecoder(object_pairs_hook=_refusing)
+_MARKS_REPEATED_KEYS = json.JSONDecoder(object_pairs_hook=_marking)  # to find their row

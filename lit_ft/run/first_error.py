@@ -1,0 +1,61 @@
+"""The error that ended a run of several ranks, where one fails and the others follow it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed import DistError
+
+from lit_ft.storage.atomic import write_text
+
+_OF_AN_END = ("status", "ended", "error")
+# What a rank says whose peer has gone, in a plain RuntimeError.
+_PEER_GONE = ("closed by peer", "reset by peer", "[gloo", "NCCL", "Broken pipe")
+
+
+def follows_another(error: BaseException | None) -> bool:
+    """Whether an error may be the consequence of another rank's.
+
+    A rank that fails closes its connections, and the launcher then ends the other ranks.
+    """
+    return (
+        error is None
+        or isinstance(error, SIGTERMException | DistError)
+        or (isinstance(error, RuntimeError) and any(part in str(error) for part in _PEER_GONE))
+    )
+
+
+def add_to_summary(path: Path, end: Mapping[str, Any], *, rank: int) -> None:
+    """Write how a rank other than the first ended into the summary, unless it holds an error.
+
+    The first rank may never get to it: it waits for the others, or its launcher kills it.
+
+    Args:
+        path: The summary, which the first rank has written at its start.
+        end: The fields of the summary that say how this rank ended.
+        rank: The number of this rank.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["error"] is None:
+            end = {**end, "error": {**end["error"], "rank": rank}}
+            new = path.with_name(f".{path.name}.rank{rank}")
+            write_text(new, json.dumps({**found, **end}, indent=2) + "\n")
+            os.replace(new, path)
+    except (OSError, ValueError):  # there is none on this machine, or its disk is full
+        return
+
+
+def end_of_another(path: Path) -> dict[str, Any]:
+    """Return the fields that another rank has written into the summary; empty if none has."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    error = found.get("error")
+    return {name: found[name] for name in _OF_AN_END} if error and error.get("rank") else {}
