@@ -23,12 +23,14 @@ def main(cfg: DictConfig) -> float:
     quieten_libraries()  # the imports below print messages too
     from lit_ft.run.config import also_chosen
     from lit_ft.run.exits import command_line_exits
+    from lit_ft.run.folder import RunFolder
     from lit_ft.run.job import (
         available_accelerator,
         fine_tune,
         refuse_to_start_processes,
         sensible_precision,
     )
+    from lit_ft.run.record import record_of
     from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
     from lit_ft.run.settings import admit
     from lit_ft.run.summary import RunSummary, redacted
@@ -40,13 +42,17 @@ def main(cfg: DictConfig) -> float:
     written = OmegaConf.to_container(cfg, resolve=False)
     if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
         rank_zero_info(moved)
-    summary = RunSummary(config["run_dir"], config)
+    folder = RunFolder(config["run_dir"], record_of(cfg), log_name=f"{run.job.name}.log")
+    summary = RunSummary(config["run_dir"], config, folder=folder)
     if (val_loss := finished_val_loss(summary)) is not None:
         return val_loss
-    with command_line_exits(), summary:
+    with command_line_exits(), folder, summary:
         admit(config, written, run.overrides.task)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
+        trains = not config["validate_only"]
+        folder.begin(resume, trains=trains, overwrite=config["overwrite"])
+        summary.note_start(run.overrides.task, resume)
         # Built before the trainer: the precision depends on whether it shards the weights.
         [strategy] = instantiate([config["trainer"].get("strategy", "auto")], _convert_="all")
         if config["trainer"].get("precision") is None:
@@ -70,9 +76,14 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     from lit_ft.run.config import names_near
+    from lit_ft.run.own_arguments import with_own_arguments
     from lit_ft.run.trust import hold_hydra_to_command_line
 
-    sys.argv[1:] = quoted_paths(sys.argv[1:])
+    sys.argv[1:], own = with_own_arguments(quoted_paths(sys.argv[1:]))
+    if own:
+        print(
+            f"The run's own arguments, which resume=auto repeats: {' '.join(own)}", file=sys.stderr
+        )
     try:
         hold_hydra_to_command_line(sys.argv[1:], config_dir=CONF)
     except ValueError as error:
