@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
+from lit_ft.run.record import FOLDER as RECORD
 from lit_ft.run.run_log import RunLog
 from lit_ft.storage.atomic import (
     remove,
@@ -32,7 +33,6 @@ from lit_ft.storage.atomic import (
 )
 
 LOCK = ".lock"
-RECORD = ".hydra"
 SUMMARY = "summary.json"
 _RESULTS = ("checkpoints", "export")
 _LOGS = ("tensorboard", "csv")

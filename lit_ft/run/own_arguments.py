@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from lit_ft.run.folder import RECORD
-from lit_ft.run.record import OVERRIDES
+from lit_ft.run.record import FOLDER, OVERRIDES
 
 # These say what one start does. The rest says what the run is.
 _OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
@@ -46,7 +45,7 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
 
 def _recorded(run_dir: Path) -> list[str]:
     """Return the arguments of the newest start that has trained; empty if none is known."""
-    record = run_dir / RECORD
+    record = run_dir / FOLDER
     numbers = [int(one.parent.name) for one in record.glob(f"[0-9]*/{OVERRIDES}")]
     newest = [record / str(number) for number in sorted(numbers, reverse=True)]
     for folder in (*newest, record):
