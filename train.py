@@ -31,12 +31,14 @@ def _job(cfg: DictConfig) -> float:
     quieten_libraries()  # the imports below print messages too
     from lit_ft.run.config import also_chosen, resolved
     from lit_ft.run.exits import command_line_exits
+    from lit_ft.run.folder import RunFolder
     from lit_ft.run.job import (
         available_accelerator,
         fine_tune,
         refuse_to_start_processes,
         sensible_precision,
     )
+    from lit_ft.run.record import record_of
     from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
     from lit_ft.run.settings import admit
     from lit_ft.run.summary import RunSummary
@@ -44,22 +46,24 @@ def _job(cfg: DictConfig) -> float:
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
     written = OmegaConf.to_container(cfg, resolve=False)
-    with command_line_exits():
-        summary = RunSummary(cfg.run_dir, written)
-        with summary.if_it_fails():
-            config = resolved(cfg)
-            trainer = config.get("trainer") or {}
-            if "accelerator" in trainer:
-                trainer["accelerator"] = available_accelerator(trainer["accelerator"])
+    folder = RunFolder(cfg.run_dir, record_of(cfg), log_name=f"{run.job.name}.log")
+    summary = RunSummary(cfg.run_dir, written, folder=folder)
+    with command_line_exits(), folder, summary:
+        config = resolved(cfg)
+        settings = config.get("trainer") or {}
+        if "accelerator" in settings:
+            settings["accelerator"] = available_accelerator(settings["accelerator"])
         summary.update(config=redacted(config), seed=config.get("seed"))
         if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
             rank_zero_info(moved)
         if (val_loss := finished_val_loss(summary)) is not None:
             return val_loss
-    with command_line_exits(), summary:
         admit(config, written, run.overrides.task)
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
+        trains = not config["validate_only"]
+        folder.begin(resume, trains=trains, overwrite=config["overwrite"])
+        summary.note_start(run.overrides.task, resume)
         # Built before the trainer: the precision depends on whether it shards the weights.
         [strategy] = instantiate([config["trainer"].get("strategy", "auto")], _convert_="all")
         if config["trainer"].get("precision") is None:

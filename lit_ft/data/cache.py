@@ -7,9 +7,8 @@ import inspect
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_ft.data.encoding import Encoder
 from lit_ft.data.formats import Format
 from lit_ft.data.sources import Source
+from lit_ft.storage.building import building
 from lit_ft.storage.cache_dir import user_cache, written_to_cache
 from lit_ft.storage.damage import CHECKSUMS, damage, write_checksums
 
@@ -84,12 +84,9 @@ def cached(key: str, build: Callable[[Path], Dataset]) -> Dataset:
 
 
 def _write(entry: Path, build: Callable[[Path], Dataset]) -> None:
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=entry.parent, prefix="building-", ignore_cleanup_errors=True
-    ) as work:
-        finished = Path(work) / "entry"
-        build(Path(work) / "scratch").save_to_disk(finished)
+    with building(entry.parent) as work:
+        finished = work / "entry"
+        build(work / "scratch").save_to_disk(finished)
         write_checksums(finished)
         try:
             os.replace(finished, entry)
@@ -112,13 +109,8 @@ def _load(entry: Path) -> Dataset:
 
 def _discard(entry: Path) -> None:
     # Renaming removes the entry in one step; a process that loses the race finds nothing.
-    grave = Path(tempfile.mkdtemp(dir=entry.parent, prefix="damaged-"))
-    try:
-        os.replace(entry, grave)
-    except FileNotFoundError:
-        pass
-    finally:
-        shutil.rmtree(grave, ignore_errors=True)
+    with building(entry.parent) as grave, suppress(FileNotFoundError):
+        os.replace(entry, grave / "damaged")
 
 
 def _describe(choice: object) -> list[object]:

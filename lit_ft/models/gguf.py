@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 import transformers
 from transformers.utils.hub import cached_file
 
+from lit_ft.storage.building import building
 from lit_ft.storage.cache_dir import user_cache, written_to_cache
 from lit_ft.storage.damage import damage, write_checksums
 
@@ -47,25 +47,18 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
             return folder
         logger.warning("making the damaged %s again: %s", folder, reason)
         shutil.rmtree(folder, ignore_errors=True)
-    with written_to_cache():
-        _make(source, folder)
+    with written_to_cache(), building(folder.parent) as work:
+        finished = work / "model"
+        finished.mkdir()
+        _dequantise(source, finished)
+        write_checksums(finished)
+        try:
+            os.replace(finished, folder)
+        except OSError:
+            # Another process was faster: os.replace fails if the folder exists and is not empty.
+            if not (folder / "config.json").is_file():
+                raise
     return folder
-
-
-def _make(source: Path, folder: Path) -> None:
-    """Write the dequantised model to `folder`, completely or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _dequantise(source, building)
-        write_checksums(building)
-        os.replace(building, folder)
-    except OSError:
-        # Another process was faster: os.replace fails if the folder exists and is not empty.
-        if not (folder / "config.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _dequantise(source: Path, folder: Path) -> None:

@@ -32,7 +32,7 @@ from lit_ft.run.failures import (
     remedies_for_another_run,
     remedies_for_out_of_memory,
 )
-from lit_ft.run.recorder import Recorder
+from lit_ft.run.recorder import OpensFolder, Recorder
 from lit_ft.run.resume import compare_with_checkpoint
 from lit_ft.run.summary import RunSummary
 
@@ -84,7 +84,7 @@ def fine_tune(
     rows = _rows_per_step(datamodule, trainer)
     datamodule.max_val_examples = _enough_validation(datamodule, trainer, rows)
     recorder = Recorder(summary, optimizer_name(module), None if datamodule.streaming else rows)
-    callbacks_of(trainer).append(recorder)
+    callbacks_of(trainer).extend([OpensFolder(summary), recorder])
     callbacks_of(trainer).sort(key=_turn)
     if not validate_only:
         check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
@@ -165,9 +165,9 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """Return a callback's place: two come before all others, and `StopOnSignal` comes last."""
-    places = ((AutoBatchSize, 0), (StopOnNonFinite, 1), (StopOnSignal, 3))
-    return next((place for kind, place in places if isinstance(callback, kind)), 2)
+    """Return a callback's place: three come before all others, and `StopOnSignal` comes last."""
+    places = ((AutoBatchSize, 0), (StopOnNonFinite, 1), (OpensFolder, 2), (StopOnSignal, 4))
+    return next((place for kind, place in places if isinstance(callback, kind)), 3)
 
 
 def _length_of_no_step(trainer: Trainer) -> str | None:

@@ -16,6 +16,7 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.arguments import CONF, for_hydra
 from lit_ft.run.config import names_near, null_choices
 from lit_ft.run.console import outlive_terminal
+from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -40,6 +41,9 @@ def launch(main: Callable[[], Any]) -> None:
     try:
         if told := null_choices(arguments, config_dir=CONF):
             sys.exit(told)
+        arguments, own = with_own_arguments(arguments)
+        if own:
+            print(f"resume=auto repeats the run's own arguments: {' '.join(own)}", file=sys.stderr)
         arguments = sys.argv[1:] = for_hydra(arguments)
         with _raised_by_hydra():
             main()

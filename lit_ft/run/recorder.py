@@ -18,6 +18,33 @@ from lit_ft.run.summary import RunSummary
 _OF_TRAINING = ("tokens", "tokens_per_second", "step_seconds", "train_loss", "peak_bytes")
 
 
+class OpensFolder(Callback):
+    """Makes a run the one of its folder, as soon as it has trained a step or ended without one.
+
+    Args:
+        summary: The summary of the run.
+    """
+
+    def __init__(self, summary: RunSummary) -> None:
+        self.summary = summary
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the step from which the run goes on."""
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Open the folder after the first step."""
+        if trainer.global_step > self._first_step:
+            self.summary.open()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the folder if there was no step to take."""
+        self.summary.open()
+
+
 class Recorder(Callback):
     """Records the measurements of a run in its summary, even if the run fails.
 

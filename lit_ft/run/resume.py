@@ -22,7 +22,7 @@ from lit_ft.storage.checkpoint_io import load_rest
 from lit_ft.storage.damage import damage
 
 # A finished run need not be repeated for other values of these.
-_NOT_OF_THE_RESULT = ("resume", "trusted_packages", "logger*", "trainer.logger*")
+_NOT_OF_THE_RESULT = ("resume", "overwrite", "trusted_packages", "logger*", "trainer.logger*")
 _LISTED = (Outcome.OBEYED, Outcome.STEP, Outcome.ROWS)
 # What Lightning needs to load weights, and to go on, besides what is large.
 _MODEL = {"pytorch-lightning_version"}
@@ -53,7 +53,7 @@ def checkpoint_to_resume(resume: str | None, run_dir: str | Path) -> Path | None
     if path is None:
         raise ValueError(
             f"resume={resume}: there is no such checkpoint. resume=auto takes the last one of "
-            "run_dir; resume=null starts afresh."
+            "run_dir; resume=null overwrite=true starts afresh."
         )
     if (reason := _damage(path)) is not None:
         raise ValueError(
@@ -82,7 +82,8 @@ def _newest_whole(last: Path) -> Path | None:
         damaged.append(f"{state} is damaged: {reason}")
     if damaged:
         raise ValueError(
-            f"{'; '.join(damaged)}. No whole checkpoint is left: resume=null starts afresh."
+            f"{'; '.join(damaged)}. No whole checkpoint is left: resume=null overwrite=true starts "
+            "afresh."
         )
     return None
 
@@ -112,9 +113,9 @@ def finished_val_loss(summary: RunSummary) -> float | None:
         if not ignored and (path, now) != ("trainer.precision", None):  # chosen by the device
             return None
     rank_zero_info(
-        f"{summary.path.parent} is finished: {earlier['steps']} steps, val_loss "
-        f"{earlier['val_loss']:.4f}. It is not run again. resume=null would start it afresh, and "
-        "a larger trainer.max_steps would go on with it."
+        f"{summary.run_dir} is finished: {earlier['steps']} steps, val_loss "
+        f"{earlier['val_loss']:.4f}. It is not run again. A larger trainer.max_steps would go on "
+        "with it, and resume=null overwrite=true would replace it."
     )
     return float(earlier["val_loss"])
 

@@ -27,6 +27,7 @@ class Job:
     run_dir: str
     seed: Annotated[int, Interval(ge=0, lt=2**32)]
     resume: str | None
+    overwrite: bool
     validate_only: bool
     nonfinite: Literal["stop", "skip"]
     nonfinite_limit: Count

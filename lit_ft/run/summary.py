@@ -6,8 +6,8 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,13 +21,13 @@ from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
 from lit_ft.run.exits import unwrapped
 from lit_ft.run.first_error import add_to_summary, end_of_another, follows_another
+from lit_ft.run.folder import SUMMARY, RunFolder
 from lit_ft.run.redaction import redacted
 from lit_ft.storage.atomic import write_text
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-FILE_NAME = "summary.json"
 
 
 class RunSummary:
@@ -39,14 +39,19 @@ class RunSummary:
     Args:
         run_dir: The folder of the run, created if it is missing.
         config: The resolved configuration as plain values. Its secrets are redacted.
+        folder: The guarded folder of the run, which decides where the file is written until a step
+            is trained; None always writes to `run_dir`.
 
     Attributes:
         fields: The fields of the file.
         earlier: The summary that an earlier run has left in the folder; None if there is none.
     """
 
-    def __init__(self, run_dir: str | Path, config: Mapping[str, Any]) -> None:
-        self.path = Path(run_dir) / FILE_NAME
+    def __init__(
+        self, run_dir: str | Path, config: Mapping[str, Any], *, folder: RunFolder | None = None
+    ) -> None:
+        self.folder = folder
+        self.run_dir = Path(run_dir)
         self.earlier = _earlier(run_dir)
         self._began = time.monotonic()
         self.fields: dict[str, Any] = {
@@ -55,6 +60,7 @@ class RunSummary:
             "ended": None,
             "error": None,
             "config": redacted(config),
+            "starts": [],
             "versions": versions(),
             "hardware": hardware(),
             "seed": config.get("seed"),
@@ -80,6 +86,29 @@ class RunSummary:
             "export_path": None,
         }
 
+    @property
+    def path(self) -> Path:
+        """The place of the file, which changes once `open` is called."""
+        return self.run_dir / SUMMARY if self.folder is None else self.folder.summary
+
+    def open(self) -> None:
+        """Make this run the one of its folder; see `lit_ft.run.folder.RunFolder.open`."""
+        if self.folder is not None and not self.folder.is_open:
+            self.folder.open()
+            self.write()
+
+    def note_start(self, arguments: Sequence[str], resume: Path | None) -> None:
+        """Add this start to those of the run that it resumes.
+
+        Args:
+            arguments: The arguments of the command line.
+            resume: The checkpoint that the run goes on from; None to start afresh.
+        """
+        earlier = (self.earlier or {}).get("starts", []) if resume is not None else []
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        this = {"began": began, "arguments": list(arguments), "resume": resume and str(resume)}
+        self.fields["starts"] = [*earlier, this]
+
     def update(self, **fields: Any) -> None:
         """Set fields of the summary; their names must be in the schema."""
         unknown = fields.keys() - self.fields.keys()
@@ -94,15 +123,6 @@ class RunSummary:
     def write(self) -> None:
         """Write the file completely or not at all; another rank's error in it stays."""
         self._write({**self.fields, **end_of_another(self.path)})
-
-    @contextmanager
-    def if_it_fails(self) -> Iterator[None]:
-        """Write the file only if the block raises an error, which then is the run's."""
-        try:
-            yield
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
 
     def __enter__(self) -> Self:
         self._write(self.fields)
@@ -163,7 +183,7 @@ class RunSummary:
 
 def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
     """Return the summary of the run in `run_dir`; None if it has none."""
-    path = Path(run_dir) / FILE_NAME
+    path = Path(run_dir) / SUMMARY
     return json.loads(path.read_text()) if path.is_file() else None
 
 

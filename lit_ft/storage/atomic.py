@@ -104,6 +104,17 @@ def existing_or_backup(path: str | Path) -> Path | None:
     return next((place for place in (path, _before(path)) if place.exists()), None)
 
 
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files and the backups that killed processes have left in a folder.
+
+    A backup stays if what it is a backup of is missing. No other process may write to the folder.
+    """
+    for path in folder.glob(".*"):
+        replaced = path.with_name(path.stem.removeprefix("."))
+        if path.suffix == ".tmp" or (path.suffix == ".old" and replaced.exists()):
+            remove(path)
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder, if it exists."""
     if path.is_dir():

@@ -1,0 +1,182 @@
+"""A folder belongs to one run at a time, and a trained run in it keeps its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from lit_ft.compat.refusal import Refusal
+from lit_ft.run.folder import LOCK, RunFolder, has_trained
+
+RECORD = {"overrides.yaml": "- optim=adamw\n"}
+OTHER = {"overrides.yaml": "- optim=sgd\n"}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file but the lock, keyed by its path in the folder."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """Make the folder of a run that has trained ten steps."""
+    run = tmp_path / "run"
+    with RunFolder(run, RECORD) as folder:
+        folder.begin(None)
+        logging.getLogger().error("of the first start")
+        write(folder.summary, json.dumps({"steps": 10}))
+    for name in ("checkpoints/last.ckpt", "export/config.json", "tensorboard/events.1"):
+        write(run / name, name)
+    return run
+
+
+def test_a_new_folder_is_open_at_once(trained: Path) -> None:
+    assert set(files(trained)) == {
+        ".hydra/overrides.yaml",
+        "checkpoints/last.ckpt",
+        "export/config.json",
+        "summary.json",
+        "tensorboard/events.1",
+        "train.log",
+    }
+    assert "of the first start" in (trained / "train.log").read_text()
+
+
+def test_a_second_run_is_refused_and_changes_no_byte(trained: Path) -> None:
+    before = files(trained)
+    with (
+        pytest.raises(Refusal, match="has trained"),
+        RunFolder(trained, OTHER) as folder,
+    ):
+        folder.begin(None)
+    assert files(trained) == before
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite", "validate"])
+def test_a_start_that_fails_before_its_first_step_changes_no_byte(trained: Path, how: str) -> None:
+    before = files(trained)
+    last = trained / "checkpoints" / "last.ckpt" if how == "resume" else None
+    with pytest.raises(OSError), RunFolder(trained, OTHER) as folder:
+        folder.begin(last, trains=how != "validate", overwrite=how == "overwrite")
+        logging.getLogger().error("of the second start")
+        write(folder.summary, "{}")
+        write(trained / "tensorboard" / "events.2", "of the logger")
+        write(trained / "csv" / "version_1" / "metrics.csv", "of another logger")
+        raise OSError("the model does not load")
+    assert files(trained) == before
+
+
+def test_a_resumed_run_adds_its_record_at_its_first_step(trained: Path) -> None:
+    before = files(trained)
+    for number in (2, 3):
+        with RunFolder(trained, OTHER) as folder:
+            folder.begin(trained / "checkpoints" / "last.ckpt")
+            logging.getLogger().error("before step %d", number)
+            write(folder.summary, "{}")
+            folder.open()
+            assert folder.summary == trained / "summary.json"
+            logging.getLogger().error("after step %d", number)
+    after = files(trained)
+    log = after.pop("train.log").decode()
+    assert log.startswith(before.pop("train.log").decode())
+    said = ["before step 2", "after step 2", "before step 3", "after step 3"]
+    assert [line.rpartition(" - ")[2] for line in log.splitlines()[1:]] == said
+    added = {f".hydra/{number}/overrides.yaml" for number in (2, 3)}
+    assert after == before | dict.fromkeys(added, OTHER["overrides.yaml"].encode())
+
+
+def test_a_run_that_replaces_another_leaves_nothing_of_it(trained: Path) -> None:
+    with RunFolder(trained, RECORD) as folder:
+        folder.begin(trained / "checkpoints" / "last.ckpt")
+        folder.open()
+    write(trained / "my notes.txt", "mine")
+    with RunFolder(trained, OTHER) as folder:
+        folder.begin(None, overwrite=True)
+        write(trained / "tensorboard" / "events.9", "new")
+        assert "checkpoints/last.ckpt" in files(trained)
+        folder.open()
+    after = files(trained)
+    assert set(after) == {
+        ".hydra/overrides.yaml",
+        "my notes.txt",
+        "tensorboard/events.9",
+        "train.log",
+    }
+    assert after[".hydra/overrides.yaml"] == OTHER["overrides.yaml"].encode()
+
+
+def test_a_run_that_only_validates_adds_nothing_but_its_record(trained: Path) -> None:
+    before = files(trained)
+    with RunFolder(trained, OTHER) as folder:
+        folder.begin(None, trains=False)
+        write(folder.summary, '{"val_loss": 1}')
+    added = {name: content for name, content in files(trained).items() if name not in before}
+    assert set(added) == {
+        ".hydra/2/overrides.yaml",
+        ".hydra/2/summary.json",
+        ".hydra/2/train.log",
+    }
+    assert files(trained) == before | added
+
+
+def test_what_a_run_left_that_saved_nothing_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "summary.json", json.dumps({"steps": 0}))
+    write(tmp_path / "tensorboard" / "events.1", "of the run that was killed")
+    write(tmp_path / "my.jsonl", "mine")
+    assert not has_trained(tmp_path)
+    with RunFolder(tmp_path, RECORD) as folder:
+        folder.begin(None)
+        assert folder.is_open
+    assert set(files(tmp_path)) == {".hydra/overrides.yaml", "my.jsonl", "train.log"}
+
+
+def test_a_backup_is_a_result(tmp_path: Path) -> None:
+    """It is all that a run has that was killed while it replaced its only checkpoint."""
+    (tmp_path / "checkpoints" / ".last.ckpt.old").mkdir(parents=True)
+    assert has_trained(tmp_path)
+
+
+def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path / "tensorboard" / "events.1", "mine")
+    with RunFolder(tmp_path, RECORD) as folder:
+        folder.begin(None)
+    assert "tensorboard/events.1" in files(tmp_path)
+
+
+def test_a_checkpoint_of_another_folder_is_not_put_into_this_one(trained: Path) -> None:
+    write(trained.parent / "other" / "last.ckpt", "")
+    with pytest.raises(Refusal, match="has trained"), RunFolder(trained, OTHER) as folder:
+        folder.begin(trained.parent / "other" / "last.ckpt")
+
+
+def test_left_overs_of_killed_runs_are_removed_and_a_lone_backup_stays(trained: Path) -> None:
+    folder = trained / "checkpoints"
+    write(folder / ".last.ckpt.tmp", "torn")
+    write(folder / ".last.ckpt.old", "of a replacement that was finished")
+    write(folder / ".best.ckpt.old" / "part", "of one that was not")
+    write(trained / ".hydra" / "starting" / "train.log", "of a start that was killed")
+    with RunFolder(trained, OTHER) as opened:
+        opened.begin(folder / "last.ckpt")
+        opened.open()
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", ".best.ckpt.old"}
+    assert "killed" not in (trained / "train.log").read_text()
+
+
+def test_two_runs_cannot_be_in_a_folder_at_once(tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path, RECORD),
+        pytest.raises(Refusal, match=r"A run is writing to .*: process \d+ on "),
+        RunFolder(tmp_path, OTHER),
+    ):
+        pass
+    with RunFolder(tmp_path, OTHER):
+        pass
