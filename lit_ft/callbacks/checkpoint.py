@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.callbacks._support.finite import keep_finite
 from lit_ft.compat.ranges import Count
-from lit_ft.storage.atomic import keep_earlier, write_text
+from lit_ft.storage.atomic import keep_earlier
+from lit_ft.storage.json_file import read_json, write_json
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -187,7 +188,11 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the best result so far, read from `best.json` if the folder is the same."""
         found = self._found()
-        best = json.loads(found.read_text()) if found.is_file() else {}
+        best: dict[str, Any] = {}
+        try:
+            best = read_json(found) if found.is_file() else {}
+        except ValueError as error:
+            rank_zero_warn(f"{error}. The best result is that of the checkpoint.")
         if state_dict.get("dirpath") == self.dirpath and self.monitor in best:
             score = torch.tensor(best[self.monitor])
             path = str(found.with_name("best.ckpt"))
@@ -200,8 +205,8 @@ class BestCheckpoint(ModelCheckpoint):
         keep_finite(trainer, trainer.lightning_module, "saved")
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and self.best_model_score is not None:
-            best = {self.monitor: self.best_model_score.item(), "step": trainer.global_step}
-            write_text(self._found(), json.dumps(best) + "\n")
+            best = {str(self.monitor): self.best_model_score.item(), "step": trainer.global_step}
+            write_json(self._found(), best)
 
     def _found(self) -> Path:
         return Path(str(self.dirpath)) / "best.json"

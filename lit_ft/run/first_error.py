@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
-from lit_ft.storage.atomic import write_text
+from lit_ft.storage.json_file import read_json, write_json
 
 _OF_AN_END = ("status", "ended", "error")
 # What a rank says whose peer has gone, in a plain RuntimeError.
@@ -41,11 +40,11 @@ def add_to_summary(path: Path, end: Mapping[str, Any], *, rank: int) -> None:
         rank: The number of this rank.
     """
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if found["error"] is None:
             end = {**end, "error": {**end["error"], "rank": rank}}
             new = path.with_name(f".{path.name}.rank{rank}")
-            write_text(new, json.dumps({**found, **end}, indent=2) + "\n")
+            write_json(new, {**found, **end}, indent=2)
             os.replace(new, path)
     except (OSError, ValueError):  # there is none on this machine, or its disk is full
         return
@@ -54,7 +53,7 @@ def add_to_summary(path: Path, end: Mapping[str, Any], *, rank: int) -> None:
 def end_of_another(path: Path) -> dict[str, Any]:
     """Return the fields that another rank has written into the summary; empty if none has."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
     error = found.get("error")

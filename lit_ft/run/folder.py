@@ -8,7 +8,6 @@ in `.hydra/starting`.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from lit_ft.storage.atomic import (
     temporary_path,
     write_text,
 )
+from lit_ft.storage.json_file import read_json
 
 LOCK = ".lock"
 SUMMARY = "summary.json"
@@ -183,9 +183,11 @@ def has_trained(folder: Path) -> bool:
     if any(name.endswith((".ckpt", ".ckpt.old")) for name in saved) or (folder / "export").is_dir():
         return True
     try:
-        return bool(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return bool(read_json(folder / SUMMARY)["steps"])
+    except FileNotFoundError:
         return False
+    except (OSError, ValueError, LookupError):
+        return True  # it is damaged, so nothing speaks against it
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.callbacks.stop import SIGHUPException
@@ -23,7 +23,7 @@ from lit_ft.run.exits import unwrapped
 from lit_ft.run.first_error import add_to_summary, end_of_another, follows_another
 from lit_ft.run.folder import SUMMARY, RunFolder
 from lit_ft.run.redaction import redacted
-from lit_ft.storage.atomic import write_text
+from lit_ft.storage.json_file import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class RunSummary:
             "status": "interrupted",
             "ended": None,
             "error": None,
-            "config": redacted(config),
             "starts": [],
+            "config": redacted(config),
             "versions": versions(),
             "hardware": hardware(),
             "seed": config.get("seed"),
@@ -171,7 +171,7 @@ class RunSummary:
     @rank_zero_only
     def _write(self, fields: Mapping[str, Any]) -> None:
         self.fields["seconds"]["total"] = self._elapsed()
-        write_text(self.path, _as_json(redacted(fields), indent=2) + "\n")
+        write_json(self.path, _finite(redacted(fields)), indent=2)
 
     @rank_zero_only
     def _log_end(self) -> None:
@@ -182,9 +182,17 @@ class RunSummary:
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
-    """Return the summary of the run in `run_dir`; None if it has none."""
+    """Return the summary of the run in `run_dir`; None if it has none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
     path = Path(run_dir) / SUMMARY
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return read_json(path) if path.is_file() else None
+    except ValueError as error:
+        remedy = f"`python train.py run_dir={run_dir} resume=auto` writes it again"
+        raise ValueError(f"{error}. {remedy}.") from error
 
 
 def as_written(value: Any) -> Any:
@@ -220,7 +228,8 @@ def _ended_by(error: BaseException, status: str, steps: int) -> str:
 def _earlier(run_dir: str | Path) -> dict[str, Any] | None:
     try:
         return read_summary(run_dir)
-    except ValueError:  # not JSON; the file is about to be replaced
+    except ValueError as error:
+        rank_zero_warn(str(error).partition(". `")[0] + ", and is written again.")
         return None
 
 

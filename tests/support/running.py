@@ -48,6 +48,7 @@ KEYS = [
     "status",
     "ended",
     "error",
+    "starts",
     "config",
     "versions",
     "hardware",
@@ -67,6 +68,7 @@ KEYS = [
     "optimizer_state_bytes",
     "checkpoint_path",
     "export_path",
+    "checksum",
 ]
 
 LORA = ["adapter=lora", "+adapter.lora_dropout=0.2"]
