@@ -57,8 +57,9 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     except (_TimeIsUp, MemoryError) as error:
         bound = f"{BYTES >> 20} MiB" if isinstance(error, MemoryError) else f"{SECONDS:g} seconds"
         raise CostlyTemplate(
-            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'}, which begins "
-            f"{str(tokenizer.chat_template)[:_SHOWN]!r}, takes more than {bound} to render a chat",
+            f"The chat template that begins {str(tokenizer.chat_template)[:_SHOWN]!r}, of "
+            f"{tokenizer.name_or_path or 'a tokenizer'} or given for it, takes more than {bound} "
+            "to render a chat",
             remedies.OTHER_TEMPLATE,
             remedies.PLAIN_TEMPLATE,
         ) from None
