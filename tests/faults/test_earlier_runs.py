@@ -11,9 +11,9 @@ from hydra.errors import CompactHydraException
 
 from lit_ft.run.export_run import export_run
 from lit_ft.run.summary import read_summary
-from tests.faults.test_damaged_resume import flip
-from tests.run.test_folder import files
 from tests.support.commands import TINY, run, start
+from tests.support.damaging import flip
+from tests.support.run_files import files
 from tests.support.stopping import TRUSTED, at
 
 OPTIONS = ["optim=adamw", "trainer.max_steps=3", "logger=tensorboard"]

@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 
 from lit_ft.compat.refusal import Refusal
-from lit_ft.run.folder import LOCK, RunFolder, has_trained
+from lit_ft.run.folder import RunFolder, has_trained
+from tests.support.run_files import files
 
 RECORD = {"overrides.yaml": "- optim=adamw\n"}
 OTHER = {"overrides.yaml": "- optim=sgd\n"}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Return the content of each file but the lock, keyed by its path in the folder."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def write(file: Path, text: str) -> None:

@@ -19,6 +19,15 @@ def cut(path: Path) -> None:
         file.truncate(path.stat().st_size // 2)
 
 
+def damaged_once(content: bytes, random: Random, *, cut: bool) -> bytes:
+    """Return the content of a file that ends early, or of which one bit is another."""
+    if cut:
+        return content[: random.randrange(len(content))]
+    place = random.randrange(len(content) * 8)
+    flipped = content[place // 8] ^ 1 << place % 8
+    return content[: place // 8] + bytes([flipped]) + content[place // 8 + 1 :]
+
+
 def damaged(content: bytes, random: Random) -> bytes:
     """Return the content of a file with one to three kinds of damage, at random places."""
     for _ in range(random.randint(1, 3)):
