@@ -45,9 +45,8 @@ def _job(cfg: DictConfig) -> float:
         summary = RunSummary(cfg.run_dir, written)
         with summary.if_it_fails():
             config = resolved(cfg)
-            trainer = config.get("trainer") or {}
-            if "accelerator" in trainer:
-                trainer["accelerator"] = available_accelerator(trainer["accelerator"])
+            if "accelerator" in (wanted := config.get("trainer") or {}):
+                wanted["accelerator"] = available_accelerator(wanted["accelerator"])
         summary.update(config=redacted(config), seed=config.get("seed"))
         if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
             rank_zero_info(moved)

@@ -19,6 +19,7 @@ from lit_ft.run.console import outlive_terminal
 from lit_ft.run.trust import hold_hydra_to_command_line
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_ours: list[bool] = []  # not empty while `_raised_by_hydra` has set the variable
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -65,9 +66,6 @@ def reported_by_hydra() -> Iterator[None]:
     if ours:  # a sweep goes on with its next job
         os.environ[_FULL_ERROR] = "1"
         _ours.append(ours)
-
-
-_ours: list[bool] = []  # not empty while `_raised_by_hydra` has set the variable
 
 
 @contextmanager
