@@ -50,9 +50,8 @@ def _job(cfg: DictConfig) -> float:
     summary = RunSummary(cfg.run_dir, written, folder=folder)
     with command_line_exits(), folder, summary:
         config = resolved(cfg)
-        settings = config.get("trainer") or {}
-        if "accelerator" in settings:
-            settings["accelerator"] = available_accelerator(settings["accelerator"])
+        if "accelerator" in (wanted := config.get("trainer") or {}):
+            wanted["accelerator"] = available_accelerator(wanted["accelerator"])
         summary.update(config=redacted(config), seed=config.get("seed"))
         if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
             rank_zero_info(moved)

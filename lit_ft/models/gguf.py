@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 from lit_ft.storage.building import building
 from lit_ft.storage.cache_dir import user_cache, written_to_cache
 from lit_ft.storage.damage import damage, write_checksums
+from lit_ft.storage.write_errors import write_errors_name
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
             return folder
         logger.warning("making the damaged %s again: %s", folder, reason)
         shutil.rmtree(folder, ignore_errors=True)
-    with written_to_cache(), building(folder.parent) as work:
+    with written_to_cache(), write_errors_name(folder), building(folder.parent) as work:
         finished = work / "model"
         finished.mkdir()
         _dequantise(source, finished)

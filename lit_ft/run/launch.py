@@ -20,6 +20,7 @@ from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_ours: list[bool] = []  # not empty while `_raised_by_hydra` has set the variable
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -69,9 +70,6 @@ def reported_by_hydra() -> Iterator[None]:
     if ours:  # a sweep goes on with its next job
         os.environ[_FULL_ERROR] = "1"
         _ours.append(ours)
-
-
-_ours: list[bool] = []  # not empty while `_raised_by_hydra` has set the variable
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,16 @@ import torch
 from hydra.errors import CompactHydraException
 
 import train
+from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.cache import cached
+from lit_ft.models import export_model
 from lit_ft.run.arguments import CONF, composed
 from lit_ft.run.config import null_choices
 from lit_ft.run.summary import read_summary
 from tests.support.commands import TINY, run
 from tests.support.datamodules import table
 from tests.support.running import run_job
+from tests.support.tiny_module import module_of
 
 LINES = "\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
 
@@ -27,6 +32,17 @@ def told(output: str) -> str:
     """Return what a command has said of its error, which is not a traceback."""
     assert "Traceback" not in output
     return output.removesuffix(LINES + "\n").rpartition("\n\n")[2]
+
+
+@contextmanager
+def file_size(largest: int) -> Iterator[None]:
+    """Let no file grow beyond a number of bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -65,14 +81,19 @@ def test_a_cache_that_cannot_be_written_is_named_and_the_log_has_the_traceback(
 
 def test_a_full_disk_under_the_cache_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "cache"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with pytest.raises(OSError, match=r"cache cannot be written to: .*LIT_FT_CACHE=FOLDER"):
-            cached("key", table(1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with file_size(10), pytest.raises(OSError, match=r"cannot be written to: .*LIT_FT_CACHE=FOLD"):
+        cached("key", table(1))
     assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+def test_a_full_disk_under_an_export_is_named(tmp_path):
+    module = module_of()
+    module.configure_model()
+    with file_size(1000), pytest.raises(OSError) as error:
+        export_model(module.model, None, tmp_path / "export")
+    assert message_on_command_line(error.value) == (
+        f"{tmp_path}/export: File too large. Free some space, or choose another path."
+    )
 
 
 def test_data_of_an_unreadable_place_is_not_called_the_caches_fault(tmp_path, monkeypatch):

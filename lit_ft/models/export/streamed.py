@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_ft.models.export.sharded import names_left_out, remove_weights, save_config
+from lit_ft.storage.write_errors import write_errors_name
 
 
 def export_streamed(
@@ -63,7 +64,8 @@ def export_streamed(
     for file, names in files.filename_to_tensors.items():
         tensors = {name: torch.empty_like(weights[name], device="cpu") for name in names}
         read(tensors)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with write_errors_name(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
         gc.collect()  # torch's readers leave cycles that hold what they have read
     if files.is_sharded:

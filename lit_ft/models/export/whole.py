@@ -23,6 +23,7 @@ from lit_ft.models.adapters import in_place_of_adapters, merged_layer
 from lit_ft.models.export.chat import save_tokenizer, stop_at
 from lit_ft.models.export.sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
+from lit_ft.storage.write_errors import write_errors_name
 from lit_ft.tensors.sharding import full_tensor, is_model_sharded
 
 
@@ -54,6 +55,7 @@ def export_model(
         ValueError: If `dtype` is not one of torch's floating-point types. Also if only the adapter
             would be written and `folder` already holds a model, because transformers would then
             load that model with the adapter.
+        OSError: If the folder cannot be written to. The message names it.
     """
     target_dtype = None if dtype is None else dtype_named(dtype)
     folder = Path(folder)
@@ -63,15 +65,16 @@ def export_model(
             "it: give the adapter a folder of its own."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if is_model_sharded(model):
-        _export_together(model, folder, merge=merge, dtype=target_dtype)
-        if dist.get_rank() != 0:
-            return folder
-    else:
-        _export_here(model, folder, merge=merge, dtype=target_dtype)
-    stop_at(folder, end_tokens)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
+    with write_errors_name(folder):
+        if is_model_sharded(model):
+            _export_together(model, folder, merge=merge, dtype=target_dtype)
+            if dist.get_rank() != 0:
+                return folder
+        else:
+            _export_here(model, folder, merge=merge, dtype=target_dtype)
+        stop_at(folder, end_tokens)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
     return folder
 
 
