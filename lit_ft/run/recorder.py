@@ -44,6 +44,10 @@ class OpensFolder(Callback):
         """Open the folder if there was no step to take."""
         self.summary.open()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the folder if Lightning has skipped the training, for which no step was left."""
+        self.summary.open()
+
 
 class Recorder(Callback):
     """Records the measurements of a run in its summary, even if the run fails.

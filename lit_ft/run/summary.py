@@ -20,8 +20,9 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
 from lit_ft.run.exits import unwrapped
+from lit_ft.run.files import SUMMARY
 from lit_ft.run.first_error import add_to_summary, end_of_another, follows_another
-from lit_ft.run.folder import SUMMARY, RunFolder
+from lit_ft.run.folder import RunFolder
 from lit_ft.run.redaction import redacted
 from lit_ft.storage.json_file import read_json, write_json
 
@@ -44,7 +45,8 @@ class RunSummary:
 
     Attributes:
         fields: The fields of the file.
-        earlier: The summary that an earlier run has left in the folder; None if there is none.
+        earlier: The summary that an earlier run has left in the folder, read on entering; None if
+            there is none, or if this run starts afresh.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class RunSummary:
     ) -> None:
         self.folder = folder
         self.run_dir = Path(run_dir)
-        self.earlier = _earlier(run_dir)
+        self.earlier: dict[str, Any] | None = None
         self._began = time.monotonic()
         self.fields: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -104,7 +106,9 @@ class RunSummary:
             arguments: The arguments of the command line.
             resume: The checkpoint that the run goes on from; None to start afresh.
         """
-        earlier = (self.earlier or {}).get("starts", []) if resume is not None else []
+        if resume is None or (self.folder is not None and not self.folder.goes_on):
+            self.earlier = None
+        earlier = (self.earlier or {}).get("starts", [])
         began = datetime.now(UTC).isoformat(timespec="seconds")
         this = {"began": began, "arguments": list(arguments), "resume": resume and str(resume)}
         self.fields["starts"] = [*earlier, this]
@@ -125,6 +129,7 @@ class RunSummary:
         self._write({**self.fields, **end_of_another(self.path)})
 
     def __enter__(self) -> Self:
+        self.earlier = _earlier(self.run_dir)
         self._write(self.fields)
         return self
 

@@ -116,8 +116,8 @@ def remove_left_over(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it exists."""
-    if path.is_dir():
+    """Remove a file or folder, if it exists; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

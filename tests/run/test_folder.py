@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from lit_ft.compat.refusal import Refusal
-from lit_ft.run.folder import RunFolder, has_trained
+from lit_ft.run.files import has_trained
+from lit_ft.run.folder import RunFolder
 from tests.support.run_files import files
 
 RECORD = {"overrides.yaml": "- optim=adamw\n"}
 OTHER = {"overrides.yaml": "- optim=sgd\n"}
+EVENTS = "tensorboard/events.out.tfevents."
 
 
 def write(file: Path, text: str) -> None:
@@ -29,7 +31,7 @@ def trained(tmp_path: Path) -> Path:
         folder.begin(None)
         logging.getLogger().error("of the first start")
         write(folder.summary, json.dumps({"steps": 10}))
-    for name in ("checkpoints/last.ckpt", "export/config.json", "tensorboard/events.1"):
+    for name in ("checkpoints/last.ckpt", "export/config.json", EVENTS + "1"):
         write(run / name, name)
     return run
 
@@ -40,7 +42,7 @@ def test_a_new_folder_is_open_at_once(trained: Path) -> None:
         "checkpoints/last.ckpt",
         "export/config.json",
         "summary.json",
-        "tensorboard/events.1",
+        EVENTS + "1",
         "train.log",
     }
     assert "of the first start" in (trained / "train.log").read_text()
@@ -64,7 +66,7 @@ def test_a_start_that_fails_before_its_first_step_changes_no_byte(trained: Path,
         folder.begin(last, trains=how != "validate", overwrite=how == "overwrite")
         logging.getLogger().error("of the second start")
         write(folder.summary, "{}")
-        write(trained / "tensorboard" / "events.2", "of the logger")
+        write(trained / f"{EVENTS}2", "of the logger")
         write(trained / "csv" / "version_1" / "metrics.csv", "of another logger")
         raise OSError("the model does not load")
     assert files(trained) == before
@@ -86,6 +88,7 @@ def test_a_resumed_run_adds_its_record_at_its_first_step(trained: Path) -> None:
     said = ["before step 2", "after step 2", "before step 3", "after step 3"]
     assert [line.rpartition(" - ")[2] for line in log.splitlines()[1:]] == said
     added = {f".hydra/{number}/overrides.yaml" for number in (2, 3)}
+    assert (before.pop("summary.json"), after.pop("summary.json")) == (b'{"steps": 10}', b"{}")
     assert after == before | dict.fromkeys(added, OTHER["overrides.yaml"].encode())
 
 
@@ -96,14 +99,14 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(trained: Path) -> None
     write(trained / "my notes.txt", "mine")
     with RunFolder(trained, OTHER) as folder:
         folder.begin(None, overwrite=True)
-        write(trained / "tensorboard" / "events.9", "new")
+        write(trained / f"{EVENTS}9", "new")
         assert "checkpoints/last.ckpt" in files(trained)
         folder.open()
     after = files(trained)
     assert set(after) == {
         ".hydra/overrides.yaml",
         "my notes.txt",
-        "tensorboard/events.9",
+        EVENTS + "9",
         "train.log",
     }
     assert after[".hydra/overrides.yaml"] == OTHER["overrides.yaml"].encode()
@@ -114,6 +117,7 @@ def test_a_run_that_only_validates_adds_nothing_but_its_record(trained: Path) ->
     with RunFolder(trained, OTHER) as folder:
         folder.begin(None, trains=False)
         write(folder.summary, '{"val_loss": 1}')
+        write(trained / f"{EVENTS}2", "of the validation")
     added = {name: content for name, content in files(trained).items() if name not in before}
     assert set(added) == {
         ".hydra/2/overrides.yaml",
@@ -125,13 +129,72 @@ def test_a_run_that_only_validates_adds_nothing_but_its_record(trained: Path) ->
 
 def test_what_a_run_left_that_saved_nothing_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "summary.json", json.dumps({"steps": 0}))
-    write(tmp_path / "tensorboard" / "events.1", "of the run that was killed")
+    write(tmp_path / f"{EVENTS}1", "of the run that was killed")
     write(tmp_path / "my.jsonl", "mine")
     assert not has_trained(tmp_path)
     with RunFolder(tmp_path, RECORD) as folder:
         folder.begin(None)
         assert folder.is_open
     assert set(files(tmp_path)) == {".hydra/overrides.yaml", "my.jsonl", "train.log"}
+
+
+def test_what_is_the_users_own_is_never_removed(trained: Path) -> None:
+    own = ("csv/mine.csv", "export/notes.md", "checkpoints/mine.pt", ".mine.tmp/a", "tensorboard/x")
+    for name in own:
+        write(trained / name, "mine")
+    for resume in (None, trained / "checkpoints" / "last.ckpt"):
+        with RunFolder(trained, OTHER) as folder:
+            folder.begin(resume, overwrite=True)
+            folder.open()
+        write(trained / "checkpoints" / "last.ckpt", "of this run")
+    write(trained / "summary.json", json.dumps({"steps": 0}))
+    (trained / "checkpoints" / "last.ckpt").unlink()
+    with RunFolder(trained, OTHER) as folder:
+        folder.begin(None)
+        assert folder.is_open
+    assert set(own) <= set(files(trained))
+
+
+def test_a_validation_is_replaced_by_the_next_one_and_outlives_a_refused_start(
+    tmp_path: Path,
+) -> None:
+    for loss in (1, 2):
+        with RunFolder(tmp_path, RECORD) as folder:
+            folder.begin(None, trains=False)
+            write(folder.summary, json.dumps({"status": "completed", "steps": 0, "val_loss": loss}))
+    before = files(tmp_path)
+    assert json.loads(before["summary.json"])["val_loss"] == 2
+    with pytest.raises(OSError), RunFolder(tmp_path, OTHER):
+        raise OSError("a wrong setting")
+    assert files(tmp_path) == before
+
+
+def test_a_run_that_failed_before_it_saved_can_start_again(tmp_path: Path) -> None:
+    """As a restart loop does, with `resume=auto` and no checkpoint yet."""
+    write(tmp_path / "summary.json", json.dumps({"status": "failed", "steps": 50}))
+    with RunFolder(tmp_path, OTHER) as folder:
+        folder.begin(None)
+        assert folder.is_open
+
+
+def test_checkpoints_may_be_a_link_to_another_disk(trained: Path) -> None:
+    (trained / "checkpoints").rename(trained.parent / "scratch")
+    (trained / "checkpoints").symlink_to(trained.parent / "scratch")
+    with RunFolder(trained, OTHER) as folder:
+        folder.begin(trained / "checkpoints" / "last.ckpt")
+        assert folder.goes_on
+    with RunFolder(trained, OTHER) as folder:
+        folder.begin(None, overwrite=True)
+        folder.open()
+    assert (trained / "checkpoints").is_symlink()
+    assert not has_trained(trained)
+
+
+def test_an_error_on_entering_releases_the_lock(trained: Path) -> None:
+    with pytest.raises(OSError), RunFolder(trained, {"x" * 300: ""}):
+        pass
+    with RunFolder(trained, OTHER):
+        pass
 
 
 def test_a_backup_is_a_result(tmp_path: Path) -> None:
@@ -141,10 +204,10 @@ def test_a_backup_is_a_result(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
-    write(tmp_path / "tensorboard" / "events.1", "mine")
+    write(tmp_path / f"{EVENTS}1", "mine")
     with RunFolder(tmp_path, RECORD) as folder:
         folder.begin(None)
-    assert "tensorboard/events.1" in files(tmp_path)
+    assert f"{EVENTS}1" in files(tmp_path)
 
 
 def test_a_checkpoint_of_another_folder_is_not_put_into_this_one(trained: Path) -> None:

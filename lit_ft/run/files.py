@@ -1,0 +1,105 @@
+"""The files that runs write to their folders, by which a run is found and removed.
+
+Whatever else is in such a folder is the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from lit_ft.run.record import FOLDER as RECORD
+from lit_ft.storage.atomic import remove, remove_left_over, temporary_path
+from lit_ft.storage.json_file import read_json
+
+SUMMARY = "summary.json"
+
+_LOGS = (
+    "tensorboard/events.out.tfevents*",
+    "tensorboard/hparams.yaml",
+    "csv/version_*/metrics.csv",
+    "csv/version_*/hparams.yaml",
+)
+_TRACES = (SUMMARY, f"{RECORD}/*.yaml", f"{RECORD}/[0-9]*/*", *_LOGS)
+_RESULTS = (
+    "checkpoints/last*.ckpt",
+    "checkpoints/best.ckpt",
+    "checkpoints/best.json",
+    *(
+        f"{folder}/{name}"
+        for folder in ("export", "export/adapter")
+        for name in ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "Modelfile")
+    ),
+)
+
+
+def logs_of_run(folder: Path) -> set[Path]:
+    """Return what the loggers of runs have written to a folder."""
+    return _found(folder, _LOGS)
+
+
+def traces_of_run(folder: Path, log_name: str) -> set[Path]:
+    """Return what runs have written to a folder apart from weights; empty without a summary.
+
+    Args:
+        folder: The folder, parts of which may be links to other places.
+        log_name: The name of the log in it.
+    """
+    return _found(folder, (*_TRACES, log_name)) if (folder / SUMMARY).exists() else set()
+
+
+def results_of_run(folder: Path) -> set[Path]:
+    """Return the checkpoints and the files of the exported model in a folder."""
+    return _found(folder, _RESULTS)
+
+
+def _found(folder: Path, patterns: Iterable[str]) -> set[Path]:
+    return {file for pattern in patterns for file in folder.glob(pattern)}
+
+
+def remove_files(files: Iterable[Path]) -> None:
+    """Remove files and folders, and the folders that held nothing else."""
+    for file in sorted(files):
+        remove(file)
+        with suppress(OSError):  # it holds something else, or is a link
+            file.parent.rmdir()
+
+
+def remove_left_overs_of_run(folder: Path) -> None:
+    """Remove what killed runs have left of files that they were about to write."""
+    for name in (SUMMARY, RECORD):
+        remove(temporary_path(folder / name))
+    for file in folder.glob(f".{SUMMARY}.rank*"):
+        remove(file)
+    for place in (folder / "checkpoints", folder / "export"):
+        remove_left_over(place)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of a run."""
+    # A run that was killed while it replaced a folder has left only the backup.
+    return any(
+        any((folder / "checkpoints").glob(name))
+        for name in ("*.ckpt", ".last*.ckpt.old", ".best*.old")
+    )
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a folder holds what a training run has brought: weights, or a summary of its end."""
+    if has_checkpoint(folder) or any((folder / "export").glob("*.safetensors")):
+        return True
+    summary = _summary(folder)
+    return summary.get("status") == "completed" and bool(summary.get("steps"))
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a folder holds the result of any run, of one that only validated too."""
+    return has_trained(folder) or _summary(folder).get("status") == "completed"
+
+
+def _summary(folder: Path) -> dict[str, object]:
+    try:
+        return read_json(folder / SUMMARY)
+    except (FileNotFoundError, ValueError):  # a damaged one alone says nothing
+        return {}
