@@ -14,7 +14,7 @@ from lit_ft.run.summary import read_summary
 from tests.support.commands import TINY, run, start
 from tests.support.damaging import flip
 from tests.support.run_files import files
-from tests.support.stopping import TRUSTED, at
+from tests.support.stopping import at
 
 OPTIONS = ["optim=adamw", "trainer.max_steps=3", "logger=tensorboard"]
 
@@ -99,8 +99,7 @@ def test_resume_alone_repeats_the_arguments_of_the_run(tmp_path):
 @pytest.mark.process
 def test_a_folder_does_not_trust_for_the_command_line(tmp_path):
     """The record of a folder that somebody else made may say anything."""
-    keyed = [TRUSTED, "+callbacks.keyed._target_=tests.support.stopping.Keyed"]
-    options = [*TINY, "trainer.max_steps=1", *keyed, "+callbacks.keyed.api_key=x"]
+    options = [*TINY, "trainer.max_steps=1", *at("on_train_batch_start", 9)]
     status, told = run(*options, f"run_dir={tmp_path}", cwd=Path.cwd())
     assert status == 0, told
     before = files(tmp_path)

@@ -64,7 +64,7 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "train.log").mkdir()
     status, output = run(f"run_dir={tmp_path}", *TINY)
     assert status == 1
-    assert told(output).startswith(f"run_dir cannot be used: {tmp_path}/train.log: Is a directory.")
+    assert f"{tmp_path}/train.log: Is a directory." in told(output)
 
 
 def test_a_cache_that_cannot_be_written_is_named_and_the_log_has_the_traceback(
@@ -147,7 +147,7 @@ def save(path: Path, content: object) -> Path:
     [
         ({"a": torch.ones(3)}, "bad.ckpt holds the model alone.*pytorch-lightning_version"),
         ({"state_dict": {}, "callbacks": {}}, "bad.ckpt holds the model alone.*resume=auto"),
-        (torch.ones(3), "bad.ckpt: it holds a Tensor, no checkpoint"),
+        (torch.ones(3), "bad.ckpt is no checkpoint: it holds a Tensor"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_by_name(
