@@ -73,9 +73,11 @@ def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any)
         prompt = tokenizer(conversation[-1]["content"], return_tensors="pt")
     else:
         with bounded_rendering(tokenizer):
-            prompt = tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            text = tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
             )
+        # The template has written the special tokens.
+        prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     sampling = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature}

@@ -78,6 +78,23 @@ def test_a_process_prints_nothing_but_the_answer(folder):
     assert said.stdout and not said.stderr
 
 
+def test_the_tokenizer_may_take_the_memory_that_a_template_may_not(folder, monkeypatch):
+    import resource
+
+    from transformers import PreTrainedTokenizerFast
+
+    limits = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def tokenise(self, *arguments, **options):
+        limits.append(resource.getrlimit(resource.RLIMIT_AS))
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", tokenise)
+    main([str(folder), "--prompt", "one", "--max-new-tokens", "1"])
+    assert set(limits) == {resource.getrlimit(resource.RLIMIT_AS)}
+
+
 def test_a_conversation_remembers_until_new(folder, prompts, capsys, monkeypatch):
     typed(monkeypatch, "one", "two", "/new", "three", "")
     main([str(folder), "--max-new-tokens", "3", "--system", "S"])

@@ -11,6 +11,7 @@ import pytest
 
 from lit_ft.preview import main
 from lit_ft.run.arguments import composed
+from lit_ft.storage.json_file import write_json
 
 ROWS = [("2 + 2?", "4"), ("Was heißt „Käse“?", "cheese 🧀"), ("<b>bold</b>?", "</b> & so on")]
 
@@ -134,6 +135,10 @@ def test_the_time_of_an_epoch_is_that_of_the_newest_run_of_the_model(shown, tmp_
         (run / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "runs" / "cut").mkdir()
     (tmp_path / "runs" / "cut" / "summary.json").write_text("{")
+    (tmp_path / "runs" / "damaged").mkdir()
+    damaged = tmp_path / "runs" / "damaged" / "summary.json"
+    write_json(damaged, {"config": {"model": tiny}, "tokens_per_second": 25.0})
+    damaged.write_text(damaged.read_text().replace("25.0", "99.0"))
     text = shown([chat(*row) for row in ROWS])
     tokens = int(figure(text, "an epoch").split()[0])
     time = f"0:00:{round(tokens / 10):02d} at 10 tokens/s, the speed of runs/a"

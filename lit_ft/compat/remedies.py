@@ -122,7 +122,7 @@ AFRESH = Remedy("start afresh", advice="start afresh, in another run_dir")
 GO_ON = Remedy("go on with it", {"resume": "auto"}, "go on with it (resume=auto)")
 REPLACE_RUN = Remedy("replace it", {"overwrite": "true"}, "replace it (overwrite=true)")
 OTHER_FOLDER = Remedy("choose another folder", advice="choose another run_dir")
-WAIT_FOR_RUN = Remedy("wait until it ends, or stop it")
+WAIT_FOR_RUN = Remedy("wait until it ends")
 REPEATED_ARGUMENTS = Remedy(
     "repeat its run's own arguments (.hydra/overrides.yaml in its folder lists them)"
 )

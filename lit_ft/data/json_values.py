@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Self
 
 
 def decoded(text: bytes, *, mark: bool = False) -> Any:
@@ -43,10 +43,19 @@ def repeated_key_in(value: object) -> RepeatedKey | None:
 class RepeatedKey(ValueError):
     """The error for an object of JSON that has a key twice, of which Python keeps the last."""
 
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+    @classmethod
+    def of(cls, pairs: list[tuple[str, Any]]) -> Self:
+        """Return the error for an object of these keys and values."""
         keys = [key for key, _ in pairs]
-        key = next(key for key in keys if keys.count(key) > 1)
-        super().__init__(f"an object has the key {key!r} twice; remove one of the two")
+        return cls(next(key for key in keys if keys.count(key) > 1))
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)  # the arguments with which a copy in another process is made
+        self.key = key
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return f"an object has the key {self.key!r} twice; remove one of the two"
 
 
 class Marked(dict[str, Any]):
@@ -58,7 +67,7 @@ class Marked(dict[str, Any]):
 def _refusing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise RepeatedKey(pairs)
+        raise RepeatedKey.of(pairs)
     return fields
 
 
@@ -66,7 +75,7 @@ def _marking(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         fields = Marked(fields)
-        fields.error = RepeatedKey(pairs)
+        fields.error = RepeatedKey.of(pairs)
     return fields
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ def parts_of(source: Source) -> list[Part]:
 
     There is at most one part for each core. A source is not cut if its rows cannot be counted
     without reading them, or if processes cannot be forked safely. A process that is not forked
-    would run the user's script again.
+    would run the user's script again. A process that uses CUDA may be forked all the same, because
+    encoding does not use CUDA.
     """
     rows = getattr(source, "num_rows", lambda: None)()
     may_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
@@ -54,17 +56,12 @@ def work_on(parts: list[Part], work: Callable[[Part], Iterator[int]]) -> Iterato
     if len(parts) == 1:
         yield from work(parts[0])
         return
-    context = multiprocessing.get_context("fork")
     processes: dict[Any, Any] = {}
     try:
         with _one_thread_each():
             for part in parts:
-                ours, theirs = context.Pipe(duplex=False)
-                processes[ours] = context.Process(
-                    target=_send, args=(work, part, theirs), daemon=True
-                )
-                processes[ours].start()
-                theirs.close()  # otherwise the pipe would not end with the process
+                pipe, process = _start(work, part)
+                processes[pipe] = process
         running = set(processes)
         while running:
             for pipe in wait(running):
@@ -78,8 +75,23 @@ def work_on(parts: list[Part], work: Callable[[Part], Iterator[int]]) -> Iterato
     finally:
         for process in processes.values():
             process.terminate()
-        for process in processes.values():
+        for pipe, process in processes.items():
             process.join()
+            pipe.close()
+
+
+def _start(work: Callable[[Part], Iterator[int]], part: Part) -> tuple[Any, Any]:
+    """Start a process that works on a part, and return the pipe to it and the process."""
+    context: Any = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(work, part, theirs), daemon=True)
+    try:
+        with theirs:  # while it is open here, the pipe does not end with the process
+            process.start()
+    except OSError:  # the user may have no more processes, or the machine no more memory
+        ours.close()
+        raise
+    return ours, process
 
 
 def _received(pipe: Any, process: Any) -> int | Exception | None:
@@ -97,9 +109,7 @@ def _received(pipe: Any, process: Any) -> int | Exception | None:
 
 def _send(work: Callable[[Part], Iterator[int]], part: Part, pipe: Connection) -> None:
     """Work on a part in a process of its own, and send the numbers of rows, or the error."""
-    # The handlers of the parent, which save checkpoints, are not for this process.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too
+    _leave_signals_to_parent()
     parent = multiprocessing.parent_process()
     assert parent is not None
     try:
@@ -109,7 +119,33 @@ def _send(work: Callable[[Part], Iterator[int]], part: Part, pipe: Connection) -
             pipe.send(count)
         pipe.send(None)
     except Exception as error:
-        pipe.send(error)
+        pipe.send(_portable(error))
+
+
+def _leave_signals_to_parent() -> None:
+    """Reset the parent's handlers, which save checkpoints and queue a job again.
+
+    Signals may come to all processes of a job. A warning, after which the parent goes on, must not
+    end this process.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the parent ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number, action in (
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGUSR1, signal.SIG_IGN),
+        (signal.SIGUSR2, signal.SIG_IGN),
+    ):
+        if callable(signal.getsignal(number)):  # nohup's choice, to ignore SIGHUP, stays
+            signal.signal(number, action)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error, or its text if a copy of the error cannot be made in another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

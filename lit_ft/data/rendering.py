@@ -7,7 +7,7 @@ with a model, so it may be anyone's.
 
 from __future__ import annotations
 
-import resource
+import mmap
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,14 +20,18 @@ from transformers import PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
 SECONDS = 5.0
-"""The time of computation that a rendering may take. The chats of training take milliseconds."""
+"""The time that the process may compute during a rendering. Chats of training take milliseconds."""
 
 BYTES = 1 << 30
-"""The memory that a rendering may take."""
+"""The memory that the process may add during a rendering."""
 
 _SIZES = "/proc/self/statm"  # on Linux
-_PAGE = resource.getpagesize()
 _SHOWN = 60  # characters of a template in a message
 
 
@@ -43,7 +47,9 @@ class _TimeIsUp(BaseException):
 def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Bound the rendering of a chat in the block.
 
-    The time is bounded in a process's main thread, and the memory on Linux.
+    The bounds hold for all threads of the process together, because the system knows no others. So
+    only the main thread sets them: two threads would restore each other's. The time is bounded on
+    Linux and macOS, and the memory on Linux.
 
     Args:
         tokenizer: The tokenizer whose chat template renders, for the message.
@@ -51,6 +57,9 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     Raises:
         CostlyTemplate: If the rendering goes beyond `SECONDS` or `BYTES`.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     try:
         with _bounded_memory(), _bounded_time():
             yield
@@ -67,19 +76,23 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 @contextmanager
 def _bounded_time() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
+    if not hasattr(signal, "setitimer"):  # on Windows
+        yield
         return
     # The timer counts time of computation, so a process that is suspended does not run out of it.
-    before = signal.signal(signal.SIGVTALRM, _end)
+    due, interval = signal.setitimer(signal.ITIMER_VIRTUAL, 0)  # a profiler of the caller's
+    handler = signal.signal(signal.SIGVTALRM, _end)
+    left = SECONDS
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            left, _ = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     finally:
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, handler)
+        if due:
+            signal.setitimer(signal.ITIMER_VIRTUAL, max(due - (SECONDS - left), 1e-6), interval)
 
 
 def _end(_: int, __: FrameType | None) -> Any:
@@ -90,7 +103,7 @@ def _end(_: int, __: FrameType | None) -> Any:
 def _bounded_memory() -> Iterator[None]:
     try:
         with open(_SIZES, "rb", buffering=0) as file:  # a rendering takes less than a millisecond
-            most = int(file.read().split()[0]) * _PAGE + BYTES
+            most = int(file.read().split()[0]) * mmap.PAGESIZE + BYTES
     except FileNotFoundError:
         yield
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -133,6 +132,10 @@ def _peak_resident_bytes() -> int:
     found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     if found:
         return int(found[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Windows has none
+
     maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return maxrss if sys.platform == "darwin" else maxrss * 1024
 

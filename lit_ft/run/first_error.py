@@ -41,7 +41,7 @@ def add_to_summary(path: Path, end: Mapping[str, Any], *, rank: int) -> None:
     """
     try:
         found = read_json(path)
-        if found["error"] is None:
+        if found.get("error") is None:
             end = {**end, "error": {**end["error"], "rank": rank}}
             new = path.with_name(f".{path.name}.rank{rank}")
             write_json(new, {**found, **end}, indent=2)
@@ -57,4 +57,6 @@ def end_of_another(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     error = found.get("error")
-    return {name: found[name] for name in _OF_AN_END} if error and error.get("rank") else {}
+    # Another program may have written a text there.
+    is_of_another = isinstance(error, dict) and error.get("rank")
+    return {name: found.get(name) for name in _OF_AN_END} if is_of_another else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -17,6 +16,7 @@ from lit_ft.data.encoding import Encoder, load_chat_template
 from lit_ft.data.sources import parse
 from lit_ft.data.splits import WeightedSource, source_choices, weighted_sources
 from lit_ft.data.survey import Survey
+from lit_ft.storage.json_file import read_json
 
 DATAMODULE = "lit_ft.InstructionDataModule"
 
@@ -112,10 +112,10 @@ class Preview:
         found = chain(runs.glob("*/summary.json"), runs.glob("*/*/summary.json"))
         for file in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
             try:
-                summary = json.loads(file.read_text(encoding="utf-8"))
+                summary = read_json(file)
                 speed, model = summary["tokens_per_second"], summary["config"]["model"]
             except (OSError, ValueError, LookupError, TypeError):
-                continue  # incomplete, or written by another program
+                continue  # damaged, or written by another program
             if speed and model == self.model:
                 return Speed(speed, file.parent)
         return None

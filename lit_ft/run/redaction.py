@@ -10,11 +10,12 @@ import logging
 import math
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, TextIO
+from typing import Any
+
+from lit_ft.run.output import rewrite_output
 
 MASK = "***"
 """What stands in place of a secret."""
@@ -113,37 +114,9 @@ class RedactingFormatter(logging.Formatter):
         return redacted_text(super().format(record))
 
 
-class _RedactingStream:
-    """A text stream that leaves secrets out of what is written to another one."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._write = stream.write
-
-    @property
-    def write(self) -> Callable[[str], int]:
-        """The function that writes. wandb puts one in its place, which gets no secrets either."""
-        write = self._write
-        return lambda text: write(redacted_text(text))
-
-    @write.setter
-    def write(self, write: Callable[[str], int]) -> None:
-        self._write = write
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 def redact_output() -> None:
     """Leave secrets out of everything that this process prints from now on."""
-    for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _RedactingStream):
-            setattr(sys, name, _RedactingStream(stream))
+    rewrite_output(redacted_text)
 
 
 def _names_secret(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
@@ -24,7 +23,7 @@ from lit_ft.run.files import SUMMARY
 from lit_ft.run.first_error import add_to_summary, end_of_another, follows_another
 from lit_ft.run.folder import RunFolder
 from lit_ft.run.redaction import redacted
-from lit_ft.storage.json_file import read_json, write_json
+from lit_ft.storage.json_file import as_plain, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
 
 def as_written(value: Any) -> Any:
     """Return plain values as they come back from the file."""
-    return json.loads(_as_json(value))
+    return as_plain(_finite(value))
 
 
 def status_of(error: BaseException | None) -> str:
@@ -236,10 +235,6 @@ def _earlier(run_dir: str | Path) -> dict[str, Any] | None:
     except ValueError as error:
         rank_zero_warn(str(error).partition(". `")[0] + ", and is written again.")
         return None
-
-
-def _as_json(value: Any, **layout: Any) -> str:
-    return json.dumps(_finite(value), default=str, **layout)
 
 
 def _finite(value: Any) -> Any:

@@ -1,43 +1,72 @@
-"""Ask once whether the Hugging Face Hub can be reached, and spare its libraries to find out.
+"""Ask whether the Hugging Face Hub can be reached, and spare its libraries to find out.
 
 They try each file of a repository several times with pauses between, which takes up to a minute.
 """
 
 from __future__ import annotations
 
-import socket
+import asyncio
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from urllib.parse import urlsplit
+from math import inf
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants
 
-_SECONDS = 2.0  # to connect
+_SECONDS = 5.0  # to connect
+_PORTS = {"": 80, "http": 80, "https": 443}
+_SOCKS = 1080
+# A failure is forgotten, so that a notebook that connects can try again. Only one that is waited
+# for, as where a firewall drops everything, is believed for a while: a run asks several times.
+_FAST = 1.0
+_BELIEVED = 30.0
+_known: dict[tuple[str, int], tuple[str | None, float]] = {}  # why a host fails, and until when
 
 
 def why_unreachable() -> str | None:
     """Return why the hub cannot be reached; None if it can."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    return _why_no_connection(constants.ENDPOINT)
+    first = _first_host(constants.ENDPOINT)
+    place = first.hostname or "", first.port or _PORTS.get(first.scheme, _SOCKS)
+    why, until = _known.get(place, (None, -inf))
+    if (began := time.monotonic()) < until:
+        return why
+    why = _why_no_connection(*place)
+    if why is None:
+        _known[place] = None, inf
+    elif (ended := time.monotonic()) - began > _FAST:
+        _known[place] = why, ended + _BELIEVED
+    return why
 
 
-@cache
-def _why_no_connection(endpoint: str) -> str | None:
-    """Return why there is no connection to a host, or to the proxy that leads to it."""
+def _first_host(endpoint: str) -> SplitResult:
+    """Return the URL of an endpoint, or of the proxy that leads to it."""
     url = urlsplit(endpoint)
-    host = url.hostname or ""
-    proxy = None if proxy_bypass(host) else getproxies().get(url.scheme)
-    first = urlsplit(proxy if proxy is None or "//" in proxy else f"//{proxy}") if proxy else url
-    port = first.port or (443 if first.scheme == "https" else 80)
+    proxies = {} if proxy_bypass(url.hostname or "") else getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else url
+
+
+def _why_no_connection(host: str, port: int) -> str | None:
     try:
-        socket.create_connection((first.hostname or "", port), timeout=_SECONDS).close()
+        with ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop of its own
+            pool.submit(asyncio.run, _connect(host, port)).result()
     except OSError as error:
-        return f"no connection to {first.hostname}: {error}"
+        told = str(error) or f"no answer within {_SECONDS:g} seconds"  # a timeout says nothing
+        return f"no connection to {host}: {told}"
     return None
+
+
+async def _connect(host: str, port: int) -> None:
+    """Connect to the first of the host's addresses that answers."""
+    async with asyncio.timeout(_SECONDS):
+        _, writer = await asyncio.open_connection(host, port, happy_eyeballs_delay=0.1)
+    writer.close()
 
 
 @contextmanager

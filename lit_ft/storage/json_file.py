@@ -26,7 +26,7 @@ def write_json(path: Path, fields: Mapping[str, Any], *, indent: int | None = No
     Raises:
         OSError: If the file cannot be written. An earlier one is then unchanged.
     """
-    plain = json.loads(json.dumps(fields, default=str))
+    plain = as_plain(fields)
     sealed = {**plain, CHECKSUM: _digest(plain)}
     write_text(path, json.dumps(sealed, indent=indent) + "\n")
 
@@ -48,6 +48,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if expected is not None and expected != _digest(fields):
         raise ValueError(f"{path} is damaged: its checksum is wrong")
     return fields
+
+
+def as_plain(value: Any) -> Any:
+    """Return a value as it comes back from a file. What is not JSON becomes text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lit_ft.compat.refusal import Remedy
 from lit_ft.data import parts
 from lit_ft.data.cache import cache_folder
 from lit_ft.data.encoding import Encoder
-from lit_ft.data.parts import parts_of
+from lit_ft.data.json_values import RepeatedKey
+from lit_ft.data.parts import parts_of, work_on
+from lit_ft.data.rendering import CostlyTemplate
+from lit_ft.data.rows import Part
 from lit_ft.data.sources import Files, open_source, parse
 from lit_ft.data.tables import encode_source
 
@@ -99,6 +108,88 @@ def test_an_error_names_its_row_and_leaves_nothing(
         encode_source(source, None, Encoder(tokenizer, 64))
     assert str(caught.value).startswith(row.origin)
     assert list(cache_folder().iterdir()) == []
+
+
+def test_processes_that_cannot_start_are_named_and_leave_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", no_more)
+    source = written(tmp_path, 40)
+    before = psutil.Process().num_fds()
+    with pytest.raises(BlockingIOError) as caught:
+        encode_source(source, None, Encoder(tokenizer, 64))
+    assert psutil.Process().num_fds() == before, caught
+    assert list(cache_folder().iterdir()) == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_that_reaches_all_processes_is_handled_by_the_first_alone(
+    tmp_path: Path, warning: signal.Signals
+) -> None:
+    """As Slurm sends one to a job; the handler queues the job again."""
+
+    def work(part: Part) -> Iterator[int]:
+        os.kill(os.getpid(), warning)
+        os.kill(os.getppid(), warning)
+        yield os.getpid()
+
+    def queue(*_: object) -> None:
+        with (tmp_path / "queued").open("a") as file:
+            print(os.getpid(), file=file)
+
+    before = signal.signal(warning, queue)
+    try:
+        workers = list(work_on([Part(0, 1), Part(1, 2)], work))
+    finally:
+        signal.signal(warning, before)
+    assert len(set(workers)) == 2
+    assert set((tmp_path / "queued").read_text().split()) == {str(os.getpid())}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("chosen", [signal.SIG_IGN, lambda *_: None])
+def test_a_hang_up_ends_the_processes_unless_it_is_ignored(chosen: Any) -> None:
+    def work(part: Part) -> Iterator[int]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        yield 1
+
+    before = signal.signal(signal.SIGHUP, chosen)
+    try:
+        with nullcontext() if chosen == signal.SIG_IGN else pytest.raises(RuntimeError, match="-1"):
+            assert sum(work_on([Part(0, 1), Part(1, 2)], work)) == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class OfTwo(Exception):
+    """As an error of a library may be: without the arguments that make its copy."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (RepeatedKey("prompt"), RepeatedKey, "key 'prompt' twice"),
+        (CostlyTemplate("It is long", Remedy("cut it")), CostlyTemplate, "It is long. Cut it."),
+        (OfTwo("this", "that"), RuntimeError, "OfTwo: this and that"),
+    ],
+)
+def test_an_error_says_the_same_where_the_processes_were_started(
+    error: Exception, kind: type[Exception], told: str
+) -> None:
+    def work(part: Part) -> Iterator[int]:
+        yield 0
+        raise error
+
+    with pytest.raises(kind, match=told):
+        list(work_on([Part(0, 1), Part(1, 2)], work))
 
 
 KILLED = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+import runpy
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -63,21 +65,69 @@ def test_a_template_that_waits_for_its_row_ends_the_reading_there(tokenizer, bad
         list(encoder(rows))
 
 
-def test_outside_the_main_thread_the_memory_is_bounded(tokenizer):
-    tokenizer.chat_template = LARGE[0]
-    caught: list[Exception] = []
+def test_renderings_that_overlap_in_threads_leave_no_bounds(tokenizer):
+    before, other_renders, main_is_done = bounds(), threading.Event(), threading.Event()
 
     def render() -> None:
-        try:
-            with bounded_rendering(tokenizer):
-                tokenizer.apply_chat_template(ANSWER, tokenize=False)
-        except CostlyTemplate as error:
-            caught.append(error)
+        with bounded_rendering(tokenizer):
+            other_renders.set()
+            main_is_done.wait(5)
 
     thread = threading.Thread(target=render)
-    thread.start()
+    with bounded_rendering(tokenizer):
+        thread.start()
+        assert other_renders.wait(5)
+    main_is_done.set()
     thread.join()
-    assert len(caught) == 1
+    assert bounds() == before
+
+
+def test_a_timer_of_the_caller_goes_on(tokenizer):
+    """A profiler's, which counts the time of the rendering too."""
+    rung: list[int] = []
+    handler = signal.signal(signal.SIGVTALRM, lambda number, _: rung.append(number))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 100, 7)
+    try:
+        with bounded_rendering(tokenizer):
+            spend(0.1)
+        left, interval = signal.getitimer(signal.ITIMER_VIRTUAL)
+        assert (99 < left < 99.95, interval) == (True, pytest.approx(7, abs=0.1)), left
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.05)
+        with bounded_rendering(tokenizer):
+            spend(0.1)
+        spend(0.05)
+        assert rung == [signal.SIGVTALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler)
+
+
+def spend(seconds: float) -> None:
+    """Compute for a time, as the timer counts it: without the system's own."""
+    until = resource.getrusage(resource.RUSAGE_SELF).ru_utime + seconds
+    while resource.getrusage(resource.RUSAGE_SELF).ru_utime < until:
+        sum(range(10_000))
+
+
+def test_windows_has_no_bounds_and_renders(tokenizer, monkeypatch):
+    tokenizer.chat_template = WORDS
+    with monkeypatch.context() as windows:
+        windows.setitem(sys.modules, "resource", None)
+        for name in ("setitimer", "ITIMER_VIRTUAL", "SIGVTALRM"):
+            windows.delattr(signal, name)
+        windows.setattr("builtins.open", no_proc(open))
+        with runpy.run_path(rendering.__file__)["bounded_rendering"](tokenizer):
+            text = tokenizer.apply_chat_template(ANSWER, tokenize=False)
+    assert text == "<user>q</s><assistant>a</s>"
+
+
+def no_proc(opens: Any) -> Any:
+    def opened(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(path)
+        return opens(path, *arguments, **options)
+
+    return opened
 
 
 def test_a_lower_limit_of_the_process_stays(tokenizer):

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.run.summary import RunSummary, read_summary
+from lit_ft.storage.json_file import write_json
 
 PEER_IS_GONE = RuntimeError("[../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
 OF_RANK_1 = ValueError("of rank 1")
@@ -45,6 +46,18 @@ def test_the_error_of_another_rank_is_there_before_the_first_one_notices(rank, t
         read_summary(tmp_path)["ended"] == "ValueError before the first step: of rank 1 (on rank 1)"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("left", [{"error": "a text"}, {"error": {"rank": 1}}, {}])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_summary_of_another_program_hides_no_error(rank, tmp_path, left, number):
+    summary = rank(number)
+    write_json(tmp_path / "summary.json", left)
+    if number == 0:
+        summary.write()  # as when training starts
+    summary.__exit__(ValueError, OF_RANK_1, None)
+    kept = number == 1 and "error" in left
+    assert kept or told(tmp_path) == ("failed", "of rank 1", number)
 
 
 @pytest.mark.parametrize("error", [SIGTERMException(), PEER_IS_GONE, None])
