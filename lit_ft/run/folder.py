@@ -44,7 +44,7 @@ class RunFolder:
     """Locks the folder of a run, and keeps the results in it safe until a step is trained.
 
     Use it as a context manager around the whole run, and call `begin` before anything is loaded.
-    Only the first rank touches files.
+    If there are results, nothing is written before that. Only the first rank touches files.
 
     Args:
         path: The folder, created if it is missing.
@@ -79,6 +79,11 @@ class RunFolder:
         return (self.path if self.is_open else self._starting) / SUMMARY
 
     @property
+    def may_write(self) -> bool:
+        """Whether this start may write its own files already."""
+        return self.is_open or self._has_begun
+
+    @property
     def _starting(self) -> Path:
         return self.path / RECORD / "starting"
 
@@ -99,14 +104,18 @@ class RunFolder:
 
     def _start(self) -> None:
         self._look()
-        remove(self._starting)
         traces = traces_of_run(self.path, self._log_name)
         if self.is_open:
             remove_files(traces)  # of a run that has left no result
         self._files = traces | results_of_run(self.path)
         self._logs = logs_of_run(self.path)
+        if self.is_open:
+            self._write_record(self.path / RECORD)
+
+    def _write_record(self, place: Path) -> None:
+        remove(self._starting)  # of a start that was killed
         for name, text in self._record.items():
-            write_text((self.path / RECORD if self.is_open else self._starting) / name, text)
+            write_text(place / name, text)
         self._log = RunLog(self.summary.with_name(self._log_name))
 
     def begin(self, resume: Path | None, *, trains: bool = True, overwrite: bool = False) -> None:
@@ -122,7 +131,6 @@ class RunFolder:
             Refusal: If the folder holds a trained run that this one neither goes on with nor may
                 replace.
         """
-        self._has_begun = True
         own = (self.path / "checkpoints").resolve()
         self.goes_on = resume is not None and own in resume.resolve().parents
         if self._holds_run and trains and not self.goes_on and not overwrite:
@@ -132,6 +140,9 @@ class RunFolder:
                 remedies.OTHER_FOLDER,
                 remedies.REPLACE_RUN,
             )
+        self._has_begun = True
+        if not self.is_open and _is_first_rank():
+            self._write_record(self._starting)
 
     def open(self) -> None:
         """Make this start the run of the folder, since it has trained a step.
@@ -168,10 +179,10 @@ class RunFolder:
                 return
             if not self.is_open:
                 remove_files(logs_of_run(self.path) - self._logs)
-            if not self.is_open and error is None and self._has_begun and not self._holds_run:
+            if not self.is_open and error is None and not self._holds_run:
                 self.open()  # it has validated, as the run before it
             self._log.close()
-            if not self.is_open and error is None and self._has_begun:
+            if not self.is_open and error is None:
                 self._keep_record()
             elif not self.is_open:
                 remove(self._starting)

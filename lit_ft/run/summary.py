@@ -174,6 +174,8 @@ class RunSummary:
 
     @rank_zero_only
     def _write(self, fields: Mapping[str, Any]) -> None:
+        if self.folder is not None and not self.folder.may_write:
+            return
         self.fields["seconds"]["total"] = self._elapsed()
         write_json(self.path, _finite(redacted(fields)), indent=2)
 
