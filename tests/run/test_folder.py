@@ -190,10 +190,10 @@ def test_checkpoints_may_be_a_link_to_another_disk(trained: Path) -> None:
     assert not has_trained(trained)
 
 
-def test_an_error_on_entering_releases_the_lock(trained: Path) -> None:
-    with pytest.raises(OSError), RunFolder(trained, {"x" * 300: ""}):
+def test_an_error_on_entering_releases_the_lock(tmp_path: Path) -> None:
+    with pytest.raises(OSError), RunFolder(tmp_path, {"x" * 300: ""}):
         pass
-    with RunFolder(trained, OTHER):
+    with RunFolder(tmp_path, OTHER):
         pass
 
 
