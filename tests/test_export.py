@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_ft.export import main
+from lit_ft.run.summary import read_summary
 from tests.support.commands import TINY
 from tests.support.ollama import prompt_of, read_modelfile
 from tests.support.running import run_job
@@ -165,7 +166,7 @@ def test_a_damaged_checkpoint_is_not_exported(run_dir):
 
 
 def changed(run_dir, change):
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = read_summary(run_dir)  # without its checksum, which a file need not have
     change(summary["config"])
     (run_dir / "summary.json").write_text(json.dumps(summary))
 
@@ -185,6 +186,16 @@ def test_a_run_does_not_say_itself_what_is_trusted(run_dir, tmp_path, monkeypatc
     assert (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("where", ["model", "loss", "groups"])
+def test_a_run_cannot_have_its_configuration_filled_in(run_dir, tmp_path, monkeypatch, where):
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    target = "${oc.create:{_target_:tests.support.marker.Marker}}"
+    changed(run_dir, lambda config: config["module"].update({where: target}))
+    with pytest.raises(SystemExit, match=rf"config\.module\.{where}=.*Write the value itself"):
+        main([str(run_dir)])
+    assert not (tmp_path / "marker").exists()
+
+
 def test_a_run_that_ran_remote_code_asks_for_trust_again(run_dir):
     def remote(config):
         config["module"]["model"] = {
@@ -199,7 +210,7 @@ def test_a_run_that_ran_remote_code_asks_for_trust_again(run_dir):
 
 
 def test_a_run_from_before_classes_moved_is_exported(run_dir, tmp_path):
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = read_summary(run_dir)
     loss = summary["config"]["module"]["loss"]
     assert loss["_target_"] == "lit_ft.loss.ChunkedCrossEntropy"
     loss["_target_"] = "lit_ft.losses.ChunkedCrossEntropy"  # as runs of 0.1 have it

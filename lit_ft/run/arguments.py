@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.run.config import names_near, null_choices, resolved
-from lit_ft.run.hidden import references, without_secrets
-from lit_ft.run.trust import compositions, hold_hydra_to_command_line
+from lit_ft.run.hidden import in_quotes, references, without_secrets
+from lit_ft.run.hydra_trust import compositions
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -66,23 +65,33 @@ def for_hydra(arguments: Sequence[str], *, config_dir: Path = CONF) -> list[str]
         config_dir: The folder that holds train.yaml.
 
     Raises:
+        HydraException: If Hydra cannot compose a configuration from the arguments.
         ValueError: If a configuration file changes what Hydra runs, or if a secret is one that was
             left out of a run's files.
     """
     arguments = quoted_paths(without_secrets(arguments))
-    composed = compositions(arguments, config_dir=config_dir)
-    hold_hydra_to_command_line(composed, arguments, config_dir=config_dir)
-    of_files: list[dict[str, str]] = []
-    for whole in composed:
-        config: Any = OmegaConf.to_container(whole, resolve=False)
-        of_files.append(references({name: one for name, one in config.items() if name != "hydra"}))
-    if any(other != of_files[0] for other in of_files):
+    of_files = _secrets_of_files(compositions(arguments, config_dir=config_dir))
+    hidden = [f"++{name}={reference}" for name, reference in of_files.items()]
+    # Hydra takes its settings in one piece: none may stand behind an option that follows them.
+    places = [place for place, one in enumerate(arguments, 1) if "=" in one and one[0] != "-"]
+    end = max(places, default=0)
+    return [*arguments[:end], *hidden, *arguments[end:]]
+
+
+def _secrets_of_files(composed: Sequence[Any]) -> dict[str, str]:
+    """Return references to the secrets of configuration files, keyed by setting."""
+    found: list[dict[str, str]] = []
+    for one in composed:
+        config: Any = OmegaConf.to_container(one, resolve=False)
+        found.append(references({name: node for name, node in config.items() if name != "hydra"}))
+    # Of a sweep, the first is the whole: Hydra writes it to a file, and it need not hold them all.
+    whole, jobs = found[:1], found[1:] or found
+    if any(one != jobs[0] for one in jobs) or any(one.items() - jobs[0].items() for one in whole):
         raise ValueError(
             "The configuration files of a sweep hold different secrets. Write ${oc.env:VARIABLE} "
             "in their place, which reads a variable of the environment."
         )
-    own = of_files[0].items() if of_files else ()
-    return [*arguments, *(f"++{name}={reference}" for name, reference in own)]
+    return jobs[0] if jobs else {}
 
 
 def quoted_paths(arguments: Sequence[str]) -> list[str]:
@@ -109,14 +118,14 @@ def _quoted(argument: str) -> str:
     except HydraException:
         several = value.split(",")
         if not exists and all(map(_exists, several)):  # the paths of a sweep
-            return f"{setting}={','.join(map(_in_quotes, several))}"
-        return f"{setting}={_in_quotes(value)}"
+            return f"{setting}={','.join(map(in_quotes, several))}"
+        return f"{setting}={in_quotes(value)}"
     if not is_path or (override.is_sweep_override() and not exists):
         return argument
     read = override.value()
     if read is None or read == value or (isinstance(read, str) and not exists):
         return argument
-    return f"{setting}={_in_quotes(value)}"
+    return f"{setting}={in_quotes(value)}"
 
 
 def _exists(path: str) -> bool:
@@ -124,9 +133,3 @@ def _exists(path: str) -> bool:
         return Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user
         return False
-
-
-def _in_quotes(value: str) -> str:
-    # To Hydra, a backslash is an ordinary character unless a quote follows.
-    escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + "\\'" * bool(end[2]), value)
-    return f"'{escaped}'"

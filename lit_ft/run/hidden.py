@@ -14,11 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 
 from lit_ft.run.redaction import MASK, OWN_VARIABLES, is_secret
 
 _OWN = re.compile(rf"\$\{{oc\.env:({OWN_VARIABLES}\w+)\}}")
+_NAME = re.compile(r"\w+(?=\s*:)")  # in a text that may be a dict
+_SPECIAL, _ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]"), r"\\\g<0>"
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
@@ -80,28 +83,80 @@ def _without_secret(argument: str) -> str:
     if not assigned or argument.startswith("-"):
         return argument
     name = key.lstrip("+~")
-    values: list[Any] = [typed]
-    try:
-        override = OverridesParser.create().parse_override(argument)
-    except HydraException:  # Hydra would print it: to hide the value is all that matters
-        pass
-    else:
-        swept = override.is_sweep_override()
-        values = list(override.sweep_string_iterator()) if swept else [override.value()]
-    if isinstance(values[0], Mapping | list):
-        for inner, value in _values(values[0], name):
-            _ensure_given(inner, value)
-            if is_secret(inner, value):
-                argument = argument.replace(str(value), _reference(inner, value))
-        return argument
-    for value in values:
-        _ensure_given(name, value)
-    if not any(is_secret(name, value) for value in values):
+    values = _values_of(argument, key)
+    if values is None:  # Hydra would print it: to hide the value is all that matters
+        _ensure_given(name, typed)
+        names = (name, *(f"{name}.{inner}" for inner in _NAME.findall(typed)))
+        is_hidden = any(is_secret(one, typed) for one in names)
+        return f"{key}={_reference(name, typed)}" if is_hidden else argument
+    several = len(values) > 1
+    hidden = [
+        _without_secrets(value, name, f"{name}.{turn}" if several else name)
+        for turn, value in enumerate(values)
+    ]
+    if hidden == values:
         return argument
     if argument.startswith("~"):
         return key  # to delete a setting, Hydra needs only its name
-    numbered = [f"{name}.{turn}" for turn in range(len(values))] if len(values) > 1 else [name]
-    return f"{key}={','.join(map(_reference, numbered, values))}"
+    return f"{key}={','.join(map(_as_typed, hidden))}"
+
+
+def _values_of(argument: str, key: str) -> list[Any] | None:
+    """Return the values of a setting, several if it is swept; None if Hydra cannot read them."""
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(argument)
+        if not override.is_sweep_override():
+            return [override.value()]
+        if not isinstance(override.value(), list | ChoiceSweep):
+            return []  # numbers, or names of files
+        choices = override.sweep_string_iterator()
+        return [parser.parse_override(f"{key}={choice}").value() for choice in choices]
+    except HydraException:
+        return None
+
+
+def _without_secrets(node: Any, name: str, variable: str) -> Any:
+    """Return a value with references in place of its secrets.
+
+    Args:
+        node: The value that Hydra has read.
+        name: The full name of its setting.
+        variable: The name by which its secret is kept, which differs for each choice of a sweep.
+    """
+    if isinstance(node, Mapping):
+        return {
+            key: _without_secrets(value, f"{name}.{key}", f"{variable}.{key}")
+            for key, value in node.items()
+        }
+    if isinstance(node, list):
+        return [
+            _without_secrets(value, f"{name}.{index}", f"{variable}.{index}")
+            for index, value in enumerate(node)
+        ]
+    _ensure_given(name, node)
+    return _reference(variable, node) if is_secret(name, node) else node
+
+
+def _as_typed(value: Any) -> str:
+    """Return a value in Hydra's grammar."""
+    if isinstance(value, Mapping):
+        pairs = (f"{_SPECIAL.sub(_ESCAPED, str(key))}: {_as_typed(value[key])}" for key in value)
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_typed, value))}]"
+    if value is None:
+        return "null"
+    if not isinstance(value, str):
+        return str(value)
+    return value if _OWN.fullmatch(value) else in_quotes(value)
+
+
+def in_quotes(value: str) -> str:
+    """Return a text as Hydra's grammar quotes it, where it is read as it is."""
+    # To Hydra, a backslash is an ordinary character unless a quote follows.
+    escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + "\\'" * bool(end[2]), value)
+    return f"'{escaped}'"
 
 
 def _reference(name: str, secret: Any) -> str:

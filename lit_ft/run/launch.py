@@ -7,20 +7,26 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.arguments import CONF, for_hydra
 from lit_ft.run.config import names_near, null_choices
 from lit_ft.run.console import outlive_terminal
+from lit_ft.run.hydra_trust import compositions
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_ours: list[bool] = []  # not empty while `_raised_by_hydra` has set the variable
+# Set while `_raised_by_hydra` has set the other. Jobs in other processes inherit both.
+_IS_OURS = "LIT_FT_RAISED_BY_HYDRA"
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -63,13 +69,14 @@ def launch(main: Callable[[], Any]) -> None:
 @contextmanager
 def reported_by_hydra() -> Iterator[None]:
     """Let Hydra report the errors of the job in this block as it always does."""
-    ours = _ours.pop() if _ours else None
-    if ours:
-        os.environ.pop(_FULL_ERROR, None)  # other ranks inherit the environment
-    yield
-    if ours:  # a sweep goes on with its next job
-        os.environ[_FULL_ERROR] = "1"
-        _ours.append(ours)
+    is_ours = _IS_OURS in os.environ
+    if is_ours:
+        _unset()  # other ranks inherit the environment
+    try:
+        yield
+    finally:
+        if is_ours and HydraConfig.get().mode == RunMode.MULTIRUN:  # it goes on with its next job
+            _set()
 
 
 @contextmanager
@@ -78,22 +85,47 @@ def _raised_by_hydra() -> Iterator[None]:
     if os.environ.get(_FULL_ERROR) == "1":
         yield
         return
-    os.environ[_FULL_ERROR] = "1"
-    _ours.append(True)
+    _set()
     try:
         yield
     finally:
-        os.environ.pop(_FULL_ERROR, None)
-        _ours.clear()
+        _unset()
+
+
+def _set() -> None:
+    os.environ[_FULL_ERROR] = os.environ[_IS_OURS] = "1"
+
+
+def _unset() -> None:
+    for name in (_FULL_ERROR, _IS_OURS):
+        os.environ.pop(name, None)
 
 
 def _said(error: Exception, arguments: list[str]) -> str:
     """Return the message of an error of Hydra, of the machine, or of a check of the arguments."""
+    if type(error) is CompactHydraException:  # of a sweep's job; see lit_ft.run.exits
+        return (
+            f"{error}\n\nSet the environment variable {_FULL_ERROR}=1 for a complete stack trace."
+        )
     of_machine = error if isinstance(error, OSError) else error.__cause__
     if isinstance(of_machine, OSError):  # Hydra makes the folder, and opens the log in it
-        return f"run_dir cannot be used: {message_on_command_line(of_machine)}"
+        said = message_on_command_line(of_machine)
+        return f"run_dir cannot be used: {said}" if _is_of_run_dir(of_machine, arguments) else said
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
         lines = [str(error), str(cause), names_near(arguments, config_dir=CONF).rstrip()]
         return "\n".join(filter(None, lines))
     return str(error)
+
+
+def _is_of_run_dir(error: OSError, arguments: list[str]) -> bool:
+    """Whether an error is one of the run's folder, of what is in it, or of a folder above it."""
+    if error.filename is None:
+        return False
+    try:
+        composed: Any = OmegaConf.to_container(compositions(arguments, config_dir=CONF)[0])
+        fixed = str(composed["run_dir"]).partition("${")[0]  # the default one ends with the time
+    except (HydraException, OmegaConfBaseException, OSError, ValueError, LookupError):
+        return False  # a configuration that cannot be read is itself at fault
+    folder, place = Path(fixed).absolute(), Path(os.fsdecode(error.filename)).absolute()
+    return place.is_relative_to(folder) or folder.is_relative_to(place)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lit_ft.run.record import FOLDER, OVERRIDES
+from lit_ft.run.trust import TRUST
 
 # These say what one start does. The rest says what the run is.
 _OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
-# A file does not authorise itself: what these trust must be trusted again.
-_TRUST = ("trusted_packages", "trust_remote_code")
 
 
 def with_own_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the arguments with those of the run that `resume=auto` goes on with in front of them.
+
+    The run's folder is data, perhaps a stranger's. Only settings of a job are taken from it: no
+    options, such as `--config-dir`, no settings of Hydra, and nothing that gives trust.
 
     Args:
         arguments: The arguments of the command line.
@@ -31,23 +35,32 @@ def with_own_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if swept or given.get("resume") != "auto" or "run_dir" not in given:
         return list(arguments), []
     own = [one for one in _recorded(Path(given["run_dir"].strip("'\""))) if _is_of_run(one, given)]
-    return [*own, *arguments], own
+    # Hydra takes its settings in one piece: options stay in front of them.
+    first = next(place for place, one in enumerate(arguments) if "=" in one and one[0] != "-")
+    return [*arguments[:first], *own, *arguments[first:]], own
 
 
 def _is_of_run(argument: str, given: dict[str, str]) -> bool:
-    name = _name(argument)
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    # `logger@hydra.job_logging=x` sets what is Hydra's, too.
+    places = (override.key_or_group, override.package or "")
     return (
-        name not in {*given, *_OF_ONE_START}
-        and not any(trust in argument for trust in _TRUST)
-        and not name.startswith("hydra")
+        not argument.startswith("-")  # some options are settings in Hydra's grammar
+        and not override.is_sweep_override()
+        and not any(place.startswith("hydra") for place in places)
+        and not any(trust in argument for trust in TRUST)
+        and _name(argument) not in {*given, *_OF_ONE_START}
     )
 
 
 def _recorded(run_dir: Path) -> list[str]:
     """Return the arguments of the newest start that has trained; empty if none is known."""
     record = run_dir / FOLDER
-    numbers = [int(one.parent.name) for one in record.glob(f"[0-9]*/{OVERRIDES}")]
-    newest = [record / str(number) for number in sorted(numbers, reverse=True)]
+    later = [one.parent for one in record.glob(f"*/{OVERRIDES}") if one.parent.name.isdecimal()]
+    newest = sorted(later, key=lambda folder: int(folder.name), reverse=True)
     for folder in (*newest, record):
         if (folder / "summary.json").exists():
             continue  # it has only validated

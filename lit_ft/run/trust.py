@@ -1,21 +1,16 @@
 """What a configuration may run: classes of known kinds, and what the command line itself trusts.
 
 A configuration is data, which people copy from each other. Hydra, however, calls whatever a
-`_target_` names, and a file under conf/ can set Hydra's own callbacks, launcher and loggers.
+`_target_` names. `lit_ft.run.hydra_trust` looks at the settings of Hydra itself.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.utils import get_object
-from omegaconf import OmegaConf
 
 KINDS = (
     "lightning.fabric.plugins.environments.cluster_environment.ClusterEnvironment",
@@ -51,17 +46,8 @@ LIBRARIES = (
 )
 """The packages that lit_ft uses. Naming a class of another one would already run its code."""
 
-# What Hydra itself runs or passes on: as classes, as logging's factories, or as the environment.
-_RUN_BY_HYDRA = (
-    "callbacks",
-    "launcher",
-    "sweeper",
-    "job_logging",
-    "hydra_logging",
-    "job.env_set",
-    "job.env_copy",
-    "searchpath",
-)
+TRUST = ("trusted_packages", "trust_remote_code")
+"""The names of the settings that give trust, which only the command line may set."""
 
 
 def refuse_untrusted(
@@ -70,12 +56,15 @@ def refuse_untrusted(
     also: Sequence[str] = (),
     remedy: str = "trusted_packages=[{package}]",
 ) -> None:
-    """Raise ValueError if a `_target_` is neither a class of a known kind nor of `also`.
+    """Raise ValueError unless Hydra may build what a configuration describes.
 
-    The object decides, not its name: `lit_ft.x.shutil.rmtree` is a function of shutil.
+    Each `_target_` must be a class of a known kind, or of `also`. The object decides, not its name:
+    `lit_ft.x.shutil.rmtree` is a function of shutil. No text may hold an interpolation, since Hydra
+    would resolve it to targets that nobody has looked at.
 
     Args:
-        config: The configuration as plain dicts, lists and values.
+        config: The configuration as plain dicts, lists and values, with its interpolations
+            resolved.
         also: The names of further packages that the user trusts, with all that they define.
         remedy: What gives trust on the command line, with `{package}` for the package's name.
     """
@@ -86,6 +75,12 @@ def refuse_untrusted(
                 f"are the classes of lit_ft, and of {', '.join(LIBRARIES)} the optimizers, "
                 "schedules, callbacks, loggers, strategies, plugins and configurations. If you "
                 f"trust it, add {remedy.format(package=_defined_in(target))} to the command line."
+            )
+    for path, text in _texts(config):
+        if "${" in text:
+            raise ValueError(
+                f"{path}={text}: no value may hold ${{...}} once the configuration is composed, "
+                "because it would be filled in unseen. Write the value itself."
             )
 
 
@@ -120,74 +115,6 @@ def remote_code(config: Mapping[str, Any]) -> str | None:
     """Return the setting by which a repository's Python code would run; None if there is none."""
     settings = (path for path, value in _values(config, "trust_remote_code") if value)
     return next(settings, None)
-
-
-def compositions(arguments: Sequence[str], *, config_dir: Path) -> list[Any]:
-    """Return what Hydra composes, its own settings included; several for the choices of a sweep.
-
-    Args:
-        arguments: The arguments of the command line. If Hydra cannot read them, nothing is
-            composed: it says itself what is wrong with them.
-        config_dir: The folder that holds train.yaml.
-    """
-    settings = [one for one in arguments if not one.startswith("-")]
-    try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            return [
-                compose("train", chosen, return_hydra_config=True)
-                for chosen in _without_sweeps(settings)
-            ]
-    except HydraException:
-        return []
-
-
-def hold_hydra_to_command_line(
-    composed: Sequence[Any], arguments: Sequence[str], *, config_dir: Path
-) -> None:
-    """Raise ValueError if a chosen file changes what Hydra itself runs, before Hydra runs it.
-
-    Args:
-        composed: What Hydra composes; see `compositions`.
-        arguments: The arguments of the command line, which may change it.
-        config_dir: The folder that holds train.yaml.
-    """
-    own = [one for one in arguments if one.lstrip("+~").startswith("hydra")]
-    [expected] = compositions(own, config_dir=config_dir) or [None]
-    if expected is None:
-        return
-    for whole in composed:
-        for name in _RUN_BY_HYDRA:
-            if _of_hydra(whole, name) != _of_hydra(expected, name):
-                raise ValueError(
-                    f"A configuration file sets hydra.{name}, and only the command line may, since "
-                    "Hydra runs what it names. If you trust it, repeat it there."
-                )
-
-
-def _of_hydra(config: Any, name: str) -> Any:
-    node = OmegaConf.select(config.hydra, name)
-    value: Any = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
-    if name == "sweeper":
-        value = {key: one for key, one in value.items() if key != "params"}  # values to try
-    return value
-
-
-def _without_sweeps(settings: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the settings with one choice of each sweep, until each choice has had its turn."""
-    parser = OverridesParser.create()
-    choices = []
-    for setting in settings:
-        try:
-            override = parser.parse_override(setting)
-        except HydraException:
-            return
-        swept = override.is_sweep_override()
-        key = f"{override.get_key_element()}="
-        choices.append(
-            [f"{key}{one}" for one in override.sweep_string_iterator()] if swept else [setting]
-        )
-    for turn in range(max(map(len, choices), default=1)):
-        yield [several[min(turn, len(several) - 1)] for several in choices]
 
 
 def _is_trusted(target: str, also: Sequence[str]) -> bool:
@@ -230,13 +157,24 @@ def _targets(node: Any) -> Iterator[tuple[str, str]]:
         yield path.removesuffix("._target_"), str(target)
 
 
-def _values(node: Any, name: str, path: str = "config") -> Iterator[tuple[str, Any]]:
+def _texts(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield the path and the value of each text."""
+    return ((path, value) for path, _, value in _entries(config) if isinstance(value, str))
+
+
+def _values(config: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the path and the value of each entry of that name."""
+    return ((path, value) for path, key, value in _entries(config) if key == name)
+
+
+def _entries(node: Any, path: str = "config") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the path, the key and the value of each entry, those inside other entries included."""
     if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == name:
-                yield f"{path}.{key}", value
-            yield from _values(value, name, f"{path}.{key}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _values(value, name, f"{path}[{index}]")
+        below = [(f"{path}.{key}", key, value) for key, value in node.items()]
+    elif isinstance(node, list | tuple):
+        below = [(f"{path}[{index}]", index, value) for index, value in enumerate(node)]
+    else:
+        return
+    for inner, key, value in below:
+        yield inner, key, value
+        yield from _entries(value, inner)

@@ -128,7 +128,11 @@ PRIVATE = {
         "lightning.pytorch.callbacks:RichProgressBar",
         "mends 'Epoch 2/-2', which a run without max_epochs shows",
     ),
-    # transformers and datasets
+    # Hydra, transformers and datasets
+    "hydra._internal.utils.get_args_parser": (
+        "hydra._internal.utils",
+        "reads the options as Hydra does: what is composed from them is looked at first",
+    ),
     "_keys_to_ignore_on_save": (MODEL, "keeps bases out of exports, and says what is in no file"),
     "_keys_to_ignore_on_load_missing": (MODEL, "says which tensors have their values already"),
     "_move_missing_keys_from_meta_to_device": (MODEL, "leaves tensors with values where they are"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lit_ft.run.arguments import composed, for_hydra
@@ -113,6 +114,55 @@ def test_hydra_gets_a_reference_in_place_of_a_secret(
     assert not is_secret("", hidden.partition("=")[2])
 
 
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        (r"+a.b={token: 'it\'s-one', n: 1, c: [null, 'x, y']}", "it's-one"),
+        (r'+a.b={token: "say \"it\"", n: 1, c: [null, "x, y"]}', 'say "it"'),
+        (r"+a.b={token: one\,two\ three, n: 1, c: [null, x\, y]}", "one,two three"),
+        (r"+a.b={token: 'back\\', n: 1, c: [null, 'x, y']}", "back\\"),
+        ("+a.b={token: one, n: 1, c: [null, 'x, y']}", "one"),
+    ],
+)
+def test_a_secret_inside_a_dict_is_hidden_however_it_is_quoted(
+    typed: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    variable = "LIT_FT_SECRET_A__B__TOKEN"
+    [hidden] = without_secrets([typed])
+    override = OverridesParser.create().parse_override(hidden)
+    reference = f"${{oc.env:{variable}}}"
+    assert override.value() == {"token": reference, "n": 1, "c": [None, "x, y"]}
+    assert os.environ[variable] == value
+    assert override.get_key_element() == "+a.b"
+
+
+def test_a_dict_keeps_its_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    typed = (
+        r"a.b={x\ y: 1e-4, true: False, d: {}, e: [], f: ${seed}, g: 'null', token: abc, 3: nan}"
+    )
+    [hidden] = without_secrets([typed])
+    parse = OverridesParser.create().parse_override
+    wanted = parse(typed).value() | {"token": "${oc.env:LIT_FT_SECRET_A__B__TOKEN}"}
+    assert repr(parse(hidden).value()) == repr(wanted)
+
+
+def test_dicts_of_a_sweep_and_what_hydra_cannot_read_are_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    [hidden] = without_secrets(["a.b={token: one},{token: two}"])
+    override = OverridesParser.create().parse_override(hidden)
+    assert len(list(override.sweep_string_iterator())) == 2
+    assert "one" not in hidden and "two" not in hidden
+    assert os.environ["LIT_FT_SECRET_A__B__1__TOKEN"] == "two"
+    [hidden] = without_secrets(["+a.b={token: 'it's-one'}"])
+    assert hidden == "+a.b=${oc.env:LIT_FT_SECRET_A__B}"
+    plain = ["optim=glob(adamw*)", "seed=range(1,4)", "optim.lr=interval(0,1)", "a={b: {c: 'd'}}"]
+    assert without_secrets(plain) == plain
+
+
 def test_each_value_of_a_sweep_has_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     [hidden] = without_secrets(["a.token=one,two"])
@@ -144,6 +194,21 @@ def test_a_secret_of_a_file_becomes_a_reference_that_has_its_value(
     assert config.logger.mine.api_key == "in-a-file"
     assert config.groups[0].options.token == "in-a-list"
     assert config.logger.mine.other == os.environ["HOME"]
+
+
+def test_files_that_a_sweep_tries_have_their_secrets_hidden(experiment: list[str]) -> None:
+    folder = Path(experiment[0].partition("file://")[2].rstrip("]"))
+    mine = (folder / "experiment" / "mine.yaml").read_text()
+    (folder / "experiment" / "other.yaml").write_text(mine + "seed: 3\n")
+    (folder / "experiment" / "none.yaml").write_text("# @package _global_\nseed: 3\n")
+    arguments = for_hydra([experiment[0], "experiment=mine,other", "-m"])
+    assert [one.partition("=")[0] for one in arguments[2:-1]] == [
+        "++groups.0.options.token",
+        "++logger.mine.api_key",
+    ]
+    assert arguments[-1] == "-m"
+    with pytest.raises(ValueError, match="different secrets"):
+        for_hydra([experiment[0], "experiment=mine,none", "-m"])
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hydra.errors import CompactHydraException, HydraException
 from hydra.utils import get_object
 
+from lit_ft.preview import main as preview
 from lit_ft.run.arguments import for_hydra
 from lit_ft.run.trust import KINDS, refuse_untrusted
 from lit_ft.run.trust import trusted_packages as given_trust
 from tests.support.commands import TINY, run
-from tests.support.running import CONF
+from tests.support.running import CONF, run_job
 
 HOSTILE = [
     "os.system",
@@ -100,6 +102,41 @@ def test_only_the_command_line_trusts() -> None:
     assert given_trust(remote, ["data.sources=[{trust_remote_code: true}]"]) == []
 
 
+INTERPOLATED = "${oc.create:{_target_:tests.support.marker.Marker}}"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model": INTERPOLATED},
+        {"callbacks": [{"mine": "before ${oc.env:HOME}"}]},
+        {"escaped": r"\${seed}"},
+    ],
+)
+def test_what_hydra_would_fill_in_later_is_refused_wherever_it_stands(config: dict) -> None:
+    name = next(iter(config))
+    with pytest.raises(ValueError, match=rf"config\.{name}.*\$\{{.*Write the value itself"):
+        refuse_untrusted(config)
+
+
+def test_a_value_that_only_looks_like_an_interpolation_is_admitted() -> None:
+    refuse_untrusted(
+        {"x": "$5", "y": "{a}", "z": "$HOME/{b}", "chat_template": "a $ {{ b }}.jinja"}
+    )
+
+
+def test_an_escaped_interpolation_of_a_file_builds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    for setting in (f"module.model='\\{INTERPOLATED}'", f"data.format='\\{INTERPOLATED}'"):
+        with pytest.raises(CompactHydraException, match=r"Write the value itself"):
+            run_job(tmp_path / "run", "model=tiny", setting)
+    with pytest.raises(SystemExit, match=r"config\.data\.format.*Write the value itself"):
+        preview([setting])
+    assert not (tmp_path / "marker").exists()
+
+
 HYDRA = {
     "callbacks": "callbacks: {mine: {_target_: tests.support.marker.Marker, path: MARKER}}",
     "launcher": "launcher: {_target_: tests.support.marker.Marker}",
@@ -108,6 +145,10 @@ HYDRA = {
         "job_logging: {handlers: {mine: {'()': tests.support.marker.Marker, path: MARKER}}}"
     ),
     "job.env_set": "job: {env_set: {MARKER: 'MARKER'}}",
+    "mode": "mode: MULTIRUN",
+    "sweeper.params": "sweeper: {params: {model.trust_remote_code: true}}",
+    "overrides.task": "overrides: {task: ['trusted_packages=[tests]']}",
+    "overrides.hydra": "overrides: {hydra: ['hydra.job.env_set.MARKER=1']}",
 }
 
 
@@ -133,6 +174,74 @@ def test_a_file_changes_nothing_that_hydra_runs(experiments: Path, name: str, sw
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ["--config-dir={folder}"],
+        ["--config-dir", "{folder}"],
+        ["-cd", "{folder}"],
+        ["--config-d={folder}"],
+    ],
+)
+def test_what_is_composed_from_another_folder_is_looked_at(
+    experiments: Path, options: list[str]
+) -> None:
+    given = [one.format(folder=experiments) for one in options]
+    for_hydra([*given, "experiment=harmless"])
+    with pytest.raises(ValueError, match="A configuration file sets hydra.callbacks"):
+        for_hydra([*given, "experiment=callbacks"])
+    with pytest.raises(ValueError, match="A configuration file sets hydra.callbacks"):
+        for_hydra([*given, "-m", "experiment=glob(c*)"])
+
+
+def test_so_are_another_main_file_and_what_it_finds(experiments: Path) -> None:
+    (experiments / "train.yaml").write_text("hydra: {callbacks: {mine: {_target_: x.Y}}}\n")
+    (experiments / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 1\n")
+    (experiments / "local").mkdir()
+    (experiments / "local" / "default.yaml").write_text(
+        "# @package _global_\nhydra: {job: {env_copy: [HOME]}}\n"
+    )
+    given = [f"--config-path={experiments}", "--config-name=mine"]
+    with pytest.raises(ValueError, match="A configuration file sets hydra.callbacks"):
+        for_hydra(given)
+    with pytest.raises(ValueError, match="A configuration file sets hydra.job.env_set"):
+        for_hydra([f"--config-dir={experiments}"])
+    with pytest.raises(ValueError, match="give the path of a folder"):
+        for_hydra(["--config-path=pkg://tests"])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "data.sources: '[{trust_remote_code: true}]'",
+        "trusted_packages: '[tests]'",
+        "+hydra.callbacks.mine._target_: x.Y",
+        "hydra/launcher: submitit_local",
+        "experiment: 'harmless,callbacks'",
+        "+optim@hydra.callbacks.mine: adamw",
+    ],
+)
+def test_a_sweep_of_a_file_changes_no_more_than_the_run(experiments: Path, params: str) -> None:
+    """The arguments of its jobs are those of the command line to everything that reads them."""
+    file = experiments / "hparams_search" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(f"# @package _global_\nhydra: {{sweeper: {{params: {{{params}}}}}}}\n")
+    given = [f"hydra.searchpath=[file://{experiments}]", "hparams_search=mine"]
+    with pytest.raises(ValueError, match=r"sets hydra\."):
+        for_hydra(given)
+    file.write_text("# @package _global_\nhydra: {sweeper: {params: {optim.lr: '1e-4,1e-3'}}}\n")
+    for_hydra([*given, "-m"])
+    file.write_text("# @package _global_\nhydra: {sweeper: {params: {optim: 'adamw,sgd'}}}\n")
+    for_hydra([*given, "optim=adafactor", "-m"])  # the command line wins
+
+
+def test_what_cannot_be_composed_is_not_passed_on() -> None:
+    with pytest.raises(HydraException, match="no such argument"):
+        for_hydra(["no such argument"])
+    with pytest.raises(HydraException, match="Could not find 'experiment/nowhere'"):
+        for_hydra(["experiment=nowhere"])
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],
@@ -140,7 +249,12 @@ def test_a_file_changes_nothing_that_hydra_runs(experiments: Path, name: str, sw
         ["-m", "optim.lr=1e-4,2e-4", "hydra.sweeper.max_batch_size=1"],
         ["experiment=lora_laptop,full_8bit", "-m"],
         ["hydra/launcher=slurm", "hydra.launcher.partition=gpu"],
-        ["no such argument"],
+        ["hparams_search=learning_rate", "+hydra.sweeper.params.seed='1,2'"],
+        ["-m", "optim=glob(adamw*)"],
+        ["-m", "optim=glob(no such name*)"],
+        ["hydra.mode=MULTIRUN", "seed=1,2"],
+        ["--cfg", "job", "seed=1"],
+        ["--shell-completion", "install=bash"],
     ],
 )
 def test_what_the_project_brings_and_the_command_line_sets_is_taken(arguments: list[str]) -> None:

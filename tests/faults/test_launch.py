@@ -1,0 +1,96 @@
+"""What Hydra reports, in the program's own process and in those of its jobs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_ft.run import launch
+from tests.support.running import CONF
+
+PROGRAM = """
+import os
+import hydra
+from lit_ft.run.launch import launch, reported_by_hydra
+
+@hydra.main(version_base="1.3", config_path={conf!r}, config_name="train")
+def main(cfg):
+    with reported_by_hydra():
+        found = {{name for name in os.environ if name.endswith(("BY_HYDRA", "FULL_ERROR"))}}
+        print("in the job:", found)
+        if cfg.seed == 1:
+            raise RuntimeError("the job failed")
+
+if __name__ == "__main__":
+    launch(main)
+"""
+
+
+def run(folder: Path, *arguments: str) -> str:
+    file = folder / "program.py"
+    file.write_text(PROGRAM.format(conf=str(CONF)))
+    done = subprocess.run(
+        [sys.executable, str(file), f"run_dir={folder}/run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+        timeout=120,
+    )
+    return done.stdout
+
+
+def test_a_sweep_goes_on_as_before_after_a_job_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "1").touch()
+    output = run(tmp_path, "seed=1,2", "-m")
+    assert output.count("in the job: set()") == 1
+    assert "Traceback" not in output
+    assert output.splitlines()[-1] == (
+        f"run_dir cannot be used: {tmp_path}/run/1: File exists. It is a file: choose another path."
+    )
+
+
+def test_a_job_in_another_process_has_neither_variable(tmp_path: Path) -> None:
+    run(tmp_path, "hydra/launcher=submitit_local", "seed=0", "-m")
+    [log] = (tmp_path / "run" / ".submitit").rglob("*_log.out")
+    assert "in the job: set()" in log.read_text()
+
+
+def test_a_failed_job_is_reported_as_hydra_does(tmp_path: Path) -> None:
+    output = run(tmp_path, "seed=1")
+    assert "Error executing job with overrides" in output
+    assert "RuntimeError: the job failed" in output
+    assert "Set the environment variable HYDRA_FULL_ERROR=1" in output
+
+
+@pytest.mark.parametrize(
+    ("filename", "named"),
+    [
+        ("{run}", True),
+        ("{run}/train.log", True),
+        ("{run}/..", True),
+        (str(CONF / "optim" / "adamw.yaml"), False),
+        ("{run}-2/file", False),
+    ],
+)
+def test_run_dir_is_named_where_it_is_at_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filename: str, named: bool
+) -> None:
+    place = os.path.normpath(filename.format(run=tmp_path / "run"))
+
+    def main() -> None:
+        raise PermissionError(13, "Permission denied", place)
+
+    monkeypatch.setattr(launch, "outlive_terminal", lambda: None)
+    monkeypatch.setattr(launch, "redact_output", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as stopped:
+        launch.launch(main)
+    said = f"{place}: Permission denied. Give yourself the right to it, or choose another path."
+    assert stopped.value.code == ("run_dir cannot be used: " if named else "") + said
