@@ -26,7 +26,7 @@ from rich.table import Table
 from support.arguments import script_parser
 from support.results import ROOT, this_run, write_json
 
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 
 _NAMES = (
     "hidden_size",

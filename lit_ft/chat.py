@@ -15,7 +15,7 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.rendering import CostlyTemplate, bounded_rendering
 from lit_ft.data.turns import end_tokens
 from lit_ft.run.console import outlive_terminal, quieten_libraries
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from lit_ft.storage.plain_values import plain_weights
 
 Message = dict[str, str]

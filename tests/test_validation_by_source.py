@@ -7,7 +7,7 @@ from lit_ft import CausalLMModule
 from lit_ft.datamodule import InstructionDataModule
 from lit_ft.loss import ChunkedCrossEntropy
 from lit_ft.models import FromConfig
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from tests.support.commands import TINY as TINY_JOB
 from tests.support.commands import run
 from tests.support.datamodules import answers, ready, write

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lit_ft.data.encoding import load_chat_template
 from lit_ft.data.turns import end_tokens
+from lit_ft.run.files import read_summary
 from lit_ft.run.hidden import with_secrets
 from lit_ft.run.old_names import with_current_names
-from lit_ft.run.summary import read_summary
 from lit_ft.run.trust import refuse_untrusted, remote_code
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lit_ft.run.record import FOLDER as RECORD
 from lit_ft.storage.atomic import remove, remove_left_over, temporary_path
@@ -32,6 +33,20 @@ _RESULTS = (
         for name in ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "Modelfile")
     ),
 )
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
+    """Return the summary of the run in `run_dir`; None if it has none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = Path(run_dir) / SUMMARY
+    try:
+        return read_json(path) if path.is_file() else None
+    except ValueError as error:
+        remedy = f"`python train.py run_dir={run_dir} resume=auto` writes it again"
+        raise ValueError(f"{error}. {remedy}.") from error
 
 
 def logs_of_run(folder: Path) -> set[Path]:

@@ -19,11 +19,11 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
 from lit_ft.run.exits import unwrapped
-from lit_ft.run.files import SUMMARY
+from lit_ft.run.files import SUMMARY, read_summary
 from lit_ft.run.first_error import add_to_summary, end_of_another, follows_another
 from lit_ft.run.folder import RunFolder
 from lit_ft.run.redaction import redacted
-from lit_ft.storage.json_file import as_plain, read_json, write_json
+from lit_ft.storage.json_file import as_plain, write_json
 
 log = logging.getLogger(__name__)
 
@@ -185,20 +185,6 @@ class RunSummary:
 
     def _elapsed(self) -> float:
         return round(time.monotonic() - self._began, 3)
-
-
-def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
-    """Return the summary of the run in `run_dir`; None if it has none.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    path = Path(run_dir) / SUMMARY
-    try:
-        return read_json(path) if path.is_file() else None
-    except ValueError as error:
-        remedy = f"`python train.py run_dir={run_dir} resume=auto` writes it again"
-        raise ValueError(f"{error}. {remedy}.") from error
 
 
 def as_written(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from hydra.errors import CompactHydraException
 
 from lit_ft.run.export_run import export_run
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from tests.support.commands import TINY, run, start
 from tests.support.damaging import flip
 from tests.support.run_files import files

@@ -19,7 +19,7 @@ from lit_ft.data.cache import cached
 from lit_ft.models import export_model
 from lit_ft.run.arguments import CONF, composed
 from lit_ft.run.config import null_choices
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from tests.support.commands import TINY, run
 from tests.support.datamodules import table
 from tests.support.running import run_job

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 from lit_ft.callbacks import AtomicCheckpointIO
 from lit_ft.distributed.checkpoint import save_parts
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from lit_ft.storage import atomic as replacing
 from lit_ft.storage import checkpoint_folder
 from lit_ft.storage.atomic import existing_or_backup

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import train
 from lit_ft.callbacks import LastCheckpoint, StopOnSignal
 from lit_ft.callbacks.stop import SIGHUPException
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from tests.support.commands import TINY, signal_at, start
 from tests.support.running import run_job
 from tests.support.stopping import Fault, at, stopped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from tests.support.checkpoints import same, state
 from tests.support.running import LORA, QLORA
 from tests.support.stopping import at, stopped

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_ft.measure import peak_bytes
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from tests.support.commands import SWEPT, TINY, run
 from tests.support.running import run_job
 

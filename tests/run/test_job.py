@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lit_ft.callbacks import AutoBatchSize, MemoryMonitor, StopOnSignal
 from lit_ft.distributed import FSDP2Strategy, TensorParallelStrategy
 from lit_ft.models import Pretrained
+from lit_ft.run.files import read_summary
 from lit_ft.run.job import _turn, sensible_precision
-from lit_ft.run.summary import read_summary
 from tests.support.checkpoints import state
 from tests.support.running import LORA, QLORA
 from tests.support.stopping import at

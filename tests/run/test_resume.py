@@ -11,8 +11,8 @@ from hydra.errors import CompactHydraException
 
 import train
 from lit_ft.models import Pretrained
+from lit_ft.run.files import read_summary
 from lit_ft.run.folder import LOCK
-from lit_ft.run.summary import read_summary
 from lit_ft.storage.checkpoint_io import load_rest
 from tests.support.running import LORA
 

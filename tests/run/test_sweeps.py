@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from lit_ft.run.summary import read_summary
+from lit_ft.run.files import read_summary
 from tests.support.commands import SWEPT, run, start
 from tests.support.running import run_job
 
