@@ -35,9 +35,9 @@ _NOT_FILES = {
 
 
 def other_than_file(path: Path) -> str | None:
-    """Return what a path is if it is no ordinary file, without opening it; None if it is one.
+    """Return what a path is if it is not an ordinary file, without opening it; None if it is one.
 
-    To open a FIFO waits for a writer, and a device may have no end.
+    Opening a FIFO waits for a writer, and a device may have no end.
 
     Raises:
         OSError: If nothing is known about the path, such as for lack of a right.

@@ -1,4 +1,4 @@
-"""Values of JSON texts: an object that has a key twice is an error, as text is that is no JSON."""
+"""Read JSON texts. An object that has the same key twice is an error, like text that is no JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def repeated_key_in(value: object) -> RepeatedKey | None:
 
 
 class RepeatedKey(ValueError):
-    """The error for an object of JSON that has a key twice, of which Python keeps the last."""
+    """The error for a JSON object that has the same key twice; Python would keep only the last."""
 
     @classmethod
     def of(cls, pairs: list[tuple[str, Any]]) -> Self:

@@ -1,8 +1,15 @@
-"""The data-parallel rank of a process."""
+"""The rank of a process, and its share of the data."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def process_rank() -> int:
+    """Return the rank of this process among all of the run, as its launcher has set it; 0 alone."""
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    return rank
 
 
 def data_parallel_rank(trainer: Trainer) -> tuple[int, int]:

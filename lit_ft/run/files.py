@@ -58,7 +58,7 @@ def traces_of_run(folder: Path, log_name: str) -> set[Path]:
     """Return what runs have written to a folder apart from weights; empty without a summary.
 
     Args:
-        folder: The folder, parts of which may be links to other places.
+        folder: The folder of the run. Its subfolders may be links.
         log_name: The name of the log in it.
     """
     return _found(folder, (*_TRACES, log_name)) if (folder / SUMMARY).exists() else set()

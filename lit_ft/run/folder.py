@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Self
 
 from filelock import FileLock, SoftFileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
+from lit_ft.distributed.ranks import process_rank
 from lit_ft.run.files import (
     SUMMARY,
     has_checkpoint,
@@ -88,7 +88,7 @@ class RunFolder:
         return self.path / RECORD / "starting"
 
     def __enter__(self) -> Self:
-        if _is_first_rank():
+        if process_rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             with ExitStack() as held:
                 held.enter_context(_locked(self.path))
@@ -107,10 +107,10 @@ class RunFolder:
         traces = traces_of_run(self.path, self._log_name)
         if self.is_open:
             remove_files(traces)  # of a run that has left no result
-        self._files = traces | results_of_run(self.path)
-        self._logs = logs_of_run(self.path)
-        if self.is_open:
             self._write_record(self.path / RECORD)
+        else:
+            self._files = traces | results_of_run(self.path)
+            self._logs = logs_of_run(self.path)
 
     def _write_record(self, place: Path) -> None:
         remove(self._starting)  # of a start that was killed
@@ -141,7 +141,7 @@ class RunFolder:
                 remedies.REPLACE_RUN,
             )
         self._has_begun = True
-        if not self.is_open and _is_first_rank():
+        if not self.is_open and process_rank() == 0:
             self._write_record(self._starting)
 
     def open(self) -> None:
@@ -152,7 +152,7 @@ class RunFolder:
         if self.is_open:
             return
         self.is_open = True
-        if not _is_first_rank():
+        if process_rank() != 0:
             return
         assert self._log is not None
         if not self.goes_on:
@@ -208,7 +208,3 @@ def _locked(folder: Path) -> Iterator[None]:
             remedies.WAIT_FOR_RUN,
             remedies.OTHER_FOLDER,
         ) from None
-
-
-def _is_first_rank() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0

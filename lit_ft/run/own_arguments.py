@@ -9,9 +9,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
-from lit_ft.run.record import FOLDER, OVERRIDES
+from lit_ft.run.files import SUMMARY
+from lit_ft.run.record import FOLDER, OVERRIDES, numbered
 from lit_ft.run.trust import TRUST
 
 # These say what one start does. The rest says what the run is.
@@ -58,11 +59,9 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
 
 def _recorded(run_dir: Path) -> list[str]:
     """Return the arguments of the newest start that has trained; empty if none is known."""
-    record = run_dir / FOLDER
-    later = [one.parent for one in record.glob(f"*/{OVERRIDES}") if one.parent.name.isdecimal()]
-    newest = sorted(later, key=lambda folder: int(folder.name), reverse=True)
-    for folder in (*newest, record):
-        if (folder / "summary.json").exists():
+    newest = [folder for _, folder in reversed(numbered(run_dir))]
+    for folder in (*newest, run_dir / FOLDER):
+        if (folder / SUMMARY).exists():
             continue  # it has only validated
         try:
             found = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES), resolve=False)

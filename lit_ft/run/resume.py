@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Remedy
 from lit_ft.distributed.plan import Misconfiguration
+from lit_ft.distributed.ranks import process_rank
 from lit_ft.run.changes import Change, Outcome, changes, differences
 from lit_ft.run.failures import not_this_run
 from lit_ft.run.recorder import Recorder
@@ -90,8 +91,7 @@ def _newest_whole(last: Path) -> Path | None:
 
 def _damage(path: Path) -> str | None:
     # A folder can be large. Its path is the first rank's on all ranks, so that one is enough.
-    is_first: bool = getattr(rank_zero_only, "rank", 0) == 0
-    return damage(path) if path.is_file() or is_first else None
+    return damage(path) if path.is_file() or process_rank() == 0 else None
 
 
 def finished_val_loss(summary: RunSummary) -> float | None:

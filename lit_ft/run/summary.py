@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.callbacks.stop import SIGHUPException
 from lit_ft.compat.refusal import message_on_command_line
+from lit_ft.distributed.ranks import process_rank
 from lit_ft.measure import is_out_of_memory
 from lit_ft.measure.environment import hardware, versions
 from lit_ft.run.exits import unwrapped
@@ -162,7 +163,7 @@ class RunSummary:
 
     def _write_end(self, error: BaseException | None) -> None:
         """Write the end of this rank, and leave that of another one which it follows."""
-        rank: int = getattr(rank_zero_only, "rank", 0)
+        rank = process_rank()
         if rank == 0 and follows_another(error):
             self.update(**end_of_another(self.path))
         if rank == 0:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import inf
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -75,12 +76,12 @@ def offline_if_unreachable() -> Iterator[None]:
     if why_unreachable() is None:
         yield
         return
-    readers = [constants, sys.modules.get("datasets.config")]
+    readers: list[Any] = [constants, sys.modules.get("datasets.config")]
     before = [(one, one.HF_HUB_OFFLINE) for one in readers if one is not None]
     try:
         for one, _ in before:
-            one.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+            one.HF_HUB_OFFLINE = True
         yield
     finally:
         for one, value in before:
-            one.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+            one.HF_HUB_OFFLINE = value

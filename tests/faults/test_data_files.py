@@ -1,4 +1,4 @@
-"""Data that is no file, and rows of which JSON would keep a part in silence."""
+"""Data that is not a file, and JSON rows that would silently lose a part."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def cut(path: Path) -> None:
 
 
 def damaged_once(content: bytes, random: Random, *, cut: bool) -> bytes:
-    """Return the content of a file that ends early, or of which one bit is another."""
+    """Return the content of a file after one kind of damage: cut short, or with one bit flipped."""
     if cut:
         return content[: random.randrange(len(content))]
     place = random.randrange(len(content) * 8)
