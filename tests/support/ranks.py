@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def ranks(world: int = WORLD) -> Iterator[Callable[..., list[Any]]]:
 
 def _become(rank: int, world: int, port: int) -> None:
     """Become one of the ranks, with the environment that torchrun gives."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -58,6 +60,14 @@ def _become(rank: int, world: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",
     }
+
+
+def _end_with_parent() -> None:
+    """End at once when the parent has ended: gloo would go on waiting for other ranks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _in_a_group(place: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
