@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_ft.run.arguments import CONF
 from lit_ft.run.launch import launch, reported_by_hydra
 from lit_ft.run.redaction import redact_output, redacted
+from lit_ft.terminal import stage, use_style
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -23,25 +24,26 @@ def _job(cfg: DictConfig) -> float:
     redact_output()  # on a cluster, this function is all that runs of this file
 
     # Imported here so that --help and mistyped names answer at once.
-    import lightning as L
-    from lightning.pytorch.utilities import rank_zero_info
+    with stage("loading libraries"):
+        import lightning as L
+        from lightning.pytorch.utilities import rank_zero_info
 
-    from lit_ft.run.console import quieten_libraries
+        from lit_ft.run.console import quieten_libraries
 
-    quieten_libraries()  # the imports below print messages too
-    from lit_ft.run.config import also_chosen, resolved
-    from lit_ft.run.exits import command_line_exits
-    from lit_ft.run.folder import RunFolder
-    from lit_ft.run.job import (
-        available_accelerator,
-        fine_tune,
-        refuse_to_start_processes,
-        sensible_precision,
-    )
-    from lit_ft.run.record import record_of
-    from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
-    from lit_ft.run.settings import admit
-    from lit_ft.run.summary import RunSummary
+        quieten_libraries()  # the imports below print messages too
+        from lit_ft.run.config import also_chosen, resolved
+        from lit_ft.run.exits import command_line_exits
+        from lit_ft.run.folder import RunFolder
+        from lit_ft.run.job import (
+            available_accelerator,
+            fine_tune,
+            refuse_to_start_processes,
+            sensible_precision,
+        )
+        from lit_ft.run.record import record_of
+        from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
+        from lit_ft.run.settings import admit
+        from lit_ft.run.summary import RunSummary
 
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
@@ -57,7 +59,9 @@ def _job(cfg: DictConfig) -> float:
             rank_zero_info(moved)
         if (val_loss := finished_val_loss(summary)) is not None:
             return val_loss
-        admit(config, written, run.overrides.task)
+        with stage("checking the settings"):
+            admit(config, written, run.overrides.task)
+        use_style(config["ui"])
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
         trains = not config["validate_only"]
@@ -69,8 +73,9 @@ def _job(cfg: DictConfig) -> float:
             precision = sensible_precision(config["trainer"]["accelerator"], strategy)
             config["trainer"]["precision"] = precision
             summary.update(config=redacted(config))
-        module = instantiate(config["module"], _convert_="all")
-        datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
+        with stage("loading the tokenizer"):
+            module = instantiate(config["module"], _convert_="all")
+            datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
         trainer = instantiate({**config["trainer"], "strategy": strategy}, _convert_="all")
         if run.mode == RunMode.MULTIRUN:
             refuse_to_start_processes(trainer)

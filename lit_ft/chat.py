@@ -17,6 +17,7 @@ from lit_ft.data.turns import end_tokens
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.files import read_summary
 from lit_ft.storage.plain_values import plain_weights
+from lit_ft.terminal import stage, use_live_line
 
 Message = dict[str, str]
 
@@ -24,6 +25,7 @@ Message = dict[str, str]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Answer each message that the user types, or only `--prompt`, token by token."""
     options = _parser().parse_args(arguments)
+    use_live_line()
     quieten_libraries()
     try:
         folder = exported_folder(options.run_dir)
@@ -32,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Stated, because transformers otherwise asks on the terminal whether to run the folder's code.
     trust = {"trust_remote_code": options.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     try:
-        with plain_weights(folder):
+        with stage("loading the model"), plain_weights(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
     except ValueError as error:
         sys.exit(str(error))

@@ -15,6 +15,7 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.export_run import export_run
 from lit_ft.run.redaction import redacted_text
+from lit_ft.terminal import use_live_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.ollama and options.adapter_only:
         parser.error("--ollama needs the whole model: leave out --adapter-only")
+    use_live_line()
     quieten_libraries()
     try:
         folder = export_run(

@@ -57,6 +57,7 @@ from lit_ft.optim.schedules import LENGTH_UNKNOWN, obey_options, options_of, reb
 from lit_ft.subspace.checks import check_steps_from_zero
 from lit_ft.tensors.sharding import full_tensor
 from lit_ft.tensors.stochastic_rounding import keyed_generator
+from lit_ft.terminal import stage
 
 Batch = Mapping[str, Any]
 
@@ -196,12 +197,13 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         dtype = torch.get_default_dtype()
-        if self.device_mesh is None:
-            self._take(self.source.load_model(dtype))
-        else:  # `_shard` sets `self.model`; loading then leaves it in evaluation mode
-            self.source.load_model(dtype, shard=self._shard)
-            model: Any = self.model
-            start_magnitudes(model.train())
+        with stage("loading the model"):
+            if self.device_mesh is None:
+                self._take(self.source.load_model(dtype))
+            else:  # `_shard` sets `self.model`; loading then leaves it in evaluation mode
+                self.source.load_model(dtype, shard=self._shard)
+                model: Any = self.model
+                start_magnitudes(model.train())
 
     def shard_model(self) -> None:
         """Shard `self.model` over the ranks; `GaLore` injects its layers just before this runs."""

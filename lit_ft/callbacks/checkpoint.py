@@ -16,6 +16,7 @@ from lit_ft.callbacks._support.finite import keep_finite
 from lit_ft.compat.ranges import Count
 from lit_ft.storage.atomic import keep_earlier
 from lit_ft.storage.json_file import read_json, write_json
+from lit_ft.terminal import stage
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -114,7 +115,8 @@ class LastCheckpoint(ModelCheckpoint):
             self.best_model_path = self.last_model_path = path
             if trainer.is_global_zero:
                 keep_earlier(Path(path), self.keep)
-            self._save_checkpoint(trainer, path)
+            with stage("saving a checkpoint"):
+                self._save_checkpoint(trainer, path)
 
 
 def _begin_epoch_of_stream(trainer: Trainer) -> None:
@@ -203,7 +205,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         keep_finite(trainer, trainer.lightning_module, "saved")
-        super()._save_checkpoint(trainer, filepath)
+        with stage("saving the best weights"):
+            super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and self.best_model_score is not None:
             best = {str(self.monitor): self.best_model_score.item(), "step": trainer.global_step}
             write_json(self._found(), best)

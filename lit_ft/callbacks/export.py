@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_ft.callbacks._support.finite import keep_finite
 from lit_ft.tensors.sharding import is_model_sharded
+from lit_ft.terminal import stage
 
 
 class ExportHF(Callback):
@@ -84,16 +85,18 @@ class ExportHF(Callback):
         from lit_ft.models.export.whole import export_model
 
         tokenizer = getattr(pl_module, "tokenizer", None)
-        self.export_path = export_model(
-            pl_module.model,  # type: ignore[arg-type]
-            tokenizer,
-            folder,
-            merge=self.merge,
-            dtype=self.dtype,
-            end_tokens=end_tokens(tokenizer),
-        )
+        with stage("exporting the model"):
+            self.export_path = export_model(
+                pl_module.model,  # type: ignore[arg-type]
+                tokenizer,
+                folder,
+                merge=self.merge,
+                dtype=self.dtype,
+                end_tokens=end_tokens(tokenizer),
+            )
         if self.push_to_hub is not None and trainer.is_global_zero:
-            _upload(self.export_path, self.push_to_hub, private=self.private)
+            with stage(f"uploading to {self.push_to_hub}"):
+                _upload(self.export_path, self.push_to_hub, private=self.private)
 
 
 def _check_hub(repository: str) -> None:

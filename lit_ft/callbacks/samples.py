@@ -23,6 +23,7 @@ from lit_ft.compat.ranges import Count, WholeNumber
 from lit_ft.data.rendering import bounded_rendering
 from lit_ft.data.turns import end_tokens
 from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
+from lit_ft.terminal import stage
 
 Prompt = str | Sequence[dict[str, str]]
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
@@ -113,7 +114,7 @@ class SampleGenerations(Callback):
             return  # a sharded model needs all ranks to generate
         self._sampled_at = trainer.global_step
         try:
-            with trainer.precision_plugin.forward_context():
+            with stage("sampling answers"), trainer.precision_plugin.forward_context():
                 texts = generate(
                     pl_module.model,
                     pl_module.tokenizer,

@@ -23,6 +23,7 @@ from lit_ft.data.notes import count
 from lit_ft.data.parts import parts_of, work_on
 from lit_ft.data.rows import WHOLE, ParsedRow, Part
 from lit_ft.data.sources import Source, parse
+from lit_ft.terminal import stage
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -175,7 +176,7 @@ def _table(source: Source, format: Format | None, encoder: Encoder, scratch: Pat
 
     scratch.mkdir()
     parts = parts_of(source)
-    with tqdm(desc="Encoding", unit=" rows") as bar:
+    with stage("encoding the data"), tqdm(desc="Encoding", unit=" rows") as bar:
         for count in work_on(parts, write):
             bar.update(count)
     return concatenate_datasets([Dataset.from_file(str(file_of(part))) for part in parts])

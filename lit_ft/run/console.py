@@ -9,6 +9,8 @@ import sys
 import warnings
 from typing import Any
 
+from lit_ft.terminal.libraries import adopt_bars, adopt_logs
+
 # A user of lit_ft cannot act on these: they are mostly deprecations between libraries.
 _WARNINGS = (
     "'set_vital' is deprecated",  # torchdata calls torch
@@ -29,7 +31,7 @@ _MESSAGES = (
 
 
 def quieten_libraries() -> None:
-    """Silence known messages of libraries, and progress bars if stderr is not a terminal."""
+    """Silence known messages of libraries, and show the others and their bars on our display."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -43,12 +45,8 @@ def quieten_libraries() -> None:
     logging.getLogger("torch.utils._pytree").addFilter(
         lambda record: "register_constant" not in record.getMessage()
     )
-    if not sys.stderr.isatty():
-        from datasets.utils.logging import disable_progress_bar
-        from transformers.utils import logging as transformers_logging
-
-        disable_progress_bar()
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    adopt_logs()
+    adopt_bars()
 
 
 def outlive_terminal() -> None:

@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
@@ -23,10 +23,14 @@ from lit_ft.run.console import outlive_terminal
 from lit_ft.run.hydra_trust import compositions
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
+from lit_ft.terminal import Style, stage, use_style
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Set while `_raised_by_hydra` has set the other. Jobs in other processes inherit both.
 _IS_OURS = "LIT_FT_RAISED_BY_HYDRA"
+_TRAINING_OPTIONS = ("-m", "--multirun", "--config")  # of the others, most print and end
+
+_until_job_starts = ExitStack()
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -45,6 +49,7 @@ def launch(main: Callable[[], Any]) -> None:
     outlive_terminal()
     redact_output()
     arguments = sys.argv[1:]
+    _show_start(arguments)
     try:
         if told := null_choices(arguments, config_dir=CONF):
             sys.exit(told)
@@ -64,11 +69,14 @@ def launch(main: Callable[[], Any]) -> None:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
         sys.exit(_said(error, arguments))
+    finally:
+        _until_job_starts.close()
 
 
 @contextmanager
 def reported_by_hydra() -> Iterator[None]:
     """Let Hydra report the errors of the job in this block as it always does."""
+    _until_job_starts.close()
     is_ours = _IS_OURS in os.environ
     if is_ours:
         _unset()  # other ranks inherit the environment
@@ -77,6 +85,20 @@ def reported_by_hydra() -> Iterator[None]:
     finally:
         if is_ours and HydraConfig.get().mode == RunMode.MULTIRUN:  # it goes on with its next job
             _set()
+
+
+def _show_start(arguments: list[str]) -> None:
+    """Show that something happens, unless the answer is what the user wants to see alone."""
+    options = [argument for argument in arguments if argument.startswith("-")]
+    if all(option.startswith(_TRAINING_OPTIONS) for option in options):
+        use_style(_style_in(arguments))
+        _until_job_starts.enter_context(stage("reading the settings"))
+
+
+def _style_in(arguments: list[str]) -> Style:
+    """Return the style that is asked for; a wrong one is refused later, with all settings."""
+    asked = [one.removeprefix("ui=") for one in arguments if one.startswith("ui=")][-1:]
+    return next((style for style in get_args(Style) if style in asked), "auto")
 
 
 @contextmanager

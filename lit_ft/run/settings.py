@@ -13,6 +13,7 @@ from lit_ft.compat.ranges import Count
 from lit_ft.run.config import refuse_without_class, suggestion
 from lit_ft.run.trust import refuse_untrusted, trusted_packages
 from lit_ft.run.types import Allowed, Made, as_typed
+from lit_ft.terminal import Style
 
 _REFERENCE = re.compile(r"\$\{(?:[\w.]+:)?(\.*\w[\w.]*)")
 _ALIAS = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
@@ -29,6 +30,7 @@ class Job:
     resume: str | None
     overwrite: bool
     validate_only: bool
+    ui: Style
     nonfinite: Literal["stop", "skip"]
     nonfinite_limit: Count
     trusted_packages: list[str]

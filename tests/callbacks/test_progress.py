@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lit_ft.callbacks import LineProgress, ProgressBar, TerminalProgress
-from lit_ft.callbacks.progress import format_seconds
 
 
 class Plain(BoringModel):
@@ -56,14 +56,13 @@ def test_the_class_suits_stdout(monkeypatch):
     monkeypatch.setattr("sys.stdout", terminal)
     bar = ProgressBar(every_n_steps=5)
     assert type(bar) is TerminalProgress
-    assert isinstance(bar, RichProgressBar)
 
 
 def test_one_line_every_n_steps_and_at_the_end(tmp_path, capfd):
     fit(tmp_path, LineProgress(every_n_steps=4))
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
-    assert [line.split("  ")[0] for line in lines] == ["step 4/6", "step 6/6"]
-    parts = lines[0].split("  ")
+    assert [line.split(" · ")[0] for line in lines] == ["step 4/6", "step 6/6"]
+    parts = lines[0].split(" · ")
     assert parts[1:5] == ["loss 2.413", "1,234 tok/s", "3.1 GiB", "lr 1.0e-01"]
     assert parts[5].startswith("eta ")
 
@@ -78,7 +77,7 @@ def test_an_optimizer_without_a_learning_rate_shows_none(tmp_path, capfd):
 def test_accumulated_batches_print_once(tmp_path, capfd):
     fit(tmp_path, LineProgress(every_n_steps=1), accumulate_grad_batches=3, max_steps=3)
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
-    assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert [line.split(" · ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
 
 
 def test_a_slow_run_prints_before_its_n_steps_are_over(tmp_path, capfd):
@@ -95,7 +94,7 @@ def test_a_long_validation_moves_and_ends_in_its_result(tmp_path, capfd):
         "validation 1/3",
         "validation 2/3",
         "validation 3/3",
-        "validation at step 6  val_loss 1.5",
+        "validation at step 6 · val_loss 1.5",
     ]
 
 
@@ -114,35 +113,64 @@ def test_a_disabled_bar_is_silent(tmp_path, capfd):
     assert "step" not in capfd.readouterr().out
 
 
-def test_a_terminal_bar_ends_at_max_steps(tmp_path):
-    totals = []
+class Warms(Plain):
+    """Has another learning rate at each step: 0.1, 0.2, ..."""
 
-    class Records(TerminalProgress):
-        def on_train_epoch_start(self, trainer, pl_module):
-            super().on_train_epoch_start(trainer, pl_module)
-            totals.append(self.train_progress_bar.total)
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step + 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+
+def test_the_learning_rate_is_the_one_that_the_step_used(tmp_path, capfd):
+    fit(tmp_path, LineProgress(every_n_steps=1), Warms(), max_steps=3)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert [re.search("lr ([^ ]+)", line)[1] for line in lines] == ["1.0e-01", "2.0e-01", "3.0e-01"]
+
+
+class Records(TerminalProgress):
+    """Keeps what the line shows instead of showing it."""
+
+    def __init__(self):
+        super().__init__()
+        self._line = self
+        self.shown = []
+
+    def progress(self, facts):
+        self.shown.append(list(facts))
+
+
+def test_the_line_counts_the_steps_of_the_whole_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("time.monotonic", itertools.count().__next__)  # each look is a second later
+    bar = Records()
     # 64 batches an epoch, 100 to train on.
-    fit(tmp_path, Records(), max_steps=50, accumulate_grad_batches=2)
-    assert totals == [64, 36]
+    fit(tmp_path, bar, max_steps=50, accumulate_grad_batches=2)
+    steps = [facts[0] for facts in bar.shown if facts]
+    assert steps[0] == "step 0/50"
+    assert list(dict.fromkeys(steps)) == [f"step {step}/50" for step in range(51)]
+    assert bar.shown[-1] == []
+    assert capfd.readouterr().out.splitlines()[-1].startswith("step 50/50 · loss 2.413")
 
 
-def test_a_terminal_bar_shows_what_was_logged(tmp_path):
-    bar = TerminalProgress()
-    fit(tmp_path, bar)
-    shown = bar.get_metrics(bar.trainer, bar.trainer.lightning_module)
-    assert shown["train_loss"] == pytest.approx(2.4134)
-    assert shown["lr"] == "1.0e-01"
-    assert shown["tok/s"] == "1,234"
-    assert bar.train_progress_bar.description.strip() == "Epoch 0"
+def test_validations_are_history_and_the_line_returns_to_the_training(tmp_path, capfd):
+    bar = Records()
+    options = {"limit_val_batches": 3, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    fit(tmp_path, bar, **options)
+    kinds = ["".join(facts[:1]).partition(" ")[0] for facts in bar.shown]
+    assert "step" in kinds[kinds.index("validation") :]
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("validation")]
+    assert said == [f"validation at step {step} · val_loss 1.5" for step in (2, 4, 6)]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.6, "1m00s"), (80, "1m20s"), (3600, "1h00m"), (100_000, "27h46m")],
-)
-def test_seconds_as_people_write_them(seconds, text):
-    assert format_seconds(seconds) == text
+def test_an_error_removes_the_line(tmp_path):
+    class Fails(Plain):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError
+
+    bar = Records()
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, bar, Fails())
+    assert bar.shown[0] and not bar.shown[-1]
 
 
 def test_steps_below_one_are_refused():
@@ -158,5 +186,5 @@ def test_an_endless_run_has_no_total(tmp_path, capfd):
 
     fit(tmp_path, LineProgress(every_n_steps=2), Stops(), max_steps=-1, max_epochs=-1)
     line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("step"))
-    assert line.startswith("step 2  ")
+    assert line.startswith("step 2 · ")
     assert "eta" not in line

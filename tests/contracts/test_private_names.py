@@ -124,10 +124,6 @@ PRIVATE = {
         "lightning.pytorch.callbacks:LearningRateMonitor",
         "leaves out groups without a rate, at which the monitor stops the run",
     ),
-    "_get_train_description": (
-        "lightning.pytorch.callbacks:RichProgressBar",
-        "mends 'Epoch 2/-2', which a run without max_epochs shows",
-    ),
     # Hydra, transformers and datasets
     "hydra._internal.utils.get_args_parser": (
         "hydra._internal.utils",

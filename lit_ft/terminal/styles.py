@@ -1,0 +1,42 @@
+"""The styles from which a user chooses."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from lit_ft.terminal.console import console
+from lit_ft.terminal.display import Display, display, set_display
+from lit_ft.terminal.live_line import LiveLine
+from lit_ft.terminal.plain_lines import PlainLines
+
+Style = Literal["auto", "rich", "plain", "off"]
+
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # as torchrun, Lightning and Slurm set them
+
+
+def use_style(style: Style) -> None:
+    """Choose how this process shows what it does; of several ranks only the first shows anything.
+
+    Args:
+        style: "rich" shows a line that changes, "plain" prints lines, and "off" shows nothing.
+            "auto" is "rich" if standard output is a terminal that can change a line, and "plain"
+            otherwise.
+    """
+    if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
+        style = "off"
+    kind = {"rich": LiveLine, "plain": PlainLines, "off": Display}[resolved(style)]
+    if type(display()) is not kind:
+        set_display(kind())
+
+
+def use_live_line() -> None:
+    """Show a line that changes in a terminal, and nothing where only the result is wanted."""
+    use_style("rich" if resolved("auto") == "rich" else "off")
+
+
+def resolved(style: Style) -> Style:
+    """Return the style that "auto" stands for here, or another style as it is."""
+    if style != "auto":
+        return style
+    return "rich" if console().is_terminal and not console().is_dumb_terminal else "plain"
