@@ -152,6 +152,7 @@ HYDRA = {
     ),
     "job.env_set": "job: {env_set: {MARKER: 'MARKER'}}",
     "mode": "mode: MULTIRUN",
+    "output_subdir": "output_subdir: MARKER",
     "sweeper.params": "sweeper: {params: {model.trust_remote_code: true}}",
     "overrides.task": "overrides: {task: ['trusted_packages=[tests]']}",
     "overrides.hydra": "overrides: {hydra: ['hydra.job.env_set.MARKER=1']}",
