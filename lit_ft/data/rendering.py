@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
@@ -58,6 +59,7 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     Raises:
         CostlyTemplate: If the rendering goes beyond `SECONDS` or `BYTES`, or never ends to call
             itself.
+        TemplateError: If an expression of the template fails.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -78,6 +80,10 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
             remedies.OTHER_TEMPLATE,
             remedies.PLAIN_TEMPLATE,
         ) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # Of the template's own expressions, such as a division by 0.
+        said = f"{type(error).__name__}: {error}"
+        raise TemplateError(f"The chat template cannot render this chat ({said}).") from error
 
 
 @contextmanager
