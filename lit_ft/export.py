@@ -7,6 +7,7 @@ weights of an unfinished run, or weights in another precision.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--ollama needs the whole model: leave out --adapter-only")
     use_live_line()
     quieten_libraries()
+    if options.trusted_packages:
+        sys.path.append(os.getcwd())  # `lit_ft.search_path` has taken it off
     try:
         folder = export_run(
             options.run_dir,

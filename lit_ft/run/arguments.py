@@ -11,12 +11,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lit_ft.run.config import names_near, null_choices, resolved
 from lit_ft.run.hidden import in_quotes, references, without_secrets
 from lit_ft.run.hydra_trust import compositions
 
 CONF = Path(__file__).parents[2] / "conf"
+
+UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, RecursionError)
+"""The errors that arguments or configuration files raise which Hydra cannot compose."""
 
 PATHS = (
     "run_dir",
@@ -52,9 +56,18 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             return resolved(compose("train", list(arguments)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         near = names_near(arguments, config_dir=config_dir)
-        raise ValueError(f"{error}\n{near}".rstrip()) from error
+        raise ValueError(f"{why_unreadable(error)}\n{near}".rstrip()) from error
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Return the message of an error of `UNREADABLE`."""
+    if isinstance(error, RecursionError):
+        return "A configuration file names itself in its defaults, or is nested too deeply."
+    return (
+        f"A configuration file is no YAML: {error}" if isinstance(error, YAMLError) else str(error)
+    )
 
 
 def for_hydra(arguments: Sequence[str], *, config_dir: Path = CONF) -> list[str]:

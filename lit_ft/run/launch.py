@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.arguments import CONF, for_hydra
+from lit_ft.run.arguments import CONF, UNREADABLE, for_hydra, why_unreadable
 from lit_ft.run.config import names_near, null_choices
 from lit_ft.run.console import outlive_terminal
 from lit_ft.run.hydra_trust import compositions
@@ -59,13 +59,9 @@ def launch(main: Callable[[], Any]) -> None:
         arguments = sys.argv[1:] = for_hydra(arguments)
         with _raised_by_hydra():
             main()
-    except SystemExit as stop:
-        if stop.code == 1:
-            print(names_near(arguments, config_dir=CONF), file=sys.stderr, end="")
-        raise
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+    except (*UNREADABLE, OSError, ValueError) as error:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
         sys.exit(_said(error, arguments))
@@ -133,9 +129,9 @@ def _said(error: Exception, arguments: list[str]) -> str:
     if isinstance(of_machine, OSError):  # Hydra makes the folder, and opens the log in it
         said = message_on_command_line(of_machine)
         return f"run_dir cannot be used: {said}" if _is_of_run_dir(of_machine, arguments) else said
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, UNREADABLE):
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        lines = [str(error), str(cause), names_near(arguments, config_dir=CONF).rstrip()]
+        lines = [why_unreadable(error), str(cause), names_near(arguments, config_dir=CONF).rstrip()]
         return "\n".join(filter(None, lines))
     return str(error)
 
@@ -147,7 +143,7 @@ def _is_of_run_dir(error: OSError, arguments: list[str]) -> bool:
     try:
         composed: Any = OmegaConf.to_container(compositions(arguments, config_dir=CONF)[0])
         fixed = str(composed["run_dir"]).partition("${")[0]  # the default one ends with the time
-    except (HydraException, OmegaConfBaseException, OSError, ValueError, LookupError):
+    except (*UNREADABLE, OSError, ValueError, LookupError):
         return False  # a configuration that cannot be read is itself at fault
     folder, place = Path(fixed).absolute(), Path(os.fsdecode(error.filename)).absolute()
     return place.is_relative_to(folder) or folder.is_relative_to(place)

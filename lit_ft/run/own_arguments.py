@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from lit_ft.run.files import SUMMARY
 from lit_ft.run.record import FOLDER, OVERRIDES, numbered
+from lit_ft.run.redaction import OWN_VARIABLES
 from lit_ft.run.trust import TRUST
 
 # These say what one start does. The rest says what the run is.
@@ -53,19 +54,25 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
         and not override.is_sweep_override()
         and not any(place.startswith("hydra") for place in places)
         and not any(trust in argument for trust in TRUST)
+        and not _is_secret_of_file(argument)
         and _name(argument) not in {*given, *_OF_ONE_START}
     )
+
+
+def _is_secret_of_file(argument: str) -> bool:
+    """Whether an argument stands for a secret that a configuration file holds, perhaps still."""
+    return argument.startswith("++") and OWN_VARIABLES in argument
 
 
 def _recorded(run_dir: Path) -> list[str]:
     """Return the arguments of the newest start that has trained; empty if none is known."""
     newest = [folder for _, folder in reversed(numbered(run_dir))]
     for folder in (*newest, run_dir / FOLDER):
-        if (folder / SUMMARY).exists():
-            continue  # it has only validated
+        if (folder / SUMMARY).exists() or not (folder / OVERRIDES).is_file():
+            continue  # it has only validated, or is no record
         try:
             found = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES), resolve=False)
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
             continue
         if isinstance(found, list):
             return [one for one in found if isinstance(one, str)]
