@@ -26,12 +26,12 @@ def _job(cfg: DictConfig) -> float:
     # Imported here so that --help and mistyped names answer at once.
     with stage("loading libraries"):
         import lightning as L
-        from lightning.pytorch.utilities import rank_zero_info
 
         from lit_ft.run.console import quieten_libraries
 
         quieten_libraries()  # the imports below print messages too
-        from lit_ft.run.config import also_chosen, resolved
+        from lit_ft.run.config import also_chosen, recipe, resolved
+        from lit_ft.run.end_panel import ends_with_panel
         from lit_ft.run.exits import command_line_exits
         from lit_ft.run.folder import RunFolder
         from lit_ft.run.job import (
@@ -50,18 +50,19 @@ def _job(cfg: DictConfig) -> float:
     written = OmegaConf.to_container(cfg, resolve=False)
     folder = RunFolder(cfg.run_dir, record_of(cfg), log_name=f"{run.job.name}.log")
     summary = RunSummary(cfg.run_dir, written, folder=folder)
-    with command_line_exits(), folder, summary:
+    with command_line_exits(), ends_with_panel(summary), folder, summary:
         config = resolved(cfg)
         if "accelerator" in (wanted := config.get("trainer") or {}):
             wanted["accelerator"] = available_accelerator(wanted["accelerator"])
         summary.update(config=redacted(config), seed=config.get("seed"))
-        if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
-            rank_zero_info(moved)
         if (val_loss := finished_val_loss(summary)) is not None:
             return val_loss
         with stage("checking the settings"):
             admit(config, written, run.overrides.task)
         use_style(config["ui"])
+        facts = {"recipe": recipe(run.runtime.choices), "run_dir": cfg.run_dir}
+        if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
+            facts["also chosen"] = moved
         L.seed_everything(config["seed"], workers=True, verbose=False)
         resume = checkpoint_to_resume(config["resume"], config["run_dir"])
         trains = not config["validate_only"]
@@ -86,6 +87,7 @@ def _job(cfg: DictConfig) -> float:
             summary,
             resume=resume,
             validate_only=config["validate_only"],
+            facts=facts,
         )
 
 

@@ -184,6 +184,7 @@ class InstructionDataModule(LightningDataModule):
         self.streaming = streaming
         self.num_workers = num_workers
         self.seed = seed
+        self.verbose = True  # False leaves it to a `StartTable` to print the reports
         self.reports: dict[str, EncodingReport] = {}
         self.train_examples: Dataset | IterableDataset | None = None
         self.val_examples: Dataset | None = None
@@ -373,7 +374,9 @@ class InstructionDataModule(LightningDataModule):
             train += f", at most {self.max_train_examples:,} of them used"
         used = len(self.val_examples)
         choice = f", {used:,} of them used" if used < self.reports["val"].examples else ""
-        rank_zero_info(f"Training data: {train}. Validation data: {self.reports['val']}{choice}.")
+        if self.verbose:
+            val = f"{self.reports['val']}{choice}"
+            rank_zero_info(f"Training data: {train}. Validation data: {val}.")
         for weighted in [*self._train, *self._val]:
             if others := getattr(weighted.source, "others", ()):
                 rank_zero_info(

@@ -11,8 +11,8 @@ from lit_ft.callbacks.not_finite import StopOnNonFinite
 from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
 from lit_ft.callbacks.refresh import SubspaceRefresh
 from lit_ft.callbacks.samples import SampleGenerations
+from lit_ft.callbacks.start_table import StartTable
 from lit_ft.callbacks.stop import StopOnSignal
-from lit_ft.callbacks.tables import StartTable, final_panel
 from lit_ft.callbacks.throughput import ThroughputMonitor
 from lit_ft.storage.checkpoint_io import AtomicCheckpointIO
 
@@ -35,5 +35,4 @@ __all__ = [
     "SubspaceRefresh",
     "TerminalProgress",
     "ThroughputMonitor",
-    "final_panel",
 ]

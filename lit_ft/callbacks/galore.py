@@ -105,6 +105,7 @@ class GaLore(Callback):
         self.side = side
         self.scale = scale
         self.seed = seed
+        self.verbose = True  # False leaves it to a `StartTable` to describe the subspaces
         self.updater: SubspaceUpdater | None = None
         self._refresh: Refresh | None = None
         self._handle: RemovableHandle | None = None
@@ -177,12 +178,13 @@ class GaLore(Callback):
         )
         self.updater.freeze_weights()  # an earlier callback may have unfrozen them
         self._module = module
-        small = sum(layer.delta.numel() for layer in layers.values())
-        whole = sum(layer.weight.numel() for layer in layers.values())
-        rank_zero_info(
-            f"GaLore: {whole:,} weights of {len(layers)} layers move through {small:,} parameters "
-            f"({small / whole:.1%}), rank {self.rank}, {self.projector}."
-        )
+        if self.verbose:
+            small = sum(layer.delta.numel() for layer in layers.values())
+            whole = sum(layer.weight.numel() for layer in layers.values())
+            rank_zero_info(
+                f"GaLore: {whole:,} weights of {len(layers)} layers move through {small:,} "
+                f"parameters ({small / whole:.1%}), rank {self.rank}, {self.projector}."
+            )
 
     def _compare(self, model: torch.nn.Module, found: Mapping[str, SubspaceLayer]) -> None:
         """Raise Misconfiguration if what the module has done does not fit this callback.

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.ranges import Count, NonNegative
 from lit_ft.terminal import LiveLine, display, resolved
-from lit_ft.terminal.console import format_duration
+from lit_ft.terminal.console import console, format_duration
 
 
 class ProgressBar(LightningProgressBar):
@@ -55,7 +55,7 @@ class ProgressBar(LightningProgressBar):
         super().__init__()
         self._every_n = EveryNSteps(every_n_steps)
         self._every_n_seconds = every_n_seconds
-        self._enabled = True
+        self._enabled = not console().quiet
         self._first_step = 0
         self._started_at = time.monotonic()
         self._lr: float | None = None

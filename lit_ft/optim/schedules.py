@@ -50,6 +50,12 @@ class WarmupSchedule:
                 "or a whole number of steps."
             )
 
+    @property
+    def name(self) -> str:
+        """The kind of schedule, from the name of its function, such as "cosine"."""
+        function = getattr(self.schedule, "func", self.schedule)
+        return str(function.__name__).removeprefix("get_").partition("_")[0]
+
     def num_warmup_steps(self, num_training_steps: int) -> int:
         """Return how many of `num_training_steps` optimizer steps are below the full rate."""
         if self.warmup < 1:

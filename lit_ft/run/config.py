@@ -142,7 +142,7 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
 def also_chosen(
     choices: Mapping[str, Any], overrides: Sequence[str], *, config_dir: str | Path
 ) -> str:
-    """Return a line with the choices that the user's choices bring along; empty if there are none.
+    """Return the choices that the user's choices bring along, as a phrase; empty without any.
 
     A choice is listed if it differs from the default in train.yaml and no override names its group.
 
@@ -163,7 +163,17 @@ def also_chosen(
         by = next((source for source, overridden in by_file if group in overridden), None)
         if by is not None:
             brought.append(f"{group}={choices[group]} (by {by})")
-    return f"Also chosen: {', '.join(brought)}." if brought else ""
+    return ", ".join(brought)
+
+
+def recipe(choices: Mapping[str, Any]) -> str:
+    """Return the names of a run's method, such as "galore_subspace, single_gpu".
+
+    Args:
+        choices: The chosen name in each group, from Hydra's `hydra.runtime.choices`.
+    """
+    names = [choices.get(group) for group in ("experiment", "optim", "adapter", "strategy")]
+    return ", ".join(str(name) for name in names if name not in (None, "none"))
 
 
 def _entries(file: Path) -> dict[str, Any]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from rich.console import Console
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
+    GaLore,
     SampleGenerations,
+    StartTable,
     StopOnNonFinite,
     StopOnSignal,
-    final_panel,
 )
 from lit_ft.callbacks._support.trainer import callbacks_of, find_callback
 from lit_ft.compat import remedies
@@ -45,6 +46,7 @@ def fine_tune(
     *,
     resume: str | Path | None = None,
     validate_only: bool = False,
+    facts: Mapping[str, str] | None = None,
 ) -> float:
     """Run the job and return the validation loss at its end.
 
@@ -59,6 +61,7 @@ def fine_tune(
         resume: The full-state checkpoint to resume from; None starts from the model's own weights.
         validate_only: Whether to stop after the first validation. It validates the weights of
             `resume` if that is given.
+        facts: What `StartTable` shows of the run at its top, keyed by what it is about.
 
     Returns:
         The validation loss at the end.
@@ -86,6 +89,11 @@ def fine_tune(
     recorder = Recorder(summary, optimizer_name(module), None if datamodule.streaming else rows)
     callbacks_of(trainer).extend([OpensFolder(summary), recorder])
     callbacks_of(trainer).sort(key=_turn)
+    if (table := find_callback(trainer, StartTable)) is not None and not validate_only:
+        table.facts |= facts or {}
+        datamodule.verbose = False
+        if (galore := find_callback(trainer, GaLore)) is not None:
+            galore.verbose = False
     if not validate_only:
         check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
     if resume is not None:
@@ -113,7 +121,8 @@ def fine_tune(
         val_perplexity=metrics["val_perplexity"],
         val_loss_by_source=by_source or None,
     )
-    _report(trainer, summary)
+    if (samples := find_callback(trainer, SampleGenerations)) is not None:
+        summary.samples = samples.generations
     return metrics["val_loss"]
 
 
@@ -192,10 +201,3 @@ def _enough_validation(
         return datamodule.max_val_examples
     limits = [trainer.max_steps * rows_per_step, datamodule.max_val_examples]
     return min(limit for limit in limits if limit is not None)
-
-
-@rank_zero_only
-def _report(trainer: Trainer, summary: RunSummary) -> None:
-    samples = find_callback(trainer, SampleGenerations)
-    generations = samples.generations if samples else []
-    Console().print(final_panel({**summary.fields, "status": "completed", "samples": generations}))

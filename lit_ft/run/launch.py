@@ -23,7 +23,7 @@ from lit_ft.run.console import outlive_terminal
 from lit_ft.run.hydra_trust import compositions
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
-from lit_ft.terminal import Style, stage, use_style
+from lit_ft.terminal import Style, console, stage, use_style
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Set while `_raised_by_hydra` has set the other. Jobs in other processes inherit both.
@@ -59,6 +59,7 @@ def launch(main: Callable[[], Any]) -> None:
         arguments = sys.argv[1:] = for_hydra(arguments)
         with _raised_by_hydra():
             main()
+        _print_sweep()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (*UNREADABLE, OSError, ValueError) as error:
@@ -81,6 +82,16 @@ def reported_by_hydra() -> Iterator[None]:
     finally:
         if is_ours and HydraConfig.get().mode == RunMode.MULTIRUN:  # it goes on with its next job
             _set()
+
+
+def _print_sweep() -> None:
+    """Print the runs of a sweep, if this was one."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    from lit_ft.run.sweep_table import sweep_table
+
+    if (table := sweep_table(Path(HydraConfig.get().sweep.dir))) is not None:
+        console().print(table)
 
 
 def _show_start(arguments: list[str]) -> None:

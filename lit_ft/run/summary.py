@@ -47,6 +47,7 @@ class RunSummary:
         fields: The fields of the file.
         earlier: The summary that an earlier run has left in the folder, read on entering; None if
             there is none, or if this run starts afresh.
+        samples: The samples that the run has generated, which are not written to the file.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RunSummary:
         self.folder = folder
         self.run_dir = Path(run_dir)
         self.earlier: dict[str, Any] | None = None
+        self.samples: list[dict[str, Any]] = []
         self._began = time.monotonic()
         self.fields: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,

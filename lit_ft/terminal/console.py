@@ -22,3 +22,15 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_bytes(nbytes: float) -> str:
+    """Return a number of bytes in the unit that suits it.
+
+    >>> format_bytes(264), format_bytes(63_000), format_bytes(538_000_000), format_bytes(3 << 30)
+    ('264 B', '62 KiB', '513 MiB', '3.00 GiB')
+    """
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes >= 1 << exponent:
+            return f"{nbytes / (1 << exponent):{'.2f' if unit == 'GiB' else '.0f'}} {unit}"
+    return f"{nbytes:.0f} B"

@@ -26,6 +26,7 @@ def use_style(style: Style) -> None:
     if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
         style = "off"
     kind = {"rich": LiveLine, "plain": PlainLines, "off": Display}[resolved(style)]
+    console().quiet = kind is Display
     if type(display()) is not kind:
         set_display(kind())
 

@@ -252,7 +252,7 @@ def test_the_table_of_callbacks_has_those_that_there_are():
 
     told = {row[0].strip("`") for row in table(PAGES["docs/callbacks.md"], "Callback")}
     # Kinds of progress bars, and what the job uses, are in the reference.
-    internal = {"AtomicCheckpointIO", "LineProgress", "TerminalProgress", "final_panel"}
+    internal = {"AtomicCheckpointIO", "LineProgress", "TerminalProgress"}
     assert told == set(lit_ft.callbacks.__all__) - internal
 
 

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_ft.callbacks import final_panel
 from lit_ft.callbacks.stop import SIGHUPException
 from lit_ft.run.recorder import Recorder
 from lit_ft.run.summary import RunSummary, read_summary
@@ -137,8 +136,3 @@ def test_a_validation_alone_says_that_it_was_one(job):
 def test_a_job_that_a_signal_stops_names_the_signal(job, tmp_path, fault, status, by):
     stopped(job, "run", *LORA, *at("on_before_backward", 1, fault=fault), status=status)
     assert read_summary(tmp_path / "run")["ended"] == f"{by} at step 2"
-
-
-def test_the_box_shows_it():
-    panel = final_panel({"ended": "max_steps=2 reached"}).renderable
-    assert [list(column.cells) for column in panel.columns] == [["ended"], ["max_steps=2 reached"]]

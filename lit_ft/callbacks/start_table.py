@@ -1,0 +1,200 @@
+"""Print a table of what will be trained, and how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_ft.callbacks._support.trainer import find_callback, network_of, source_name
+from lit_ft.callbacks.galore import GaLore
+from lit_ft.callbacks.layerwise import LayerwiseUpdate
+from lit_ft.compat.protocols import CountsRows, ReportsData
+from lit_ft.distributed.ranks import data_parallel_rank
+from lit_ft.measure import estimate_state_bytes
+from lit_ft.measure.model_size import model_size, num_weights
+from lit_ft.optim.schedules import WarmupSchedule
+from lit_ft.subspace import subspace_layers
+from lit_ft.terminal.console import console, format_bytes
+
+
+class StartTable(Callback):
+    """Print the model, the method, the optimizer's groups and the data, before the first step.
+
+    The bytes of optimizer state are an estimate (`lit_ft.measure.estimate_state_bytes`). Under a
+    sharded strategy, the bytes of weights and state are those of rank 0. What is shown of the data
+    comes from the datamodule's `reports`, if it has this attribute: a mapping from the name of a
+    split to anything that prints.
+
+    Args:
+        facts: Further facts to show at the top, such as `{"recipe": "galore_subspace"}`, keyed by
+            what they are about.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = L.Trainer(
+        ...     callbacks=[StartTable()], max_steps=1, accelerator="cpu", barebones=True
+        ... )
+        >>> trainer.fit(BoringModel())  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        model      BoringModel, 66 parameters, all trained, float32, 264 B
+        device     CPU, 32-true
+        update     after the backward pass
+        optimizer  SGD
+        ...
+    """
+
+    def __init__(self, facts: Mapping[str, str] | None = None) -> None:
+        self.facts = dict(facts or {})
+        self._printed = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that nothing has been printed in this fit."""
+        self._printed = False
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print before the sanity check, when the optimizer already exists."""
+        self._print(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print before training, unless it was done before the sanity check."""
+        if not self._printed:
+            self._print(trainer, pl_module)
+
+    @rank_zero_only
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._printed = True
+        rows = {
+            **self.facts,
+            "model": described_model(network_of(pl_module), source_name(pl_module)),
+            "device": f"{_devices(trainer)}, {trainer.precision}",
+            **_method(trainer, pl_module),
+            **_schedule(trainer, pl_module),
+            "optimizer": ", ".join(type(one).__name__ for one in trainer.optimizers),
+        }
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        data: dict[str, str] = {}
+        if isinstance(datamodule, ReportsData) and isinstance(datamodule.reports, Mapping):
+            data = {name: str(report) for name, report in datamodule.reports.items()}
+        tables = [_pairs(rows), *map(optimizer_table, trainer.optimizers)]
+        tables.append(_pairs({**data, **_extent(trainer, datamodule)}))
+        console().print(Group(*tables))
+
+
+def described_model(model: nn.Module, name: str | None = None) -> str:
+    """Return the model's name, number of parameters, share that is trained, dtypes and size.
+
+    Tied parameters count once. A packed parameter counts as the number of weights that it holds.
+
+    Args:
+        model: The model to describe.
+        name: The name to show; None shows the model's own name, or else the name of its class.
+    """
+    size = model_size(model)
+    share = size.trainable_parameters / max(size.parameters, 1)
+    trained = f"{size.trainable_parameters:,} trained ({share:.2%})"
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return ", ".join(
+        [
+            name or getattr(model, "name_or_path", "") or type(model).__name__,
+            f"{size.parameters:,} parameters",
+            "all trained" if size.trainable_parameters == size.parameters else trained,
+            *sorted(dtypes),
+            format_bytes(size.weight_bytes),
+        ]
+    )
+
+
+def optimizer_table(optimizer: Optimizer) -> Table:
+    """Return a table with one row for each parameter group."""
+    table = Table(box=None, padding=(0, 2, 0, 1), header_style="dim")
+    table.add_column("group")
+    for heading in ("tensors", "parameters", "lr", "weight decay", "state (estimate)"):
+        table.add_column(heading, justify="right")
+    groups = zip(optimizer.param_groups, estimate_state_bytes(optimizer), strict=True)
+    for index, (group, state) in enumerate(groups):
+        lr = group.get("initial_lr", group.get("lr"))  # the peak, under a schedule
+        table.add_row(
+            escape(str(group.get("name", index))),
+            f"{len(group['params']):,}",
+            f"{sum(map(num_weights, group['params'])):,}",
+            "its own" if lr is None else f"{float(lr):.3g}",
+            f"{group.get('weight_decay', 0.0):.3g}",
+            "?" if state is None else format_bytes(state),
+        )
+    return table
+
+
+def _devices(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return name if trainer.world_size == 1 else f"{trainer.world_size} × {name}"
+
+
+def _method(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    """Return how the weights change: in subspaces, through an adapter, layer by layer."""
+    rows = {}
+    galore = find_callback(trainer, GaLore)
+    layers = subspace_layers(network_of(pl_module)).values()
+    if galore is not None and layers:
+        small = sum(layer.delta.numel() for layer in layers)
+        whole = sum(layer.weight.numel() for layer in layers)
+        rows["GaLore"] = (
+            f"rank {galore.rank}, {len(layers)} layers, of whose {whole:,} weights each step moves "
+            f"{small:,} directions ({small / whole:.1%}), {galore.projector}"
+        )
+    for config in getattr(network_of(pl_module), "peft_config", {}).values():
+        targets = sorted(config.target_modules or ())
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        rows["adapter"] = f"{kind}, rank {getattr(config, 'r', '?')}, on {', '.join(targets)}"
+    layerwise = find_callback(trainer, LayerwiseUpdate) is not None
+    rows["update"] = "layerwise, in the backward pass" if layerwise else "after the backward pass"
+    return rows
+
+
+def _schedule(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    schedule = getattr(pl_module, "schedule", None)
+    steps = trainer.estimated_stepping_batches
+    if not isinstance(schedule, WarmupSchedule) or not math.isfinite(steps):
+        return {}
+    warmup = schedule.num_warmup_steps(int(steps))
+    return {"schedule": f"{schedule.name}, {warmup:,} of {int(steps):,} steps to warm up"}
+
+
+def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
+    """Return a row that says how much of the data the run reads; empty if it is unknown."""
+    if not isinstance(datamodule, CountsRows):
+        return {}
+    shares = data_parallel_rank(trainer)[1]
+    a_step = datamodule.batch_size * trainer.accumulate_grad_batches * shares
+    parts = [f"{datamodule.batch_size:,} rows"]
+    if trainer.accumulate_grad_batches > 1:
+        parts.insert(0, f"{trainer.accumulate_grad_batches:,} micro-batches")
+    if shares > 1:
+        parts.insert(0, f"{shares:,} ranks")
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps):
+        return {"this run": f"{' × '.join(parts)} = {a_step:,} rows a step"}
+    extent = f"{int(steps):,} steps × {' × '.join(parts)} = {int(steps) * a_step:,} rows"
+    if math.isfinite(batches := trainer.num_training_batches) and batches:
+        times = steps * trainer.accumulate_grad_batches / batches
+        extent += f", {times:.3g} times all" if times >= 1 else f", {times:.2%} of all"
+    return {"this run": extent}
+
+
+def _pairs(rows: Mapping[str, str]) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    return table

@@ -1,0 +1,178 @@
+"""What a run says at its end: its results in a box, and the commands that come next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lit_ft.run.summary import RunSummary
+from lit_ft.storage.json_file import read_json
+from lit_ft.terminal.console import console, format_bytes, format_duration
+
+WIDTH = 100
+"""The largest width of the box in columns."""
+
+
+@contextmanager
+def ends_with_panel(summary: RunSummary) -> Iterator[None]:
+    """Print a run's results after the block, unless the run has failed: then its error is printed.
+
+    Args:
+        summary: The summary of the run, which is complete once the block ends.
+    """
+    try:
+        yield
+    finally:
+        if summary.fields["status"] in ("completed", "interrupted") and summary.fields["ended"]:
+            _print(summary)
+
+
+@rank_zero_only
+def _print(summary: RunSummary) -> None:
+    fields = {**summary.fields, "samples": summary.samples}
+    fields |= {name: _near(fields[name]) for name in ("checkpoint_path", "export_path")}
+    console().print(end_panel(fields, _near(str(summary.run_dir)) or "."))
+
+
+def _near(path: str | None) -> str | None:
+    """Return a path as it is seen from the current folder, if it lies in it."""
+    if path is None or not Path(path).is_relative_to(Path.cwd()):
+        return path
+    return str(Path(path).relative_to(Path.cwd()))
+
+
+def end_panel(summary: Mapping[str, Any], run_dir: str | Path) -> RenderableType:
+    """Return the box to show at the end of a run, and the commands to go on with.
+
+    Args:
+        summary: The contents of summary.json, in which any entry may be null or absent. It may also
+            have a list `samples` of `{"step", "prompt", "text"}`, from which the box shows the
+            first and the last answer to the first prompt.
+        run_dir: The folder of the run.
+    """
+    run_dir = Path(run_dir)
+    title = str(summary.get("status") or "finished")
+    if title == "completed" and not summary.get("steps"):
+        title = "validated"
+    box = Panel(
+        _pairs(_results(summary, run_dir)),
+        title=escape(title),
+        border_style="yellow" if title == "interrupted" else "green",
+        width=min(WIDTH, console().width),
+    )
+    # No box around what is to be copied.
+    return Group(box, *(Text(line, no_wrap=True) for line in next_commands(summary, run_dir)))
+
+
+def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """Return lines with the commands that a user may want next, each after what it does."""
+    folder = shlex.quote(str(run_dir))
+    steps, checkpoint = summary.get("steps") or 0, summary.get("checkpoint_path")
+    export, resume = f"python -m lit_ft.export {folder}", f"python train.py run_dir={folder}"
+    commands = {}
+    if summary.get("status") == "interrupted":
+        if checkpoint is not None:
+            commands["go on"] = f"{resume} resume=auto"
+            commands["export"] = export
+    elif steps:
+        if summary.get("export_path") is not None:
+            commands["chat"] = f"python -m lit_ft.chat {folder}"
+        if checkpoint is not None:
+            commands["train on"] = f"{resume} resume=auto trainer.max_steps={2 * steps}"
+            commands["export"] = export
+        if (run_dir / "checkpoints" / "best.ckpt").exists():
+            commands["export"] = f"{export} --checkpoint best"
+    return [f"  {what:<9} {command}" for what, command in commands.items()]
+
+
+def _results(summary: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
+    peak = summary.get("peak_bytes") or {}
+    steps = summary.get("step_seconds") or {}
+    by_source = summary.get("val_loss_by_source") or {}
+    state = summary.get("optimizer_state_bytes")
+    rows = {
+        "val loss": _before_after(summary.get("initial_val_loss"), summary.get("val_loss")),
+        **{f"  of {name}": _number(loss, ".4f") for name, loss in by_source.items()},
+        "val perplexity": _number(summary.get("val_perplexity"), ".2f"),
+        "best": _best(run_dir) if summary.get("steps") else None,
+        "train loss": _number(summary.get("train_loss"), ".4f"),
+        "steps": _number(summary.get("steps") or None, ","),
+        "ended": summary.get("ended"),
+        "time": _time(summary.get("seconds") or {}),
+        "tokens/s": _number(summary.get("tokens_per_second"), ",.0f"),
+        "step": _number(steps.get("median"), ".3f", " s (median)"),
+        "peak memory": None
+        if peak.get("value") is None
+        else f"{format_bytes(peak['value'])} ({peak.get('source')})",
+        "optimizer state": None if state is None else format_bytes(state),
+        "checkpoint": _place(summary.get("checkpoint_path"), whole_folder=True),
+        "model": _place(summary.get("export_path")),
+        **_samples(summary.get("samples") or []),
+    }
+    return {name: str(value) for name, value in rows.items() if value is not None}
+
+
+def _best(run_dir: Path) -> str | None:
+    try:
+        best = read_json(run_dir / "checkpoints" / "best.json")
+    except (OSError, ValueError):
+        return None
+    step = best.pop("step", None)
+    return ", ".join(f"{name} {value:.4f} at step {step}" for name, value in best.items())
+
+
+def _time(seconds: Mapping[str, float | None]) -> str | None:
+    if seconds.get("total") is None:
+        return None
+    parts = {"training steps": seconds.get("train"), "loading": seconds.get("load")}
+    told = [f"{format_duration(value)} {name}" for name, value in parts.items() if value]
+    whole = format_duration(seconds["total"] or 0)
+    return f"{whole} ({', '.join(told)})" if told else whole
+
+
+def _place(path: str | None, *, whole_folder: bool = False) -> str | None:
+    """Return a path with its size on disk, or with that of the folder in which it is."""
+    if path is None:
+        return None
+    place = Path(path).parent if whole_folder else Path(path)
+    files = [file for file in place.rglob("*") if file.is_file()]
+    size = format_bytes(sum(file.stat().st_size for file in files))
+    return f"{path} ({size} in {place.name}/)" if whole_folder else f"{path} ({size})"
+
+
+def _before_after(before: float | None, after: float | None) -> str | None:
+    if before is None or after is None:
+        return _number(after, ".4f")
+    return f"{before:.4f} → {after:.4f}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str | None:
+    return None if value is None else f"{value:{form}}{unit}"
+
+
+def _samples(samples: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    same = list(samples)
+    same = [one for one in same if one["prompt"] == same[0]["prompt"]]
+    if not same:
+        return {}
+    rows = {"prompt": same[0]["prompt"], "answer before": same[0]["text"]}
+    return rows if len(same) == 1 else {**rows, "answer after": same[-1]["text"]}
+
+
+def _pairs(rows: Mapping[str, str]) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    return table

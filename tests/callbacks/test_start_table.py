@@ -1,0 +1,126 @@
+"""The table at the start, as plain text."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from rich.console import Console
+from torch import nn
+
+from lit_ft.callbacks import GaLore, LayerwiseUpdate, StartTable
+from lit_ft.callbacks.start_table import described_model, optimizer_table
+from lit_ft.subspace import inject
+
+
+def text_of(renderable) -> str:
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def cells_of(renderable, word: str) -> list[str]:
+    """Cells of the line that begins with `word`."""
+    lines = [line.replace("│", " ").replace("┃", " ") for line in text_of(renderable).splitlines()]
+    return next(line.split() for line in lines if line.split()[:1] == [word])
+
+
+class TwoGroups(BoringModel):
+    def configure_optimizers(self):
+        groups = [
+            {"name": "matrices", "params": [self.layer.weight], "weight_decay": 0.1},
+            {"name": "vectors", "params": [self.layer.bias], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=2e-4)
+
+
+class Data(LightningDataModule):
+    batch_size = 2
+    reports = {"train": "64 examples", "val [small]": "7 examples"}
+
+    def train_dataloader(self):
+        return BoringModel().train_dataloader()
+
+    def val_dataloader(self):
+        return BoringModel().val_dataloader()
+
+
+def fit(tmp_path, module: LightningModule, *, max_steps: int = 1, **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[StartTable()],
+        max_steps=max_steps,
+        limit_val_batches=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+    trainer.fit(module, datamodule=Data())
+
+
+def test_the_table_is_printed_once_before_training(tmp_path, capfd):
+    for sanity in (0, 1):
+        fit(tmp_path, TwoGroups(), num_sanity_val_steps=sanity)
+        out = capfd.readouterr().out
+        assert out.count("AdamW") == 1
+        assert out.count("matrices") == 1
+        assert "64 examples" in out
+        assert "1 steps × 2 rows = 2 rows" in out
+        assert (", 1.56% of all" in out) == (not sanity)  # it comes before the loader
+        assert "val [small]" in out  # brackets are text, not markup
+
+
+def test_a_run_of_epochs_shows_its_steps(tmp_path, capfd):
+    fit(tmp_path, TwoGroups(), max_steps=-1, max_epochs=2, accumulate_grad_batches=4)
+    said = " ".join(capfd.readouterr().out.split())
+    assert "32 steps × 4 micro-batches × 2 rows = 256 rows, 2 times all" in said
+
+
+def test_the_method_is_shown_with_what_the_run_says_of_itself(tmp_path, capfd):
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[StartTable({"recipe": "mine [x]"}), GaLore(rank=1), LayerwiseUpdate()],
+        max_steps=1,
+        barebones=True,
+    )
+    trainer.fit(BoringModel())
+    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    assert lines[0] == "recipe mine [x]"
+    assert "model BoringModel, 66 parameters, all trained, float32, 264 B" in lines
+    assert "device CPU, 32-true" in lines
+    assert "update layerwise, in the backward pass" in lines
+    galore = next(line for line in lines if line.startswith("GaLore rank 1, 1 layers"))
+    assert "64 weights each step moves 2 directions (3.1%)" in galore
+
+
+def test_groups_are_shown_one_by_one():
+    module = TwoGroups()
+    table = optimizer_table(module.configure_optimizers())
+    assert cells_of(table, "matrices")[1:5] == ["1", "64", "0.0002", "0.1"]
+    assert cells_of(table, "vectors")[1:5] == ["1", "2", "0.0002", "0"]
+
+
+def test_the_model_is_described_by_what_trains_and_what_it_weighs():
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024)).requires_grad_(False)
+    model[1].bias.requires_grad_(True)
+    assert described_model(model.to(torch.bfloat16)) == (
+        "Sequential, 2,099,200 parameters, 1,024 trained (0.05%), bfloat16, 4 MiB"
+    )
+
+
+def test_packed_weights_count_as_what_they_stand_for():
+    layer = bnb.nn.Linear4bit(128, 64, bias=False).to("cpu")
+    assert "8,192 parameters" in described_model(layer)
+
+
+def test_a_model_in_subspaces_trains_whole():
+    model = nn.Sequential(nn.Linear(64, 32))
+    before = described_model(model)
+    inject(model, rank=4)
+    assert described_model(model) == before
+    assert "2,080 parameters, all trained" in before

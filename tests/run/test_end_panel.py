@@ -1,0 +1,96 @@
+"""The box at the end of a run, as plain text, and the commands below it."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from lit_ft.run.end_panel import end_panel, next_commands
+from lit_ft.storage.json_file import write_json
+
+
+def text_of(renderable) -> str:
+    console = Console(width=200, no_color=True)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+SUMMARY = {
+    "status": "completed",
+    "steps": 1200,
+    "initial_val_loss": 3.291,
+    "val_loss": 2.7,
+    "val_perplexity": 14.88,
+    "train_loss": 2.5,
+    "tokens_per_second": 1234.5,
+    "step_seconds": {"median": 0.25, "p95": 0.3, "max": 1.0},
+    "peak_bytes": {"value": 3 * 2**30, "source": "process_rss"},
+    "optimizer_state_bytes": 2**30,
+    "checkpoint_path": "runs/r1/checkpoints/last.ckpt",
+    "export_path": "runs/r1/model",
+    "seconds": {"total": 3725.4, "load": 12.0, "train": 3600.0},
+    "error": None,
+}
+
+
+def test_the_box_shows_what_came_of_the_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    write_json(tmp_path / "checkpoints" / "best.json", {"val_loss": 2.6, "step": 900})
+    text = text_of(end_panel(SUMMARY, tmp_path))
+    for shown in (
+        "completed",
+        "3.2910 → 2.7000",
+        "14.88",
+        "1,234",
+        "3.00 GiB (process_rss)",
+        "runs/r1/checkpoints/last.ckpt",
+        "runs/r1/model",
+        "1:02:05 (1:00:00 training steps, 0:12 loading)",
+        "val_loss 2.6000 at step 900",
+    ):
+        assert shown in text
+    assert max(len(line) for line in text.splitlines() if line[0] in "╭│╰") <= 100
+
+
+def test_the_box_shows_the_first_prompt_before_and_after(tmp_path):
+    samples = [
+        {"step": 0, "prompt": "p", "text": "[bold]before"},
+        {"step": 0, "prompt": "q", "text": "other"},
+        {"step": 9, "prompt": "p", "text": "after"},
+        {"step": 9, "prompt": "q", "text": "other"},
+    ]
+    text = text_of(end_panel({**SUMMARY, "samples": samples}, tmp_path))
+    assert "[bold]before" in text
+    assert "after" in text
+    assert "other" not in text
+
+
+def test_the_box_shows_no_nulls(tmp_path):
+    assert "None" not in text_of(end_panel({**dict.fromkeys(SUMMARY), "steps": 0}, tmp_path))
+    assert text_of(end_panel({}, tmp_path))
+
+
+def test_the_size_on_disk_is_that_of_the_files(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(bytes(3 << 20))
+    (tmp_path / "checkpoints" / "best.ckpt").write_bytes(bytes(2 << 20))
+    path = str(tmp_path / "checkpoints" / "last.ckpt")
+    text = "".join(text_of(end_panel({"checkpoint_path": path}, tmp_path)).split())
+    assert "(5MiBincheckpoints/)" in text.replace("│", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["chat", "train on", "export"]),
+        ({"export_path": None}, ["train on", "export"]),
+        ({"status": "interrupted", "steps": 7}, ["go on", "export"]),
+        ({"status": "interrupted", "steps": 0, "checkpoint_path": None}, []),
+        ({"steps": 0}, []),  # it has validated only
+    ],
+)
+def test_the_next_commands_are_those_that_work(tmp_path, changes, expected):
+    lines = next_commands({**SUMMARY, **changes}, tmp_path / "my run")
+    assert [line.split("  ")[1] for line in lines] == expected
+    assert all(f"'{tmp_path}/my run'" in line for line in lines)
