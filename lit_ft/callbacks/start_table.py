@@ -149,8 +149,8 @@ def _method(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         small = sum(layer.delta.numel() for layer in layers)
         whole = sum(layer.weight.numel() for layer in layers)
         rows["GaLore"] = (
-            f"rank {galore.rank}, {len(layers)} layers, of whose {whole:,} weights each step moves "
-            f"{small:,} directions ({small / whole:.1%}), {galore.projector}"
+            f"rank {galore.rank}, {whole:,} weights of {len(layers)} layers through {small:,} "
+            f"parameters ({small / whole:.1%}), {galore.projector}"
         )
     for config in getattr(network_of(pl_module), "peft_config", {}).values():
         targets = sorted(config.target_modules or ())
