@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.arguments import CONF, for_hydra
+from lit_ft.run.arguments import CONF, for_hydra, said_by_hydra
+from lit_ft.run.command_line import options_of, understood
 from lit_ft.run.config import names_near, null_choices
 from lit_ft.run.console import outlive_terminal
-from lit_ft.run.hydra_trust import compositions
+from lit_ft.run.hydra_trust import composer, compositions
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
 
@@ -46,12 +48,19 @@ def launch(main: Callable[[], Any]) -> None:
     redact_output()
     arguments = sys.argv[1:]
     try:
+        command = understood(arguments, config_dir=CONF)
+        arguments = command.arguments
+        if command.said:
+            print(command.said, file=sys.stderr)
         if told := null_choices(arguments, config_dir=CONF):
             sys.exit(told)
         arguments, own = with_own_arguments(arguments)
         if own:
             print(f"resume=auto repeats the run's own arguments: {' '.join(own)}", file=sys.stderr)
         arguments = sys.argv[1:] = for_hydra(arguments)
+        if command.save_config is not None:
+            _save_config(command.save_config, arguments)
+            return
         with _raised_by_hydra():
             main()
     except SystemExit as stop:
@@ -64,6 +73,16 @@ def launch(main: Callable[[], Any]) -> None:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
         sys.exit(_said(error, arguments))
+
+
+def _save_config(file: Path, arguments: list[str]) -> None:
+    # Imported here, because most commands do not need it.
+    from lit_ft.run.save_config import save_config
+
+    composed = compositions(arguments, config_dir=CONF)
+    compose = composer(options_of(arguments), config_dir=CONF)
+    save_config(file, composed, compose, conf=CONF)
+    print(f"python train.py --config {shlex.quote(str(file))} runs the settings in {file}.")
 
 
 @contextmanager
@@ -112,9 +131,7 @@ def _said(error: Exception, arguments: list[str]) -> str:
         said = message_on_command_line(of_machine)
         return f"run_dir cannot be used: {said}" if _is_of_run_dir(of_machine, arguments) else said
     if isinstance(error, HydraException | OmegaConfBaseException):
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        lines = [str(error), str(cause), names_near(arguments, config_dir=CONF).rstrip()]
-        return "\n".join(filter(None, lines))
+        return said_by_hydra(error, arguments)
     return str(error)
 
 

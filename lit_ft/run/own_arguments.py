@@ -15,8 +15,8 @@ from lit_ft.run.files import SUMMARY
 from lit_ft.run.record import FOLDER, OVERRIDES, numbered
 from lit_ft.run.trust import TRUST
 
-# These say what one start does. The rest says what the run is.
-_OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
+OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
+"""The settings that say what one start does. The rest says what the run is."""
 
 
 def with_own_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -53,7 +53,7 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
         and not override.is_sweep_override()
         and not any(place.startswith("hydra") for place in places)
         and not any(trust in argument for trust in TRUST)
-        and _name(argument) not in {*given, *_OF_ONE_START}
+        and _name(argument) not in {*given, *OF_ONE_START}
     )
 
 
