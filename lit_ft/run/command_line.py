@@ -8,7 +8,7 @@ mean the same, see `lit_ft.run.other_trainers`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,12 +130,19 @@ def _merged(places: Sequence[Sequence[Setting]]) -> list[Setting]:
     """Return the settings of several places, of which each wins over those before it."""
     decided: list[Setting] = []
     for place in reversed(places):
-        names = {one.name for one in decided}
-        own = [one for one in place if not one.is_implied and one.name not in names]
+        winners = {one.name: one for one in decided}
+        own = [one for one in place if not one.is_implied and not _gives_way(one, winners)]
         decided = [*{one.argument: one for one in own}.values(), *decided]
     names = {one.name for one in decided}
     implied = [one for place in places for one in place if one.is_implied]
     return [*{one.name: one for one in implied if one.name not in names}.values(), *decided]
+
+
+def _gives_way(one: Setting, winners: Mapping[str, Setting]) -> bool:
+    winner = winners.get(one.name)
+    # What adds a name stays, if the other one changes or removes what is there.
+    stays = one.argument.startswith("+") and winner and not winner.argument.startswith("+")
+    return winner is not None and not stays
 
 
 class _Words:

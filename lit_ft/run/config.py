@@ -111,9 +111,10 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
     lines = [line for override in overrides for line in _moved(override)]
     groups = {path.name: None for path in Path(config_dir).iterdir() if path.is_dir()}
     choices = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
+    places = [o for o in overrides if o.startswith("hydra.searchpath=")]
     with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
         try:
-            composed = compose("train", choices)
+            composed = compose("train", [*places, *choices])
         except HydraException:  # a choice does not exist; Hydra's own message lists the others
             composed = compose("train")
     values: Any = OmegaConf.to_container(composed, resolve=False)

@@ -188,14 +188,16 @@ class _Reader:
             return None  # or the command line is at fault, and Hydra will say so
 
     def _looked_up(self, one: Setting, config: Any, made: Sequence[str]) -> Setting:
-        """Return a value with the sign that Hydra needs if the name is not there yet."""
-        sign = one.argument[: len(one.argument) - len(one.argument.lstrip("+~"))]
-        if config is None or sign == "~" or (not sign and _is_there(one.name, config)):
+        """Return a value with a plus if Hydra needs one, since the name is not there yet."""
+        name, _, value = one.argument.partition("=")
+        if config is None or name.startswith("~"):
             return one
-        if not sign and not _is_open(one.name, config):
+        is_there = _is_there(one.name, config)
+        if not is_there and not name.startswith("+") and not _is_open(one.name, config):
             near = names_near([*made, one.argument], config_dir=self.config_dir).strip()
             self.faults.append(f"{one.source}: {near}")
-        return replace(one, argument=f"++{one.argument.lstrip('+')}")
+        adds = not is_there or (name.startswith("+") and value.startswith(("{", "[")))
+        return replace(one, argument=f"{'+' * adds}{one.name}={value}")
 
 
 def _refuse_what_only_a_person_may(entry: _Entry) -> None:

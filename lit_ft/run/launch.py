@@ -63,10 +63,6 @@ def launch(main: Callable[[], Any]) -> None:
             return
         with _raised_by_hydra():
             main()
-    except SystemExit as stop:
-        if stop.code == 1:
-            print(names_near(arguments, config_dir=CONF), file=sys.stderr, end="")
-        raise
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from lit_ft.run.files import SUMMARY
 from lit_ft.run.record import FOLDER, OVERRIDES, numbered
+from lit_ft.run.redaction import OWN_VARIABLES
 from lit_ft.run.trust import TRUST
 
 OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
@@ -53,8 +54,14 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
         and not override.is_sweep_override()
         and not any(place.startswith("hydra") for place in places)
         and not any(trust in argument for trust in TRUST)
+        and not _is_secret_of_file(argument)
         and _name(argument) not in {*given, *OF_ONE_START}
     )
+
+
+def _is_secret_of_file(argument: str) -> bool:
+    """Whether an argument stands for a secret that a configuration file holds, perhaps still."""
+    return argument.startswith("++") and OWN_VARIABLES in argument
 
 
 def _recorded(run_dir: Path) -> list[str]:

@@ -238,7 +238,7 @@ def test_a_secret_in_a_file_becomes_a_reference_everywhere(
     given = arguments(file(tmp_path, "+logger.tensorboard.api_key: PlantedSecret1\n"))
     hidden = for_hydra(given)
     assert os.environ[name] == "PlantedSecret1"
-    assert hidden == [f"++logger.tensorboard.api_key=${{oc.env:{name}}}"]
+    assert hidden == [f"+logger.tensorboard.api_key=${{oc.env:{name}}}"]
     compose = composer([], config_dir=CONF)
     saved = tmp_path / "saved.yaml"
     save_config(saved, [compose(hidden)], compose, conf=CONF)
@@ -264,3 +264,10 @@ def test_resume_auto_repeats_what_the_file_held(tmp_path: Path) -> None:
     assert with_own_arguments(again) == ([*given, *again], given)
     more = arguments(file(tmp_path, "logger: none"), *again)
     assert with_own_arguments(more)[1] == ["optim=sgd", "data.path='a b.jsonl'"]
+
+
+def test_the_command_line_changes_what_a_file_adds(tmp_path: Path) -> None:
+    adds = file(tmp_path, "+optim.betas: [0.8, 0.9]\n+optim.eps: 0.1")
+    for typed in ("optim.eps=0.2", "+optim.eps=0.2"):
+        assert composed([adds, typed])["optim"]["eps"] == 0.2
+    assert "betas" not in composed([adds, "~optim.betas"])["optim"]

@@ -62,3 +62,10 @@ def test_options_stay_in_front_of_the_settings(tmp_path: Path) -> None:
     record(tmp_path, "optim=adamw")
     arguments, _ = with_own_arguments(["--cfg", "job", f"run_dir={tmp_path}", "resume=auto"])
     assert for_hydra(arguments)[:3] == ["--cfg", "job", "optim=adamw"]
+
+
+def test_the_secret_of_a_file_is_left_to_the_file(tmp_path: Path) -> None:
+    reference = "${oc.env:LIT_FT_SECRET_LOGGER__API_KEY}"
+    record(tmp_path, "experiment=mine", f"++logger.api_key={reference}", f"data.token={reference}")
+    arguments, _ = with_own_arguments([f"run_dir={tmp_path}", "resume=auto"])
+    assert arguments[:2] == ["experiment=mine", f"data.token={reference}"]

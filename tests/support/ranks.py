@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -78,9 +79,11 @@ def _in_a_group(place: str, function: Callable[..., Any], *args: Any, **kwargs: 
         "gloo", init_method=place, rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     try:
+        dist.barrier()  # a rank that ends while another one still connects makes that one fail
         return function(*args, **kwargs)
     finally:
         dist.destroy_process_group()
+        gc.collect()  # what is left in cycles would keep the group, whose threads poll
 
 
 def average(tensors):
