@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.arguments import CONF, for_hydra, said_by_hydra
 from lit_ft.run.command_line import options_of, understood
-from lit_ft.run.config import names_near, null_choices
+from lit_ft.run.config import null_choices
 from lit_ft.run.console import outlive_terminal
 from lit_ft.run.hydra_trust import composer, compositions
 from lit_ft.run.own_arguments import with_own_arguments
