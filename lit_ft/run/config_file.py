@@ -137,7 +137,8 @@ class _Reader:
 
     def _understood(self, entry: _Entry, source: str) -> list[Setting]:
         """Return an entry as choices, or as values whose names nobody has looked up yet."""
-        _refuse_what_only_a_person_may(entry)
+        if reason := _why_not(entry):
+            raise ValueError(f"{entry.name}: {reason}")
         if entry.name in BY_NAME and not isinstance(entry.value, Mapping):
             if entry.value is None and not self._is_own(entry.name):
                 return []  # in axolotl's files, names without a value are common
@@ -200,19 +201,19 @@ class _Reader:
         return replace(one, argument=f"{'+' * adds}{one.name}={value}")
 
 
-def _refuse_what_only_a_person_may(entry: _Entry) -> None:
-    """Raise ValueError if a setting is one that only the command line may set."""
+def _why_not(entry: _Entry) -> str:
+    """Return why a file may not hold a setting; empty if it may."""
     if not _NAME.fullmatch(entry.name):
-        raise ValueError(f"{entry.name}: this is no name of a setting.")
+        return "this is no name of a setting."
     if re.split(r"[./]", entry.plain)[0] == "hydra":
-        raise ValueError(f"{entry.name}: only the command line may change Hydra's own settings.")
+        return "only the command line may change Hydra's own settings."
     if entry.plain == "hparams_search":
-        raise ValueError(f"{entry.name}: only the command line may start a sweep.")
-    if entry.name in TRUST and entry.value in (None, False, []):
-        return
+        return "only the command line may start a sweep."
+    is_off = entry.name in TRUST and entry.value in (None, False, [])
     text = f"{entry.name}={in_grammar(entry.value)}"
-    if any(trust in text for trust in TRUST):
-        raise ValueError(f"{entry.name}: only the command line may give trust.")
+    if not is_off and any(trust in text for trust in TRUST):
+        return "only the command line may give trust."
+    return ""
 
 
 def _is_there(name: str, config: Any) -> bool:
@@ -276,10 +277,16 @@ def _lines(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tup
             first = own[key.value]
             raise ValueError(f"{path}:{line}: {key.value} stands in line {first} already.")
         own[key.value] = line
-        name = f"{prefix}.{key.value}".lstrip(".")
+        name = _joined(prefix, key.value)
         yield name, line
         if isinstance(value, yaml.MappingNode):
             yield from _lines(value, path, name)
+
+
+def _joined(prefix: str, name: str) -> str:
+    """Return the whole name, with its plus or tilde in front."""
+    sign = name[0] if prefix and name.startswith(("+", "~")) else ""
+    return f"{sign}{prefix}.{name.removeprefix(sign)}".lstrip(".")
 
 
 def _flat(
@@ -287,7 +294,7 @@ def _flat(
 ) -> Iterator[_Entry]:
     """Yield what is not a mapping itself, an empty one, or one that is added."""
     for key, value in node.items():
-        name = f"{prefix}.{key}".lstrip(".")
+        name = _joined(prefix, str(key))
         own = lines.get(name, line)
         if isinstance(value, Mapping) and value and not name.startswith(("+", "~")):
             yield from _flat(value, name, lines, own)

@@ -149,6 +149,7 @@ def test_flat_and_nested_names_keep_their_types(tmp_path: Path) -> None:
           samples.prompts: ["1", no, 'a, b', null, 1e-3, {x: [1]}]
         data.source_options: {name: "1e-4", split: train}
         +optim.betas: [0.9, 0.95]
+        optim: {+eps: 1e-6}
         ~callbacks.memory:
         resume: null
         run_dir: runs/${seed}
@@ -160,7 +161,7 @@ def test_flat_and_nested_names_keep_their_types(tmp_path: Path) -> None:
     assert config["data"]["source_options"] == {"name": "1e-4", "split": "train"}
     prompts = ["1", False, "a, b", None, 0.001, {"x": [1]}]
     assert config["callbacks"]["samples"]["prompts"] == prompts
-    assert config["optim"]["betas"] == [0.9, 0.95]
+    assert (config["optim"]["betas"], config["optim"]["eps"]) == ([0.9, 0.95], 1e-6)
     assert "memory" not in config["callbacks"]
     assert config["run_dir"] == "runs/0"
 
