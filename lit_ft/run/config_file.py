@@ -179,7 +179,7 @@ class _Reader:
     def _composed(self, compose: Compose, made: Sequence[str], choices: Sequence[Setting]) -> Any:
         """Return the configuration that the choices give; None if they cannot be made."""
         try:
-            return compose(made)
+            return OmegaConf.to_container(compose(made), resolve=False)
         except (HydraException, OmegaConfBaseException):
             for one in choices:
                 group, _, name = one.argument.partition("=")
@@ -196,7 +196,7 @@ class _Reader:
         is_there = _is_there(one.name, config)
         if not is_there and not name.startswith("+") and not _is_open(one.name, config):
             near = names_near([*made, one.argument], config_dir=self.config_dir).strip()
-            self.faults.append(f"{one.source}: {near}")
+            self.faults.append(f"{one.source}: {near or f'there is no {one.name}.'}")
         adds = not is_there or (name.startswith("+") and value.startswith(("{", "[")))
         return replace(one, argument=f"{'+' * adds}{one.name}={value}")
 

@@ -26,6 +26,7 @@ class Name:
             that there is nothing to set.
         why: What to type instead, or what differs, as the end of a sentence that begins "here:".
         is_list: Whether a comma separates several values.
+        is_whole: Whether the value is a whole number here, also if it is written as 3.0.
     """
 
     theirs: str
@@ -34,6 +35,7 @@ class Name:
     values: Mapping[str, str] = field(default_factory=dict)
     why: str = ""
     is_list: bool = False
+    is_whole: bool = False
 
 
 def _if_true(settings: str, otherwise: str = "") -> dict[str, str]:
@@ -82,7 +84,7 @@ NAMES: Mapping[str, tuple[Name, ...]] = {
         Name("warmup_ratio", "schedule.warmup={}", why="a fraction of the run"),
         Name("warmup_steps", "schedule.warmup={}", why="from 1 on a number of steps"),
         Name("max_steps", "trainer.max_steps={}"),
-        Name("num_train_epochs", "trainer.max_epochs={} trainer.max_steps=-1"),
+        Name("num_train_epochs", "trainer.max_epochs={} trainer.max_steps=-1", is_whole=True),
         Name("per_device_train_batch_size", "data.batch_size={}"),
         Name("per_device_eval_batch_size", "data.val_batch_size={}"),
         Name("gradient_accumulation_steps", "trainer.accumulate_grad_batches={}"),
@@ -98,6 +100,11 @@ NAMES: Mapping[str, tuple[Name, ...]] = {
         Name("eval_strategy", why=_EVALUATION),
         Name("save_steps", "checkpoint.every_n_steps={}"),
         Name("save_strategy", values={"steps": ""}, why="`checkpoint.every_n_steps`"),
+        Name(
+            "save_only_model",
+            values={"false": ""},
+            why="nothing: the export holds only the model",
+        ),
         Name("save_total_limit", "checkpoint.keep={}"),
         Name("resume_from_checkpoint", "resume={}", values=_if_true("resume=auto")),
         Name(
@@ -213,7 +220,7 @@ NAMES: Mapping[str, tuple[Name, ...]] = {
         Name("sequence_len", "data.max_length={}", why="longer rows are left out, as there"),
         Name("sample_packing", "data.packing={}"),
         Name("micro_batch_size", "data.batch_size={}"),
-        Name("num_epochs", "trainer.max_epochs={} trainer.max_steps=-1"),
+        Name("num_epochs", "trainer.max_epochs={} trainer.max_steps=-1", is_whole=True),
         Name("optimizer", values=_OPTIMIZERS, why="`optim=adamw`, `adamw_8bit`, ..."),
         Name("lr_scheduler", values=_SCHEDULES, why="`schedule=linear`, `cosine` or `constant`"),
         Name("val_set_size", "data.val_fraction={}", why="a share of the rows"),
@@ -234,6 +241,12 @@ NAMES: Mapping[str, tuple[Name, ...]] = {
             "early_stopping_patience",
             why="`'callbacks=[default,early_stopping]'` and `callbacks.early_stopping.patience`",
         ),
+        Name("wandb_name", "++logger.wandb.name={}", "logger=wandb"),
+        Name("wandb_entity", "++logger.wandb.entity={}", "logger=wandb"),
+        Name(
+            "dataset_prepared_path", values=_NOTHING, why="nothing: rows are cached by themselves"
+        ),
+        Name("strict", values=_NOTHING, why="nothing: names that are not known are refused"),
         Name("special_tokens", why="nothing: the tokenizer's own are used"),
     ),
     "Unsloth": (

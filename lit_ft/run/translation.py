@@ -41,6 +41,8 @@ def translated(name: str, value: str) -> Translation | None:
         raise ValueError(f"{name}={plain}, here: {_remedy(one)}.")
     if not template:
         return Translation()
+    if one.is_whole and plain.endswith(".0"):
+        value = plain.removesuffix(".0")
     if one.is_list and "," in plain and plain[0] != "[":
         value = f"[{plain}]"
     brings = tuple(one.brings.split())

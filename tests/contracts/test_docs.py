@@ -243,6 +243,15 @@ def test_the_names_you_know_lead_to_names_that_exist(theirs, ours):
         assert any(parent is not None and last in parent for parent in parents), name
 
 
+def test_the_file_of_settings_that_is_shown_composes(tmp_path):
+    [shown] = blocks(PAGES["docs/coming-from.md"], "yaml")
+    (tmp_path / "my.yaml").write_text(shown)
+    given = understood([f"--config={tmp_path / 'my.yaml'}"], config_dir=CONF).arguments
+    with conf():
+        config = composed(given)
+    assert (config.optim.lr, config.adapter.r, config.trainer.max_epochs) == (2e-4, 32, 1)
+
+
 def test_there_are_twenty_commands_of_habit():
     assert len(habits()) == 20
 

@@ -225,6 +225,34 @@ def test_a_fault_names_the_file_and_the_line(text: str, tmp_path: Path) -> None:
     assert any(line.startswith(FAULTS[text]) for line in said), said
 
 
+def test_a_file_of_another_trainer_is_read_whole(tmp_path: Path) -> None:
+    text = """
+        base_model: ORG/NAME
+        load_in_8bit: false
+        adapter: lora
+        lora_r: 8
+        lora_target_modules: [gate_proj, down_proj]
+        wandb_project:
+        num_epochs: 1.0
+        optimizer: adamw_8bit
+        lr_scheduler: constant_with_warmup
+        bf16: auto
+        flash_attention: true
+    """
+    assert arguments(file(tmp_path, textwrap.dedent(text))) == [
+        "model=pretrained",
+        "adapter=lora",
+        "optim=adamw_8bit",
+        "schedule=constant",
+        "model.name_or_path='ORG/NAME'",
+        "adapter.r=8",
+        "adapter.target_modules=['gate_proj', 'down_proj']",
+        "trainer.max_epochs=1",
+        "trainer.max_steps=-1",
+        "model.attn_implementation=flash_attention_2",
+    ]
+
+
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
 def test_a_file_that_cannot_be_read_is_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / name))}: \S.*\.$"):
