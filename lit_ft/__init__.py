@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_ft.compat.lazy import on_demand
+from lit_ft.search_path import leave_out_current_folder
+
+leave_out_current_folder()  # before the libraries are imported
+
+from lit_ft.compat.lazy import on_demand  # noqa: E402
 
 if TYPE_CHECKING:
     from lit_ft.datamodule import InstructionDataModule

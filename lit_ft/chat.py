@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from lit_ft.compat.refusal import message_on_command_line
@@ -16,7 +17,7 @@ from lit_ft.data.rendering import CostlyTemplate, bounded_rendering
 from lit_ft.data.turns import end_tokens
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.files import read_summary
-from lit_ft.storage.plain_values import plain_weights
+from lit_ft.storage.model_errors import model_errors_name
 
 Message = dict[str, str]
 
@@ -32,15 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Stated, because transformers otherwise asks on the terminal whether to run the folder's code.
     trust = {"trust_remote_code": options.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     try:
-        with plain_weights(folder):
+        with model_errors_name(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(message_on_command_line(error))
     try:
         _converse(model.to(device).eval(), tokenizer, folder, options)
-    except CostlyTemplate as error:
+    except (CostlyTemplate, TemplateError) as error:
         sys.exit(message_on_command_line(error))
 
 
@@ -72,10 +73,7 @@ def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any)
     if tokenizer.chat_template is None:
         prompt = tokenizer(conversation[-1]["content"], return_tensors="pt")
     else:
-        with bounded_rendering(tokenizer):
-            text = tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False
-            )
+        text = _rendered(conversation, tokenizer)
         # The template has written the special tokens.
         prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     sampling = {"do_sample": False}
@@ -92,6 +90,20 @@ def reply(model: Any, tokenizer: Any, conversation: list[Message], options: Any)
     )
     new_tokens = output[0, prompt["input_ids"].shape[1] :]
     return str(tokenizer.decode(new_tokens, skip_special_tokens=True))
+
+
+def _rendered(conversation: list[Message], tokenizer: Any) -> str:
+    try:
+        with bounded_rendering(tokenizer):
+            text = tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+    except (CostlyTemplate, TemplateError):
+        raise
+    except Exception as error:  # of the template's own code, which can be anything
+        said = f"{type(error).__name__}: {error}"
+        raise TemplateError(f"The chat template cannot render this chat ({said}).") from error
+    return str(text)
 
 
 def exported_folder(run_dir: str | Path) -> Path:

@@ -7,6 +7,7 @@ weights of an unfinished run, or weights in another precision.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.ollama and options.adapter_only:
         parser.error("--ollama needs the whole model: leave out --adapter-only")
     quieten_libraries()
+    if options.trusted_packages:
+        sys.path.append(os.getcwd())  # `lit_ft.search_path` has taken it off
     try:
         folder = export_run(
             options.run_dir,

@@ -22,6 +22,12 @@ from lit_ft.data.formats import Row
 from lit_ft.data.json_values import Marked, RepeatedKey, decoded, repeated_key_in
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+EXPANSION = 200
+"""How many times its size a compressed file may have in memory or on disk, if it is large."""
+
+EXPANDED_BYTES = 1 << 30
+"""The size up to which any expansion is read."""
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -96,6 +102,30 @@ def num_rows(file: Path) -> int | None:
     return lines + (last != b"\n")
 
 
+class _Expanding(io.RawIOBase):
+    """Reads a compressed file, unless it expands beyond what a text can.
+
+    A small file may hold a line that fills the memory.
+    """
+
+    def __init__(self, raw: Any, file: Path) -> None:
+        self._raw, self._file = raw, file
+        self._left = max(EXPANDED_BYTES, EXPANSION * file.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._raw.readinto(buffer))
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(
+                f"{self._file}: expands to more than {EXPANSION} times its size, which a text "
+                "hardly does. If you trust it, expand it yourself."
+            )
+        return count
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     """Open a file for reading in binary mode, decompressed."""
@@ -108,7 +138,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 
     try:
         with input_stream(str(file), compression=compression) as raw:
-            yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
+            yield cast(BinaryIO, io.BufferedReader(_Expanding(raw, file), 1 << 16))
     except OSError as error:
         raise ValueError(f"{file}: cannot be decompressed: {error}") from error
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import mmap
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_ft.compat import remedies
@@ -55,7 +57,9 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         tokenizer: The tokenizer whose chat template renders, for the message.
 
     Raises:
-        CostlyTemplate: If the rendering goes beyond `SECONDS` or `BYTES`.
+        CostlyTemplate: If the rendering goes beyond `SECONDS` or `BYTES`, or never ends to call
+            itself.
+        TemplateError: If an expression of the template fails.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -63,8 +67,12 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     try:
         with _bounded_memory(), _bounded_time():
             yield
-    except (_TimeIsUp, MemoryError) as error:
-        bound = f"{BYTES >> 20} MiB" if isinstance(error, MemoryError) else f"{SECONDS:g} seconds"
+    except (_TimeIsUp, MemoryError, RecursionError) as error:
+        bound = f"{SECONDS:g} seconds"
+        if isinstance(error, MemoryError):
+            bound = f"{BYTES >> 20} MiB"
+        elif isinstance(error, RecursionError):
+            bound = f"{sys.getrecursionlimit()} calls inside each other"
         raise CostlyTemplate(
             f"The chat template that begins {str(tokenizer.chat_template)[:_SHOWN]!r}, of "
             f"{tokenizer.name_or_path or 'a tokenizer'} or given for it, takes more than {bound} "
@@ -72,6 +80,10 @@ def bounded_rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
             remedies.OTHER_TEMPLATE,
             remedies.PLAIN_TEMPLATE,
         ) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # Of the template's own expressions, such as a division by 0.
+        said = f"{type(error).__name__}: {error}"
+        raise TemplateError(f"The chat template cannot render this chat ({said}).") from error
 
 
 @contextmanager

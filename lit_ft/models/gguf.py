@@ -68,6 +68,7 @@ def _dequantise(source: Path, folder: Path) -> None:
         gguf_file=source.name,
         dtype=torch.float32,
         quantization_config=transformers.GgufConfig(dequantize=True),
+        trust_remote_code=False,  # otherwise transformers asks on the terminal
     )
     config = copy.deepcopy(quantised.config)
     vars(config).pop("quantization_config", None)  # save_pretrained refuses a model from GGUF
@@ -78,7 +79,7 @@ def _dequantise(source: Path, folder: Path) -> None:
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(
-        str(source.parent), gguf_file=source.name
+        str(source.parent), gguf_file=source.name, trust_remote_code=False
     ).save_pretrained(folder)
 
 

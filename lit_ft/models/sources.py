@@ -28,7 +28,7 @@ from lit_ft.compat.refusal import Refusal, Remedy
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.tokenizer import load_tokenizer
 from lit_ft.storage.hub import offline_if_unreachable, why_unreachable
-from lit_ft.storage.plain_values import plain_weights
+from lit_ft.storage.model_errors import model_errors_name
 from lit_ft.tensors.stochastic_rounding import own_gpu
 
 # `transformers` imports a name when it is used. Those of models take seconds, and who only looks at
@@ -69,12 +69,16 @@ class ModelSource(Protocol):
 
 
 def _from_cache_if_unreachable(load: Callable[P, T]) -> Callable[P, T]:
-    """Return a function that loads from the cache at once if the hub cannot be reached."""
+    """Return a function that loads from the cache at once if the hub cannot be reached.
+
+    Its errors say which model cannot be read.
+    """
 
     @wraps(load)
     def loaded(*args: P.args, **kwargs: P.kwargs) -> T:
-        is_local = getattr(args[0], "_is_local", False)
-        with nullcontext() if is_local else offline_if_unreachable():
+        source: Any = args[0]
+        reachable = nullcontext() if source._is_local else offline_if_unreachable()
+        with reachable, model_errors_name(source.name_or_path):
             return load(*args, **kwargs)
 
     return loaded
@@ -183,8 +187,7 @@ class Pretrained:
                 )
             return from_pretrained_in_shards(folder, shard, dtype=dtype, **options)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        with plain_weights(self.name_or_path):
-            model: PreTrainedModel = load(folder, dtype=dtype, **options)
+        model: PreTrainedModel = load(folder, dtype=dtype, **options)
         if self.resize_embeddings:
             _add_rows(model, self)
         if shard is not None:
@@ -291,6 +294,11 @@ class Packaged:
         return self._pretrained().build_empty()
 
     def _pretrained(self) -> Pretrained:
+        if "." in self.package:
+            raise ValueError(
+                f"package={self.package}: give the name of a package without a dot. To look for "
+                "what is inside a package, Python would import it."
+            )
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
             raise ValueError(f"The model {self.name} is not installed: {self.install}")

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lit_ft.run.command_line import understood
 from lit_ft.run.config import names_near, null_choices, resolved
@@ -20,6 +21,9 @@ from lit_ft.run.hydra_trust import compositions
 CONF = Path(__file__).parents[2] / "conf"
 
 _ADVICE = "To append to your config use +"
+
+UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, RecursionError)
+"""The errors that arguments or configuration files raise which Hydra cannot compose."""
 
 PATHS = (
     "run_dir",
@@ -57,12 +61,14 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             return resolved(compose("train", list(arguments)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         raise ValueError(said_by_hydra(error, arguments, config_dir=config_dir)) from error
 
 
-def said_by_hydra(error: Exception, arguments: Sequence[str], *, config_dir: Path = CONF) -> str:
-    """Return the message of an error of Hydra, with the names that are there.
+def said_by_hydra(
+    error: BaseException, arguments: Sequence[str], *, config_dir: Path = CONF
+) -> str:
+    """Return the message of an error of `UNREADABLE`, with the names that are there.
 
     Hydra's own advice, to put a plus in front of a name that is not there, is left out: it would
     add a setting that nothing reads.
@@ -72,12 +78,21 @@ def said_by_hydra(error: Exception, arguments: Sequence[str], *, config_dir: Pat
         arguments: The arguments that Hydra was given.
         config_dir: The folder that holds train.yaml.
     """
-    lines = [line for line in str(error).splitlines() if not line.startswith(_ADVICE)]
+    lines = [line for line in why_unreadable(error).splitlines() if not line.startswith(_ADVICE)]
     near = names_near(arguments, config_dir=config_dir).rstrip()
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     if cause is not None and not near:
         lines.append(str(cause))
     return "\n".join([*lines, *filter(None, [near])])
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Return the message of an error of `UNREADABLE`."""
+    if isinstance(error, RecursionError):
+        return "A configuration file names itself in its defaults, or is nested too deeply."
+    return (
+        f"A configuration file is no YAML: {error}" if isinstance(error, YAMLError) else str(error)
+    )
 
 
 def for_hydra(arguments: Sequence[str], *, config_dir: Path = CONF) -> list[str]:

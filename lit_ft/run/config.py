@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,19 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     lines = [line for override in overrides for line in _moved(override)]
     groups = {path.name: None for path in Path(config_dir).iterdir() if path.is_dir()}
     choices = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
     places = [o for o in overrides if o.startswith("hydra.searchpath=")]
     with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
-        try:
-            composed = compose("train", [*places, *choices])
-        except HydraException:  # a choice does not exist; Hydra's own message lists the others
-            composed = compose("train")
+        # A choice may not exist or be unreadable, which Hydra's own message says.
+        of_project = [one for one in choices if one.startswith(("model=", "data="))]
+        for tried in ([*places, *choices], of_project, []):
+            with suppress(HydraException, YAMLError, RecursionError, ValueError):
+                composed = compose("train", tried)
+                break
     values: Any = OmegaConf.to_container(composed, resolve=False)
     known = {**groups, **values}
     for override in overrides:

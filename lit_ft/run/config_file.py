@@ -180,7 +180,7 @@ class _Reader:
         """Return the configuration that the choices give; None if they cannot be made."""
         try:
             return OmegaConf.to_container(compose(made), resolve=False)
-        except (HydraException, OmegaConfBaseException):
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError):
             for one in choices:
                 group, _, name = one.argument.partition("=")
                 near = choices_near(group, name, config_dir=self.config_dir)
@@ -261,6 +261,8 @@ def _entries(path: Path) -> Iterator[_Entry]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"{path}: {first}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: the file is nested too deeply.") from error
     yield from _flat(values, "", lines, 1)
 
 

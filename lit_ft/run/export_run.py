@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.plugins import HalfPrecision, Precision
 from torch import Tensor
 
 from lit_ft.data.encoding import load_chat_template
 from lit_ft.data.turns import end_tokens
-from lit_ft.run.files import read_summary
+from lit_ft.module import CausalLMModule
+from lit_ft.run.exits import unwrapped
+from lit_ft.run.files import SUMMARY, read_summary
 from lit_ft.run.hidden import with_secrets
 from lit_ft.run.old_names import with_current_names
 from lit_ft.run.trust import refuse_untrusted, remote_code
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 from lit_ft.storage.damage import damage
+from lit_ft.storage.links import remove_links
 from lit_ft.storage.plain_values import load_plain
 
 
@@ -81,6 +85,9 @@ def export_run(
             f"{path} is damaged: {reason}. Take another one (--checkpoint): {others or 'none'}."
         )
     config: dict[str, Any] = with_current_names(summary["config"])
+    for name in ("module", "data", "trainer"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{run_dir / SUMMARY} is damaged: its config has no {name}.")
     trust = "--trusted-packages {package}"
     refuse_untrusted({"module": config["module"]}, also=trusted_packages, remedy=trust)
     if not trust_remote_code and (setting := remote_code(config["module"])):
@@ -88,7 +95,7 @@ def export_run(
             f"{run_dir} was made with {setting}=true, which runs the Python code in the model's "
             "repository. If you trust it, add --trust-remote-code."
         )
-    module = instantiate(with_secrets(config["module"], "module"), _convert_="all")
+    module = _built(with_secrets(config["module"], "module"), run_dir)
     if module.tokenizer is not None and (template := config["data"].get("chat_template")):
         module.tokenizer.chat_template = load_chat_template(template)  # the one it was trained with
     if module.adapter is None and not merge:
@@ -101,7 +108,7 @@ def export_run(
     if path.is_dir() and module.adapter is None:
         return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
     # As the trainer does: the weights get the dtype that they were trained in.
-    halves = config["trainer"]["precision"] == "bf16-true"
+    halves = config["trainer"].get("precision") == "bf16-true"
     precision = HalfPrecision("bf16-true") if halves else Precision()
     with precision.module_init_context():
         module.configure_model()
@@ -123,6 +130,20 @@ def export_run(
     )
 
 
+def _built(config: Any, run_dir: Path) -> CausalLMModule:
+    """Return the module that a run's summary describes."""
+    try:
+        module = instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause = unwrapped(error)
+        if isinstance(cause, ValueError | OSError):
+            raise cause from error
+        raise ValueError(f"{run_dir / SUMMARY} describes no module: {cause}") from error
+    if not isinstance(module, CausalLMModule):
+        raise ValueError(f"{run_dir / SUMMARY} describes no module: {type(module).__name__}.")
+    return module
+
+
 def _export_parts(
     checkpoint: CheckpointFolder, module: Any, folder: Path, dtype: str | None, max_shard_size: str
 ) -> Path:
@@ -142,6 +163,7 @@ def _export_parts(
         checkpoint.load({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, alone=True)
 
     folder.mkdir(parents=True, exist_ok=True)
+    remove_links(folder)
     export_streamed(
         module.source.build_empty(),
         _without_subspaces(weights),

@@ -44,14 +44,21 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
     """Return the summary of the run in `run_dir`; None if it has none.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If it is damaged, or no summary of a run.
     """
     path = Path(run_dir) / SUMMARY
     try:
-        return read_json(path) if path.is_file() else None
+        return _checked(read_json(path), path) if path.is_file() else None
     except ValueError as error:
         remedy = f"`python train.py run_dir={run_dir} resume=auto` writes it again"
         raise ValueError(f"{error}. {remedy}.") from error
+
+
+def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name, kind in (("status", str), ("config", dict)):
+        if not isinstance(summary.get(name), kind):
+            raise ValueError(f"{path} is damaged: it has no {name}")
+    return summary
 
 
 def logs_of_run(folder: Path) -> set[Path]:

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from lit_ft.run.trust import TRUST
 
 # What Hydra itself runs or passes on: as classes, as logging's factories, or as the environment.
+# It writes files of its own to `output_subdir`, over what is there.
 _RUN_BY_HYDRA = (
     "callbacks",
     "launcher",
@@ -34,6 +35,7 @@ _RUN_BY_HYDRA = (
     "job.env_copy",
     "searchpath",
     "mode",
+    "output_subdir",
 )
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.arguments import CONF, for_hydra, said_by_hydra
+from lit_ft.run.arguments import CONF, UNREADABLE, for_hydra, said_by_hydra
 from lit_ft.run.command_line import options_of, understood
 from lit_ft.run.config import null_choices
 from lit_ft.run.console import outlive_terminal
@@ -65,7 +64,7 @@ def launch(main: Callable[[], Any]) -> None:
             main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+    except (*UNREADABLE, OSError, ValueError) as error:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
         sys.exit(_said(error, arguments))
@@ -126,7 +125,7 @@ def _said(error: Exception, arguments: list[str]) -> str:
     if isinstance(of_machine, OSError):  # Hydra makes the folder, and opens the log in it
         said = message_on_command_line(of_machine)
         return f"run_dir cannot be used: {said}" if _is_of_run_dir(of_machine, arguments) else said
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, UNREADABLE):
         return said_by_hydra(error, arguments)
     return str(error)
 
@@ -138,7 +137,7 @@ def _is_of_run_dir(error: OSError, arguments: list[str]) -> bool:
     try:
         composed: Any = OmegaConf.to_container(compositions(arguments, config_dir=CONF)[0])
         fixed = str(composed["run_dir"]).partition("${")[0]  # the default one ends with the time
-    except (HydraException, OmegaConfBaseException, OSError, ValueError, LookupError):
+    except (*UNREADABLE, OSError, ValueError, LookupError):
         return False  # a configuration that cannot be read is itself at fault
     folder, place = Path(fixed).absolute(), Path(os.fsdecode(error.filename)).absolute()
     return place.is_relative_to(folder) or folder.is_relative_to(place)

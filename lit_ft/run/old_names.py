@@ -14,7 +14,9 @@ def with_current_names(config: Any) -> Any:
     """Return a copy of a configuration in which each `_target_` has its current name."""
     if isinstance(config, dict):
         return {
-            key: _current(value) if key == "_target_" else with_current_names(value)
+            key: _current(value)
+            if key == "_target_" and isinstance(value, str)
+            else with_current_names(value)
             for key, value in config.items()
         }
     return [with_current_names(value) for value in config] if isinstance(config, list) else config

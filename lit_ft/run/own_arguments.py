@@ -68,11 +68,11 @@ def _recorded(run_dir: Path) -> list[str]:
     """Return the arguments of the newest start that has trained; empty if none is known."""
     newest = [folder for _, folder in reversed(numbered(run_dir))]
     for folder in (*newest, run_dir / FOLDER):
-        if (folder / SUMMARY).exists():
-            continue  # it has only validated
+        if (folder / SUMMARY).exists() or not (folder / OVERRIDES).is_file():
+            continue  # it has only validated, or is no record
         try:
             found = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES), resolve=False)
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
             continue
         if isinstance(found, list):
             return [one for one in found if isinstance(one, str)]

@@ -25,6 +25,7 @@ class RunLog:
         """Add the messages so far to another file, and go on there."""
         self.close()
         old = Path(self._handler.baseFilename)
+        _without_link(file)
         with file.open("a", encoding="utf-8") as stream:
             stream.write(old.read_text(encoding="utf-8"))
         old.unlink()
@@ -37,7 +38,14 @@ class RunLog:
         self._handler.close()
 
 
+def _without_link(file: Path) -> None:
+    """Remove a link, so that no file outside the run's folder is written to."""
+    if file.is_symlink():
+        file.unlink()
+
+
 def _handler(file: Path) -> logging.FileHandler:
+    _without_link(file)
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(RedactingFormatter(FORMAT))
     return handler

@@ -46,6 +46,9 @@ LIBRARIES = (
 )
 """The packages that lit_ft uses. Naming a class of another one would already run its code."""
 
+OWN = "lit_ft.run."
+"""The modules of the program itself. Some of their classes open a file to write to."""
+
 TRUST = ("trusted_packages", "trust_remote_code")
 """The names of the settings that give trust, which only the command line may set."""
 
@@ -128,8 +131,10 @@ def _is_trusted(target: str, also: Sequence[str]) -> bool:
         return module in FACTORIES
     if not inspect.isclass(found) or module.partition(".")[0] not in LIBRARIES:
         return False
+    if module.startswith("lit_ft.") and not module.startswith(OWN):
+        return True
     parents = {f"{parent.__module__}.{parent.__qualname__}" for parent in found.__mro__}
-    return module.startswith("lit_ft.") or not parents.isdisjoint(KINDS)
+    return not parents.isdisjoint(KINDS)
 
 
 def _defined_in(target: str) -> str:

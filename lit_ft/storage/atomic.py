@@ -45,6 +45,7 @@ def write_text(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(target)
     try:
+        remove(temporary)  # it may be a link, to a file that would be written to
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()

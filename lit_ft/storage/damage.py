@@ -37,6 +37,8 @@ def write_checksums(folder: Path) -> None:
 
 
 def _damage_of_file(path: Path) -> str | None:
+    if path.exists() and not path.is_file():
+        return "it is no file"  # to open a FIFO would wait for its writer
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -52,6 +54,9 @@ def _damage_of_file(path: Path) -> str | None:
 
 
 def _damage_of_folder(path: Path) -> str | None:
+    for entry in path.iterdir():
+        if not entry.is_file():
+            return f"{entry.name} in it is no file"
     try:
         digests = json.loads((path / CHECKSUMS).read_text())
         for name, expected in digests.items():

@@ -38,11 +38,13 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not what was written. The message names it.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is damaged: it is no file")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise ValueError(f"it holds a {type(fields).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     expected = fields.pop(CHECKSUM, None)
     if expected is not None and expected != _digest(fields):

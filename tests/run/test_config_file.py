@@ -300,3 +300,8 @@ def test_the_command_line_changes_what_a_file_adds(tmp_path: Path) -> None:
     for typed in ("optim.eps=0.2", "+optim.eps=0.2"):
         assert composed([adds, typed])["optim"]["eps"] == 0.2
     assert "betas" not in composed([adds, "~optim.betas"])["optim"]
+
+
+def test_a_file_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"my\.yaml: the file is nested too deeply\.$"):
+        arguments(file(tmp_path, "x: " + "[" * 5000))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from hydra.errors import CompactHydraException, HydraException
 from hydra.utils import get_object
 
+from lit_ft.models import Packaged
 from lit_ft.preview import main as preview
-from lit_ft.run.arguments import for_hydra
+from lit_ft.run.arguments import composed, for_hydra
+from lit_ft.run.launch import launch
 from lit_ft.run.trust import KINDS, refuse_untrusted
 from lit_ft.run.trust import trusted_packages as given_trust
+from lit_ft.search_path import leave_out_current_folder
 from tests.support.commands import TINY, run
 from tests.support.running import CONF, run_job
 
@@ -35,6 +39,8 @@ HOSTILE = [
     "peft.PeftModel.from_pretrained",
     "bitsandbytes.optim.adamw.torch.load",
     "torch.optim.missing",
+    "lit_ft.run.run_log.RunLog",
+    "lit_ft.run.console._Lasting",
     "lit_ft_evil.run",
 ]
 
@@ -146,6 +152,7 @@ HYDRA = {
     ),
     "job.env_set": "job: {env_set: {MARKER: 'MARKER'}}",
     "mode": "mode: MULTIRUN",
+    "output_subdir": "output_subdir: MARKER",
     "sweeper.params": "sweeper: {params: {model.trust_remote_code: true}}",
     "overrides.task": "overrides: {task: ['trusted_packages=[tests]']}",
     "overrides.hydra": "overrides: {hydra: ['hydra.job.env_set.MARKER=1']}",
@@ -232,6 +239,57 @@ def test_a_sweep_of_a_file_changes_no_more_than_the_run(experiments: Path, param
     for_hydra([*given, "-m"])
     file.write_text("# @package _global_\nhydra: {sweeper: {params: {optim: 'adamw,sgd'}}}\n")
     for_hydra([*given, "optim=adafactor", "-m"])  # the command line wins
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: [1,\n  }", "is no YAML"),
+        ("seed: !!python/object/apply:os.system ['true']", "is no YAML"),
+        ("defaults: [/experiment/mine]", "names itself"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_in_a_line(
+    tmp_path: Path, text: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "train.yaml").write_text("seed: 1\nmodel: {x: 1}\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(ValueError, match=told):
+        composed(["+experiment=mine"], config_dir=tmp_path)
+    given = [f"--config-dir={tmp_path}", "experiment=mine", "model=tiny", "model.config.seed=1"]
+    monkeypatch.setattr("sys.argv", ["train.py", *given])
+    with pytest.raises(SystemExit, match=told) as stop:
+        launch(lambda: None)
+    assert "there is no 'config'" not in str(stop.value)
+
+
+def test_to_look_for_a_package_imports_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's run may bring a module, and the folder of the runs may be on the path."""
+    (tmp_path / "brought").mkdir()
+    marker = tmp_path / "marker"
+    (tmp_path / "brought" / "module.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = Packaged("brought.module.inside", "x.gguf", install="", name="x")
+    for load in (source.check, source.load_tokenizer, source.build_empty):
+        with pytest.raises(ValueError, match="without a dot"):
+            load()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("module", ["-m", "train.py"])
+def test_python_m_does_not_look_into_the_current_folder(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = str(CONF.parent)
+    for first in (str(tmp_path), own):
+        monkeypatch.setattr("sys.path", [first, "/usr/lib"])
+        monkeypatch.setattr("sys.argv", [module, "x"])
+        leave_out_current_folder()
+        stays = module != "-m" or first == own
+        assert sys.path == ([first, "/usr/lib"] if stays else ["/usr/lib"])
 
 
 def test_what_cannot_be_composed_is_not_passed_on() -> None:

@@ -32,7 +32,7 @@ def write_modelfile(folder: str | Path) -> list[str]:
         Refusal: If the tokenizer has no chat template, or one that Ollama's language cannot say.
     """
     folder = Path(folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     template = ChatTemplate(tokenizer)
     go = go_template(template)
     write_text(folder / "Modelfile", modelfile(go, _stops(template, folder)))

@@ -23,6 +23,7 @@ from lit_ft.models.adapters import in_place_of_adapters, merged_layer
 from lit_ft.models.export.chat import save_tokenizer, stop_at
 from lit_ft.models.export.sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
+from lit_ft.storage.links import remove_links
 from lit_ft.storage.write_errors import write_errors_name
 from lit_ft.tensors.sharding import full_tensor, is_model_sharded
 
@@ -66,6 +67,9 @@ def export_model(
         )
     folder.mkdir(parents=True, exist_ok=True)
     with write_errors_name(folder):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for place in (folder, folder / "adapter"):
+                remove_links(place)
         if is_model_sharded(model):
             _export_together(model, folder, merge=merge, dtype=target_dtype)
             if dist.get_rank() != 0:
