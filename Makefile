@@ -8,6 +8,7 @@
 # make audit      known vulnerabilities of the installed packages
 # make docs       the site, into build/docs; a broken link or reference is an error
 # make matrix     the table of what goes together, in docs/
+# make names      the tables of the names of other trainers, in docs/
 # Arguments for the main job: make train ARGS="optim=adamw_8bit adapter=lora"
 # More tests at a time, about 4 GB each: make test WORKERS=8
 
@@ -20,7 +21,7 @@ MINUTES ?= 5
 # A worker that died fails the run: after another has taken its place xdist may wait for ever.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart 0
 
-.PHONY: setup train test-unit test test-slow fuzz lint audit docs matrix clean
+.PHONY: setup train test-unit test test-slow fuzz lint audit docs matrix names clean
 
 setup: $(VENV)/.installed
 
@@ -64,6 +65,9 @@ docs: setup
 
 matrix: setup
 	$(BIN)/python -m tests.support.matrix --write
+
+names: setup
+	$(BIN)/python -m tests.support.names_table --write
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -42,13 +42,16 @@ def _job(cfg: DictConfig) -> float:
         )
         from lit_ft.run.record import record_of
         from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
+        from lit_ft.run.save_config import settings_of_run
         from lit_ft.run.settings import admit
         from lit_ft.run.summary import RunSummary
 
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
     written = OmegaConf.to_container(cfg, resolve=False)
-    folder = RunFolder(cfg.run_dir, record_of(cfg), log_name=f"{run.job.name}.log")
+    settings = settings_of_run(cfg, conf=CONF)
+    log_name = f"{run.job.name}.log"
+    folder = RunFolder(cfg.run_dir, record_of(cfg), settings=settings, log_name=log_name)
     summary = RunSummary(cfg.run_dir, written, folder=folder)
     with command_line_exits(), ends_with_panel(summary), folder, summary:
         config = resolved(cfg)

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_intermixed_args(arguments)
     quieten_libraries()
     try:
-        config = composed(options.settings)
+        files = [f"--config={file}" for file in options.config]
+        config = composed([*files, *options.settings])
         # The class of the data is known, and the rest of what is built here imports little.
         parts = {"data": settings_of_data(config), "model": config["model"]}
         refuse_untrusted(parts, also=trusted_packages(config, options.settings))
@@ -110,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "settings", nargs="*", help="choices and settings of train.py, such as data.path=my.jsonl"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take settings from a YAML file, as train.py does",
     )
     parser.add_argument("--rows", type=int, default=5, help="number of rows to show (5)")
     parser.add_argument("--skip", type=int, default=0, help="number of rows to skip first (0)")

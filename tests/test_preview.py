@@ -176,3 +176,13 @@ def test_a_compressed_file_is_shown_without_a_total(tmp_path, capsys, monkeypatc
         stream.writelines(f"{json.dumps(chat(str(i), 'a'))}\n" for i in range(20))
     main(["model=tiny", f"data.path={file}", "--sample", "5", "--rows", "1"])
     assert "5 (there are more)" in figure(capsys.readouterr().out, "rows read")
+
+
+@pytest.mark.smollm2
+def test_it_takes_settings_from_a_file(tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "One?", "completion": "two"}\n' * 3)
+    settings = tmp_path / "my.yaml"
+    settings.write_text(f"model: tiny\ndata.path: {data}\ncutoff_len: 321\n")
+    main(["--config", str(settings), "--rows", "1"])
+    assert "321" in capsys.readouterr().out

@@ -13,11 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lit_ft.run.command_line import understood
 from lit_ft.run.config import names_near, null_choices, resolved
 from lit_ft.run.hidden import in_quotes, references, without_secrets
 from lit_ft.run.hydra_trust import compositions
 
 CONF = Path(__file__).parents[2] / "conf"
+
+_ADVICE = "To append to your config use +"
 
 UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, RecursionError)
 """The errors that arguments or configuration files raise which Hydra cannot compose."""
@@ -38,7 +41,8 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
     """Return the configuration that `python train.py` would have with these arguments.
 
     Args:
-        arguments: The choices and settings, such as `model=tiny` and `data.path=my.jsonl`.
+        arguments: The choices and settings, such as `model=tiny` and `data.path=my.jsonl`, and
+            files of settings, as `--config=my.yaml`.
         config_dir: The folder that holds train.yaml.
 
     Raises:
@@ -50,6 +54,7 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
             f"{config_dir} holds no train.yaml: clone the repository, and install lit_ft from the "
             "clone with `pip install -e .`."
         )
+    arguments = understood(arguments, config_dir=config_dir).arguments
     arguments = quoted_paths(without_secrets(arguments))
     if told := null_choices(arguments, config_dir=config_dir):
         raise ValueError(told)
@@ -57,8 +62,28 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             return resolved(compose("train", list(arguments)))
     except UNREADABLE as error:
-        near = names_near(arguments, config_dir=config_dir)
-        raise ValueError(f"{why_unreadable(error)}\n{near}".rstrip()) from error
+        raise ValueError(said_by_hydra(error, arguments, config_dir=config_dir)) from error
+
+
+def said_by_hydra(
+    error: BaseException, arguments: Sequence[str], *, config_dir: Path = CONF
+) -> str:
+    """Return the message of an error of `UNREADABLE`, with the names that are there.
+
+    Hydra's own advice, to put a plus in front of a name that is not there, is left out: it would
+    add a setting that nothing reads.
+
+    Args:
+        error: The error.
+        arguments: The arguments that Hydra was given.
+        config_dir: The folder that holds train.yaml.
+    """
+    lines = [line for line in why_unreadable(error).splitlines() if not line.startswith(_ADVICE)]
+    near = names_near(arguments, config_dir=config_dir).rstrip()
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    if cause is not None and not near:
+        lines.append(str(cause))
+    return "\n".join([*lines, *filter(None, [near])])
 
 
 def why_unreadable(error: BaseException) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lit_ft.run.other_trainers import BY_NAME
 
 # Setting names of earlier versions, and what to type instead. If the replacement has no "=", the
 # value that the user typed is added to it.
@@ -132,11 +134,30 @@ def names_near(overrides: Sequence[str], *, config_dir: str | Path) -> str:
             if not isinstance(node, Mapping):
                 break
             if name not in node:
-                lines.append(suggestion(key, name, ".".join(parents), list(node)))
+                others = () if parents else BY_NAME
+                lines.append(suggestion(key, name, ".".join(parents), list(node), others=others))
+                if parents:
+                    lines.append(f"  A plus in front adds what is not listed: +{override}\n")
                 break
             node = node[name]
             parents.append(name)
     return "".join(lines)
+
+
+def choices_near(group: str, name: str, *, config_dir: str | Path) -> str:
+    """Return a line on a choice that is not there, with those that are; empty if it is there.
+
+    Args:
+        group: The group, such as `optim`.
+        name: The choice that the user has made.
+        config_dir: The folder that holds train.yaml.
+    """
+    names = sorted(path.stem for path in (Path(config_dir) / group).glob("*.yaml"))
+    if not names or set(name.strip("[]").split(",")) <= set(names):
+        return ""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}There are: {', '.join(names)}."
 
 
 def also_chosen(
@@ -213,7 +234,9 @@ def _moved(override: str) -> Iterator[str]:
                 yield f"\n{key}={value}: type {now} instead\n"
 
 
-def suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
+def suggestion(
+    key: str, name: str, parent: str, names: list[str], *, others: Iterable[str] = ()
+) -> str:
     """Return a line on a name that is not there, with the names that are, the nearest first.
 
     Args:
@@ -221,13 +244,16 @@ def suggestion(key: str, name: str, parent: str, names: list[str]) -> str:
         name: The part of it that is not there.
         parent: The part ahead of `name`; empty at the top.
         names: The names that are in `parent`.
+        others: Further names that may stand there, which are not listed.
     """
     names = [n for n in names if not n.startswith("_")]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.8) or near
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     where = f" in {parent}" if parent else ""
     listed = ", ".join(sorted(names))
-    return f"\n{key}: there is no '{name}'{where}.{hint}\n  Names: {listed}\n"
+    names_there = f"\n  Names: {listed}" if listed else ""
+    return f"\n{key}: there is no '{name}'{where}.{hint}{names_there}\n"
 
 
 def _not_chosen(key: str, group: str, config_dir: Path) -> str:

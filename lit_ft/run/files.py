@@ -15,6 +15,11 @@ from lit_ft.storage.atomic import remove, remove_left_over, temporary_path
 from lit_ft.storage.json_file import read_json
 
 SUMMARY = "summary.json"
+SETTINGS = "config.yaml"
+"""The run's own settings, as `--config` reads them."""
+
+SETTINGS_HEADER = "# Settings of lit_ft: python train.py --config FILE"
+"""The first line of a file of settings that lit_ft has written."""
 
 _LOGS = (
     "tensorboard/events.out.tfevents*",
@@ -61,6 +66,15 @@ def logs_of_run(folder: Path) -> set[Path]:
     return _found(folder, _LOGS)
 
 
+def is_settings_file(path: Path) -> bool:
+    """Whether a file is one of settings that lit_ft has written, not the user's own."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(SETTINGS_HEADER)) == SETTINGS_HEADER.encode()
+    except OSError:
+        return False
+
+
 def traces_of_run(folder: Path, log_name: str) -> set[Path]:
     """Return what runs have written to a folder apart from weights; empty without a summary.
 
@@ -68,7 +82,10 @@ def traces_of_run(folder: Path, log_name: str) -> set[Path]:
         folder: The folder of the run. Its subfolders may be links.
         log_name: The name of the log in it.
     """
-    return _found(folder, (*_TRACES, log_name)) if (folder / SUMMARY).exists() else set()
+    if not (folder / SUMMARY).exists():
+        return set()
+    settings = {folder / SETTINGS} if is_settings_file(folder / SETTINGS) else set()
+    return _found(folder, (*_TRACES, log_name)) | settings
 
 
 def results_of_run(folder: Path) -> set[Path]:
@@ -90,7 +107,7 @@ def remove_files(files: Iterable[Path]) -> None:
 
 def remove_left_overs_of_run(folder: Path) -> None:
     """Remove what killed runs have left of files that they were about to write."""
-    for name in (SUMMARY, RECORD):
+    for name in (SUMMARY, SETTINGS, RECORD):
         remove(temporary_path(folder / name))
     for file in folder.glob(f".{SUMMARY}.rank*"):
         remove(file)

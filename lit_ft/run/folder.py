@@ -22,10 +22,12 @@ from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
 from lit_ft.distributed.ranks import process_rank
 from lit_ft.run.files import (
+    SETTINGS,
     SUMMARY,
     has_checkpoint,
     has_results,
     has_trained,
+    is_settings_file,
     logs_of_run,
     remove_files,
     remove_left_overs_of_run,
@@ -49,6 +51,8 @@ class RunFolder:
     Args:
         path: The folder, created if it is missing.
         record: The texts of the files in this start's record, keyed by file name.
+        settings: The text of the run's own settings, which is written to `config.yaml`; empty to
+            write none.
         log_name: The name of the log in the folder.
 
     Attributes:
@@ -60,13 +64,19 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | Path, record: Mapping[str, str], *, log_name: str = "train.log"
+        self,
+        path: str | Path,
+        record: Mapping[str, str],
+        *,
+        settings: str = "",
+        log_name: str = "train.log",
     ) -> None:
         self.path = Path(path)
         self.is_open = False
         self.goes_on = False
         self._holds_run = self._has_begun = False
         self._record = record
+        self._settings = settings
         self._log_name = log_name
         self._log: RunLog | None = None
         self._files: set[Path] = set()  # of runs, before this start
@@ -108,6 +118,7 @@ class RunFolder:
         if self.is_open:
             remove_files(traces)  # of a run that has left no result
             self._write_record(self.path / RECORD)
+            self._write_settings()
         else:
             self._files = traces | results_of_run(self.path)
             self._logs = logs_of_run(self.path)
@@ -117,6 +128,12 @@ class RunFolder:
         for name, text in self._record.items():
             write_text(place / name, text)
         self._log = RunLog(self.summary.with_name(self._log_name))
+
+    def _write_settings(self) -> None:
+        """Write the settings of the run that the folder holds, unless the name is taken."""
+        file = self.path / SETTINGS
+        if self._settings and (is_settings_file(file) or not file.exists()):
+            write_text(file, self._settings)
 
     def begin(self, resume: Path | None, *, trains: bool = True, overwrite: bool = False) -> None:
         """Let the run begin, unless it would be the second one in its folder.
@@ -166,6 +183,7 @@ class RunFolder:
             for file in self._starting.iterdir():
                 file.replace(self.path / RECORD / file.name)
             self._starting.rmdir()
+        self._write_settings()
         remove_left_overs_of_run(self.path)
 
     def __exit__(

@@ -19,7 +19,9 @@ from hydra.errors import HydraException
 
 from lit_ft.run.redaction import MASK, OWN_VARIABLES, is_secret
 
-_OWN = re.compile(rf"\$\{{oc\.env:({OWN_VARIABLES}\w+)\}}")
+OWN_REFERENCE = re.compile(rf"\$\{{oc\.env:({OWN_VARIABLES}\w+)\}}")
+"""A reference to a variable that holds a secret of this command, and its name."""
+
 _NAME = re.compile(r"\w+(?=\s*:)")  # in a text that may be a dict
 _SPECIAL, _ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]"), r"\\\g<0>"
 
@@ -98,7 +100,7 @@ def _without_secret(argument: str) -> str:
         return argument
     if argument.startswith("~"):
         return key  # to delete a setting, Hydra needs only its name
-    return f"{key}={','.join(map(_as_typed, hidden))}"
+    return f"{key}={','.join(map(in_grammar, hidden))}"
 
 
 def _values_of(argument: str, key: str) -> list[Any] | None:
@@ -138,18 +140,18 @@ def _without_secrets(node: Any, name: str, variable: str) -> Any:
     return _reference(variable, node) if is_secret(name, node) else node
 
 
-def _as_typed(value: Any) -> str:
+def in_grammar(value: Any) -> str:
     """Return a value in Hydra's grammar."""
     if isinstance(value, Mapping):
-        pairs = (f"{_SPECIAL.sub(_ESCAPED, str(key))}: {_as_typed(value[key])}" for key in value)
+        pairs = (f"{_SPECIAL.sub(_ESCAPED, str(key))}: {in_grammar(value[key])}" for key in value)
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_as_typed, value))}]"
+        return f"[{', '.join(map(in_grammar, value))}]"
     if value is None:
         return "null"
     if not isinstance(value, str):
-        return str(value)
-    return value if _OWN.fullmatch(value) else in_quotes(value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if OWN_REFERENCE.fullmatch(value) else in_quotes(value)
 
 
 def in_quotes(value: str) -> str:
@@ -170,7 +172,7 @@ def _variable(name: str) -> str:
 
 def _ensure_given(name: str, value: Any) -> None:
     """Raise ValueError if a run's files are the source of a value, and do not hold its secret."""
-    missing = [one for one in _OWN.findall(str(value)) if one not in os.environ]
+    missing = [one for one in OWN_REFERENCE.findall(str(value)) if one not in os.environ]
     if value == MASK or missing:
         raise ValueError(
             f"{name}={value}: this stands for a secret in the files of a run, which do not hold "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,35 @@ def compositions(arguments: Sequence[str], *, config_dir: Path) -> list[Any]:
         _ensure_harmless(_tried(whole).items() - _tried(expected).items())
         found.append(whole)
     return found
+
+
+def composer(options: Sequence[str], *, config_dir: Path) -> Callable[[Sequence[str]], Any]:
+    """Return a function that composes settings as Hydra would with these options.
+
+    Args:
+        options: The options of the command line, such as `--config-dir=FOLDER`.
+        config_dir: The folder that holds train.yaml.
+    """
+    parsed = get_args_parser().parse_args(list(options))
+
+    def composed(settings: Sequence[str]) -> Any:
+        with _hydra_in(_main(parsed, config_dir), parsed.config_dir):
+            name = parsed.config_name or "train"
+            return compose(name, list(settings), return_hydra_config=True)
+
+    return composed
+
+
+def composer_of_job(name: str | None, *, config_dir: Path) -> Callable[[Sequence[str]], Any]:
+    """Return a function that composes settings as those of the job that is running.
+
+    Args:
+        name: The name of the job's configuration.
+        config_dir: The folder that holds train.yaml.
+    """
+    if not GlobalHydra.instance().is_initialized():  # the job was started without Hydra's program
+        return composer([], config_dir=config_dir)
+    return lambda settings: compose(name, list(settings), return_hydra_config=True)
 
 
 def _composed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,21 +15,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.arguments import CONF, UNREADABLE, for_hydra, why_unreadable
-from lit_ft.run.config import names_near, null_choices
+from lit_ft.run.arguments import CONF, UNREADABLE, for_hydra, said_by_hydra
+from lit_ft.run.command_line import options_of, understood
+from lit_ft.run.config import null_choices
 from lit_ft.run.console import outlive_terminal
-from lit_ft.run.hydra_trust import compositions
+from lit_ft.run.hydra_trust import composer, compositions
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
-from lit_ft.terminal import Style, console, stage, use_style
+from lit_ft.terminal import Style, stage, use_style
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Set while `_raised_by_hydra` has set the other. Jobs in other processes inherit both.
 _IS_OURS = "LIT_FT_RAISED_BY_HYDRA"
-_TRAINING_OPTIONS = ("-m", "--multirun", "--config")  # of the others, most print and end
+# The options that print something and end, without a job.
+_ANSWERING = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc")
+_ANSWERING += ("--shell-completion", "--save-config")
 
 _until_job_starts = ExitStack()
 
@@ -51,15 +54,21 @@ def launch(main: Callable[[], Any]) -> None:
     arguments = sys.argv[1:]
     _show_start(arguments)
     try:
+        command = understood(arguments, config_dir=CONF)
+        arguments = command.arguments
+        if command.said:
+            print(command.said, file=sys.stderr)
         if told := null_choices(arguments, config_dir=CONF):
             sys.exit(told)
         arguments, own = with_own_arguments(arguments)
         if own:
             print(f"resume=auto repeats the run's own arguments: {' '.join(own)}", file=sys.stderr)
         arguments = sys.argv[1:] = for_hydra(arguments)
+        if command.save_config is not None:
+            _save_config(command.save_config, arguments)
+            return
         with _raised_by_hydra():
             main()
-        _print_sweep()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (*UNREADABLE, OSError, ValueError) as error:
@@ -68,6 +77,16 @@ def launch(main: Callable[[], Any]) -> None:
         sys.exit(_said(error, arguments))
     finally:
         _until_job_starts.close()
+
+
+def _save_config(file: Path, arguments: list[str]) -> None:
+    # Imported here, because most commands do not need it.
+    from lit_ft.run.save_config import save_config
+
+    composed = compositions(arguments, config_dir=CONF)
+    compose = composer(options_of(arguments), config_dir=CONF)
+    save_config(file, composed, compose, conf=CONF)
+    print(f"python train.py --config {shlex.quote(str(file))} runs the settings in {file}.")
 
 
 @contextmanager
@@ -84,20 +103,9 @@ def reported_by_hydra() -> Iterator[None]:
             _set()
 
 
-def _print_sweep() -> None:
-    """Print the runs of a sweep, if this was one."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return
-    from lit_ft.run.sweep_table import sweep_table
-
-    if (table := sweep_table(Path(HydraConfig.get().sweep.dir))) is not None:
-        console().print(table)
-
-
 def _show_start(arguments: list[str]) -> None:
     """Show that something happens, unless the answer is what the user wants to see alone."""
-    options = [argument for argument in arguments if argument.startswith("-")]
-    if all(option.startswith(_TRAINING_OPTIONS) for option in options):
+    if not any(argument.partition("=")[0] in _ANSWERING for argument in arguments):
         use_style(_style_in(arguments))
         _until_job_starts.enter_context(stage("reading the settings"))
 
@@ -141,9 +149,7 @@ def _said(error: Exception, arguments: list[str]) -> str:
         said = message_on_command_line(of_machine)
         return f"run_dir cannot be used: {said}" if _is_of_run_dir(of_machine, arguments) else said
     if isinstance(error, UNREADABLE):
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        lines = [why_unreadable(error), str(cause), names_near(arguments, config_dir=CONF).rstrip()]
-        return "\n".join(filter(None, lines))
+        return said_by_hydra(error, arguments)
     return str(error)
 
 

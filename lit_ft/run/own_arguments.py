@@ -16,8 +16,8 @@ from lit_ft.run.record import FOLDER, OVERRIDES, numbered
 from lit_ft.run.redaction import OWN_VARIABLES
 from lit_ft.run.trust import TRUST
 
-# These say what one start does. The rest says what the run is.
-_OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
+OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
+"""The settings that say what one start does. The rest says what the run is."""
 
 
 def with_own_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -55,7 +55,7 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
         and not any(place.startswith("hydra") for place in places)
         and not any(trust in argument for trust in TRUST)
         and not _is_secret_of_file(argument)
-        and _name(argument) not in {*given, *_OF_ONE_START}
+        and _name(argument) not in {*given, *OF_ONE_START}
     )
 
 

@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
 from lit_ft.run.files import read_summary
 from lit_ft.run.record import FOLDER, OVERRIDES
-from lit_ft.terminal.console import format_bytes, format_duration
+from lit_ft.terminal.console import console, format_bytes, format_duration
+
+
+class SweepTable(Callback):
+    """Hydra's callback that prints the runs of a sweep after the last one."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table."""
+        if (table := sweep_table(Path(config.hydra.sweep.dir))) is not None:
+            console().print(table)
 
 
 def sweep_table(folder: Path) -> Table | None:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_ft.data.formats import available, detect
+from lit_ft.run.command_line import understood
 from lit_ft.run.summary import RunSummary
 from tests.support.running import CONF
 
@@ -126,7 +127,18 @@ def test_every_line_of_the_shell_blocks_is_of_a_known_kind():
             assert known, f"{page}: {line}"
 
 
-@pytest.mark.parametrize("command", [*commands("python train.py"), *commands("torchrun ")])
+def habits() -> list[list[str]]:
+    """Return the commands that people type from habit, what they are here, and the outcome."""
+    return list(table(PAGES["docs/coming-from.md"], "You type", "Here"))
+
+
+def own_commands() -> list[str]:
+    theirs = {row[0].strip("`") for row in habits()}
+    found = [*commands("python train.py"), *commands("torchrun ")]
+    return [command for command in found if command not in theirs]
+
+
+@pytest.mark.parametrize("command", own_commands())
 def test_a_command_composes(command):
     with conf():
         composed(arguments_of(command))
@@ -204,13 +216,14 @@ def test_make_knows_its_targets():
 
 def names_you_know() -> list[tuple[str, str]]:
     rows = table(PAGES["docs/coming-from.md"], "You write", "Here")
-    return [(theirs, ours) for theirs, ours in rows]
+    return [(theirs, ours) for theirs, ours, *_ in rows]
 
 
 @cache
 def all_settings() -> list[Any]:
     """Compose the configurations that have every setting between them."""
-    choices = [[], FITTING["adapter."], ["data=mix"], FITTING["model."]]
+    choices = [[], FITTING["adapter."], ["data=mix"], FITTING["model."], ["logger=wandb"]]
+    choices.append(["callbacks=[default,early_stopping]"])
     with conf():
         return [composed(one) for one in choices]
 
@@ -228,6 +241,38 @@ def test_the_names_you_know_lead_to_names_that_exist(theirs, ours):
         key, _, last = name.rpartition(".")
         parents = [OmegaConf.select(config, key) if key else config for config in all_settings()]
         assert any(parent is not None and last in parent for parent in parents), name
+
+
+def test_the_file_of_settings_that_is_shown_composes(tmp_path):
+    [shown] = blocks(PAGES["docs/coming-from.md"], "yaml")
+    (tmp_path / "my.yaml").write_text(shown)
+    given = understood([f"--config={tmp_path / 'my.yaml'}"], config_dir=CONF).arguments
+    with conf():
+        config = composed(given)
+    assert (config.optim.lr, config.adapter.r, config.trainer.max_epochs) == (2e-4, 32, 1)
+
+
+def test_there_are_twenty_commands_of_habit():
+    assert len(habits()) == 20
+
+
+@pytest.mark.parametrize(("theirs", "ours", "outcome"), habits())
+def test_a_command_of_habit_works_or_is_answered(theirs, ours, outcome):
+    """What works composes to the same bytes as the command of ours."""
+
+    def given(command: str) -> list[str]:
+        return understood(shlex.split(command.strip("`"))[2:], config_dir=CONF).arguments
+
+    if outcome == "works":
+        same = [given(theirs), given(ours)]
+        with conf():
+            first, second = (OmegaConf.to_yaml(compose("train", one)) for one in same)
+        assert first == second
+    else:
+        assert outcome == "is answered"
+        with pytest.raises(ValueError) as error:
+            given(theirs)
+        assert ours.strip("`") in str(error.value)
 
 
 def test_a_line_of_each_format_is_detected():

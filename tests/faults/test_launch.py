@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 
 from lit_ft.run import launch
@@ -94,3 +95,51 @@ def test_run_dir_is_named_where_it_is_at_fault(
         launch.launch(main)
     said = f"{place}: Permission denied. Give yourself the right to it, or choose another path."
     assert stopped.value.code == ("run_dir cannot be used: " if named else "") + said
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[list[str]]:
+    """Return what Hydra's program is given, once for each time that it is started."""
+    given: list[list[str]] = []
+    monkeypatch.setattr(launch, "outlive_terminal", lambda: None)
+    monkeypatch.setattr(launch, "redact_output", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    launch.launch(lambda: given.append(sys.argv[1:]))
+    return given
+
+
+def test_settings_are_saved_without_a_run_and_a_file_of_them_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my settings.yaml"
+    saving = [f"--save-config={file}", "--learning_rate", "1e-3", "optim=adamw", "seed=1"]
+    assert launched(monkeypatch, *saving) == []
+    printed = capsys.readouterr()
+    assert f"python train.py --config '{file}'" in printed.out
+    assert "learning_rate=1e-3 is optim.lr=1e-3" in printed.err
+    expected = [["optim=adamw", "optim.lr=0.001", "seed=2"]]
+    assert launched(monkeypatch, "--config", str(file), "seed=2") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lerning_rate=1"], "Did you mean learning_rate?"),
+        (["trainer.max_step=1"], "adds what is not listed: +trainer.max_step=1"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory."),
+        (["--nowhere"], "--nowhere: there is no 'nowhere'."),
+    ],
+)
+def test_an_unknown_name_is_answered_without_hydras_advice(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> None:
+        hydra.compose("train", sys.argv[1:])
+
+    monkeypatch.setattr(launch, "outlive_terminal", lambda: None)
+    monkeypatch.setattr(launch, "redact_output", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        launch.launch(main)
+    assert said in str(stopped.value.code)
+    assert "append" not in str(stopped.value.code)
+    assert "is not in struct" not in str(stopped.value.code)

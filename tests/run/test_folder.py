@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lit_ft.compat.refusal import Refusal
-from lit_ft.run.files import has_trained
+from lit_ft.run.files import SETTINGS_HEADER, has_trained
 from lit_ft.run.folder import RunFolder
 from tests.support.run_files import files
 
@@ -238,3 +239,44 @@ def test_two_runs_cannot_be_in_a_folder_at_once(tmp_path: Path) -> None:
         pass
     with RunFolder(tmp_path, OTHER):
         pass
+
+
+SETTINGS = f"{SETTINGS_HEADER}\n\noptim: adamw\n"
+CHANGED = f"{SETTINGS_HEADER}\n\noptim: sgd\n"
+
+
+def test_the_settings_of_the_run_are_in_its_folder_from_the_start(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, RECORD, settings=SETTINGS) as folder:
+        assert (tmp_path / "config.yaml").read_text() == SETTINGS
+        folder.begin(None)
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite", "validate", "fail"])
+def test_settings_change_with_the_run_that_the_folder_holds(trained: Path, how: str) -> None:
+    (trained / "config.yaml").write_text(SETTINGS)
+    last = trained / "checkpoints" / "last.ckpt" if how == "resume" else None
+    with suppress(OSError), RunFolder(trained, OTHER, settings=CHANGED) as folder:
+        folder.begin(last, trains=how != "validate", overwrite=how in ("overwrite", "fail"))
+        assert (trained / "config.yaml").read_text() == SETTINGS
+        if how == "fail":
+            raise OSError
+        if how != "validate":
+            folder.open()
+    changes = how in ("resume", "overwrite")
+    assert (trained / "config.yaml").read_text() == (CHANGED if changes else SETTINGS)
+
+
+def test_a_file_of_the_same_name_that_is_the_users_own_stays(trained: Path) -> None:
+    (trained / "config.yaml").write_text("mine: 1\n")
+    with RunFolder(trained, OTHER, settings=CHANGED) as folder:
+        folder.begin(None, overwrite=True)
+        folder.open()
+    assert (trained / "config.yaml").read_text() == "mine: 1\n"
+
+
+def test_settings_go_with_the_run_that_they_were_of(trained: Path) -> None:
+    (trained / "config.yaml").write_text(SETTINGS)
+    with RunFolder(trained, OTHER) as folder:
+        folder.begin(None, overwrite=True)
+        folder.open()
+    assert not (trained / "config.yaml").exists()
