@@ -17,6 +17,7 @@ from lit_ft.run.command_line import understood
 from lit_ft.run.config import names_near, null_choices, resolved
 from lit_ft.run.hidden import in_quotes, references, without_secrets
 from lit_ft.run.hydra_trust import compositions
+from lit_ft.run.implied import with_implied
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -55,6 +56,7 @@ def composed(arguments: Sequence[str], *, config_dir: Path = CONF) -> dict[str, 
             "clone with `pip install -e .`."
         )
     arguments = understood(arguments, config_dir=config_dir).arguments
+    arguments = with_implied(arguments, config_dir=config_dir)
     arguments = quoted_paths(without_secrets(arguments))
     if told := null_choices(arguments, config_dir=config_dir):
         raise ValueError(told)

@@ -88,11 +88,18 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
         if summary.get("export_path") is not None:
             commands["chat"] = f"python -m lit_ft.chat {folder}"
         if checkpoint is not None:
-            commands["train on"] = f"{resume} resume=auto trainer.max_steps={2 * steps}"
+            commands["train on"] = f"{resume} resume=auto {_twice_as_long(summary, steps)}"
             commands["export"] = export
         if (run_dir / "checkpoints" / "best.ckpt").exists():
             commands["export"] = f"{export} --checkpoint best"
     return [f"  {what:<9} {command}" for what, command in commands.items()]
+
+
+def _twice_as_long(summary: Mapping[str, Any], steps: int) -> str:
+    trainer = (summary.get("config") or {}).get("trainer") or {}
+    if trainer.get("max_steps") == -1 and trainer.get("max_epochs"):
+        return f"trainer.max_epochs={2 * trainer['max_epochs']}"
+    return f"trainer.max_steps={2 * steps}"
 
 
 def _results(summary: Mapping[str, Any], run_dir: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from lit_ft.run.command_line import options_of, understood
 from lit_ft.run.config import null_choices
 from lit_ft.run.console import outlive_terminal
 from lit_ft.run.hydra_trust import composer, compositions
+from lit_ft.run.implied import with_implied
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
 from lit_ft.terminal import Style, stage, use_style
@@ -63,6 +64,7 @@ def launch(main: Callable[[], Any]) -> None:
         arguments, own = with_own_arguments(arguments)
         if own:
             print(f"resume=auto repeats the run's own arguments: {' '.join(own)}", file=sys.stderr)
+        arguments = with_implied(arguments, config_dir=CONF)
         arguments = sys.argv[1:] = for_hydra(arguments)
         if command.save_config is not None:
             _save_config(command.save_config, arguments)

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lit_ft.run.files import SUMMARY
+from lit_ft.run.implied import LENGTH
 from lit_ft.run.record import FOLDER, OVERRIDES, numbered
 from lit_ft.run.redaction import OWN_VARIABLES
 from lit_ft.run.trust import TRUST
@@ -37,6 +38,8 @@ def with_own_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if swept or given.get("resume") != "auto" or "run_dir" not in given:
         return list(arguments), []
     own = [one for one in _recorded(Path(given["run_dir"].strip("'\""))) if _is_of_run(one, given)]
+    if not LENGTH.isdisjoint(given):  # another length, in steps or epochs, replaces the run's own
+        own = [one for one in own if _name(one) not in LENGTH]
     # Hydra takes its settings in one piece: options stay in front of them.
     first = next(place for place, one in enumerate(arguments) if "=" in one and one[0] != "-")
     return [*arguments[:first], *own, *arguments[first:]], own

@@ -94,3 +94,9 @@ def test_the_next_commands_are_those_that_work(tmp_path, changes, expected):
     lines = next_commands({**SUMMARY, **changes}, tmp_path / "my run")
     assert [line.split("  ")[1] for line in lines] == expected
     assert all(f"'{tmp_path}/my run'" in line for line in lines)
+
+
+def test_a_run_of_epochs_goes_on_by_epochs(tmp_path):
+    config = {"trainer": {"max_steps": -1, "max_epochs": 2}}
+    told = "\n".join(next_commands({**SUMMARY, "config": config}, tmp_path))
+    assert "resume=auto trainer.max_epochs=4" in told

@@ -69,3 +69,9 @@ def test_the_secret_of_a_file_is_left_to_the_file(tmp_path: Path) -> None:
     record(tmp_path, "experiment=mine", f"++logger.api_key={reference}", f"data.token={reference}")
     arguments, _ = with_own_arguments([f"run_dir={tmp_path}", "resume=auto"])
     assert arguments[:2] == ["experiment=mine", f"data.token={reference}"]
+
+
+def test_another_length_replaces_that_of_the_run(tmp_path: Path) -> None:
+    record(tmp_path, "trainer.max_epochs=1", "trainer.max_steps=-1", "model=tiny")
+    longer = [f"run_dir={tmp_path}", "resume=auto", "trainer.max_steps=500"]
+    assert with_own_arguments(longer)[0] == ["model=tiny", *longer]

@@ -36,7 +36,7 @@ def arguments(*typed: str) -> list[str]:
         ("-m learning_rate=1e-4,1e-3", "optim.lr=1e-4,1e-3 -m"),
         ("seed=1 --cfg job --learning_rate 1", "seed=1 optim.lr=1 --cfg job"),
         ("optim=adamw_torch", "optim=adamw"),
-        ("num_epochs=3.0", "trainer.max_epochs=3 trainer.max_steps=-1"),
+        ("num_epochs=3.0", "trainer.max_epochs=3"),
     ],
 )
 def test_a_name_means_what_it_means_there(typed: str, meant: str) -> None:
