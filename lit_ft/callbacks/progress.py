@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
+from lit_ft.callbacks._support.trainer import total_steps
 from lit_ft.compat.ranges import Count, NonNegative
 from lit_ft.terminal import LiveLine, display, resolved
-from lit_ft.terminal.console import console, format_duration
+from lit_ft.terminal.console import console, format_duration, separator
 
 
 class ProgressBar(LightningProgressBar):
@@ -90,11 +91,13 @@ class ProgressBar(LightningProgressBar):
         if not trainer.sanity_checking:
             metrics = self.get_metrics(trainer, pl_module)
             found = {name: value for name, value in metrics.items() if name.startswith("val")}
-            self.print(" · ".join([f"validation at step {trainer.global_step}", *_facts(found)]))
+            self.print(
+                separator().join([f"validation at step {trainer.global_step}", *_facts(found)])
+            )
         self.reset_dataloader_idx_tracker()
 
     def _training_facts(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        step, total = trainer.global_step, _total_steps(trainer)
+        step, total = trainer.global_step, total_steps(trainer)
         facts = [f"step {step:,}/{total:,}" if math.isfinite(total) else f"step {step:,}"]
         metrics = self.get_metrics(trainer, pl_module)
         facts += _facts({n: value for n, value in metrics.items() if not n.startswith("val")})
@@ -181,7 +184,7 @@ class TerminalProgress(ProgressBar):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the last state of the training in the terminal, and remove the line."""
         self._line.progress(())
-        self.print(" · ".join(self._training_facts(trainer, pl_module)))
+        self.print(separator().join(self._training_facts(trainer, pl_module)))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -244,9 +247,9 @@ class LineProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print if `every_n_steps` or `every_n_seconds` have passed, and at the last step."""
-        is_last = trainer.global_step == _total_steps(trainer)
+        is_last = trainer.global_step == total_steps(trainer)
         if self._every_n.due(trainer) or is_last or self._is_overdue():
-            self.print(" · ".join(self._training_facts(trainer, pl_module)))
+            self.print(separator().join(self._training_facts(trainer, pl_module)))
 
     def on_validation_batch_end(
         self,
@@ -285,8 +288,3 @@ def _learning_rate(trainer: Trainer) -> float | None:
     groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
     lr = next(groups, {}).get("lr")
     return None if lr is None else float(lr)
-
-
-def _total_steps(trainer: Trainer) -> float:
-    """Return the number of steps of the whole run, which may be infinite."""
-    return trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_ft.callbacks._support.trainer import find_callback, network_of, source_name
+from lit_ft.callbacks._support.trainer import find_callback, network_of, source_name, total_steps
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate
 from lit_ft.compat.protocols import CountsRows, ReportsData
@@ -70,15 +70,20 @@ class StartTable(Callback):
         if not self._printed:
             self._print(trainer, pl_module)
 
-    @rank_zero_only
     def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._printed = True
+        self._print_on_first_rank(trainer, pl_module, total_steps(trainer))
+
+    @rank_zero_only
+    def _print_on_first_rank(
+        self, trainer: Trainer, pl_module: LightningModule, steps: float
+    ) -> None:
         rows = {
             **self.facts,
             "model": described_model(network_of(pl_module), source_name(pl_module)),
             "device": f"{_devices(trainer)}, {trainer.precision}",
             **_method(trainer, pl_module),
-            **_schedule(trainer, pl_module),
+            **_schedule(pl_module, steps),
             "optimizer": ", ".join(type(one).__name__ for one in trainer.optimizers),
         }
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
@@ -86,7 +91,7 @@ class StartTable(Callback):
         if isinstance(datamodule, ReportsData) and isinstance(datamodule.reports, Mapping):
             data = {name: str(report) for name, report in datamodule.reports.items()}
         tables = [_pairs(rows), *map(optimizer_table, trainer.optimizers)]
-        tables.append(_pairs({**data, **_extent(trainer, datamodule)}))
+        tables.append(_pairs({**data, **_extent(trainer, datamodule, steps)}))
         console().print(Group(*tables))
 
 
@@ -161,16 +166,15 @@ def _method(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     return rows
 
 
-def _schedule(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+def _schedule(pl_module: LightningModule, steps: float) -> dict[str, str]:
     schedule = getattr(pl_module, "schedule", None)
-    steps = trainer.estimated_stepping_batches
     if not isinstance(schedule, WarmupSchedule) or not math.isfinite(steps):
         return {}
     warmup = schedule.num_warmup_steps(int(steps))
     return {"schedule": f"{schedule.name}, {warmup:,} of {int(steps):,} steps to warm up"}
 
 
-def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
+def _extent(trainer: Trainer, datamodule: Any, steps: float) -> dict[str, str]:
     """Return a row that says how much of the data the run reads; empty if it is unknown."""
     if not isinstance(datamodule, CountsRows):
         return {}
@@ -181,7 +185,6 @@ def _extent(trainer: Trainer, datamodule: Any) -> dict[str, str]:
         parts.insert(0, f"{trainer.accumulate_grad_batches:,} micro-batches")
     if shares > 1:
         parts.insert(0, f"{shares:,} ranks")
-    steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):
         return {"this run": f"{' × '.join(parts)} = {a_step:,} rows a step"}
     extent = f"{int(steps):,} steps × {' × '.join(parts)} = {int(steps) * a_step:,} rows"

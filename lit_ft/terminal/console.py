@@ -13,6 +13,11 @@ def console() -> Console:
     return Console()
 
 
+def separator() -> str:
+    """Return what stands between two facts, in characters that the terminal or file can hold."""
+    return " | " if console().options.ascii_only else " · "
+
+
 def format_duration(seconds: float) -> str:
     """Return a time in seconds as a clock shows it.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import sys
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomIterableDataset
+from torch.utils.data import DataLoader
 
 from lit_ft.callbacks import LineProgress, ProgressBar, TerminalProgress
 
@@ -176,6 +178,34 @@ def test_an_error_removes_the_line(tmp_path):
 def test_steps_below_one_are_refused():
     with pytest.raises(MisconfigurationException, match="every_n_steps=0"):
         LineProgress(every_n_steps=0)
+
+
+class Streams(Plain):
+    def train_dataloader(self):
+        return DataLoader(RandomIterableDataset(32, 4))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "shown"),
+    [
+        (Plain, {"max_steps": 500, "max_epochs": 1}, "step 20/64"),  # the epoch ends first
+        (Plain, {"max_steps": 20, "max_epochs": 9}, "step 20/20"),
+        (Streams, {"max_steps": -1, "max_epochs": 5}, "step 20"),  # of a length that nobody knows
+        (Streams, {"max_steps": 20, "max_epochs": 9}, "step 20/20"),
+    ],
+)
+def test_the_total_is_where_the_run_ends(tmp_path, capfd, module, options, shown):
+    fit(tmp_path, LineProgress(every_n_steps=20), module(), **options)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step 20")]
+    assert [line.split(" · ")[0] for line in lines] == [shown]
+
+
+def test_a_file_that_holds_ascii_alone_does_not_stop_the_run(tmp_path, monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", file)
+    fit(tmp_path, LineProgress(every_n_steps=6))
+    file.flush()
+    assert b"step 6/6 | loss 2.413" in file.buffer.getvalue()
 
 
 def test_an_endless_run_has_no_total(tmp_path, capfd):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomIterableDataset
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_ft.callbacks import GaLore, LayerwiseUpdate, StartTable
 from lit_ft.callbacks.start_table import described_model, optimizer_table
@@ -47,7 +49,9 @@ class Data(LightningDataModule):
         return BoringModel().val_dataloader()
 
 
-def fit(tmp_path, module: LightningModule, *, max_steps: int = 1, **options):
+def fit(
+    tmp_path, module: LightningModule, data: Data | None = None, *, max_steps: int = 1, **options
+):
     trainer = Trainer(
         accelerator="cpu",
         callbacks=[StartTable()],
@@ -60,7 +64,7 @@ def fit(tmp_path, module: LightningModule, *, max_steps: int = 1, **options):
         default_root_dir=tmp_path,
         **options,
     )
-    trainer.fit(module, datamodule=Data())
+    trainer.fit(module, datamodule=data or Data())
 
 
 def test_the_table_is_printed_once_before_training(tmp_path, capfd):
@@ -79,6 +83,24 @@ def test_a_run_of_epochs_shows_its_steps(tmp_path, capfd):
     fit(tmp_path, TwoGroups(), max_steps=-1, max_epochs=2, accumulate_grad_batches=4)
     said = " ".join(capfd.readouterr().out.split())
     assert "32 steps × 4 micro-batches × 2 rows = 256 rows, 2 times all" in said
+
+
+def test_ranks_that_print_nothing_load_the_data_with_the_one_that_prints(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(StartTable, "on_sanity_check_end", lambda *_: asked.append("done"))
+    monkeypatch.setattr(Trainer, "estimated_stepping_batches", property(lambda _: asked.append(1)))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    fit(tmp_path, TwoGroups(), num_sanity_val_steps=1, max_steps=-1, max_epochs=1)
+    assert asked == [1, "done"]
+
+
+def test_data_of_unknown_length_has_no_number_of_steps(tmp_path, capfd):
+    class Streams(Data):
+        def train_dataloader(self):
+            return DataLoader(RandomIterableDataset(32, 4))
+
+    fit(tmp_path, TwoGroups(), Streams(), max_steps=-1, max_epochs=1)
+    assert "this run 2 rows = 2 rows a step" in " ".join(capfd.readouterr().out.split())
 
 
 def test_the_method_is_shown_with_what_the_run_says_of_itself(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -44,6 +45,16 @@ def source_name(module: LightningModule) -> str | None:
     """Return the name of the source of the module's model; None if there is no named source."""
     source = getattr(module, "source", None)
     return source.name if isinstance(source, Named) else None
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Return the number of optimizer steps of the whole fit; infinity if nobody knows it.
+
+    Lightning may load the training data to find out, on which all ranks work together. So all ranks
+    have to ask, unless the training has begun.
+    """
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps == -1 else steps  # -1: of epochs whose length is unknown
 
 
 def loss_scaler(trainer: Trainer) -> Any:
