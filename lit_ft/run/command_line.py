@@ -15,6 +15,7 @@ from pathlib import Path
 from lit_ft.run.config import names_near
 from lit_ft.run.config_file import Setting, set_twice, settings_of_file
 from lit_ft.run.hydra_trust import composer
+from lit_ft.run.implied import with_default_callbacks
 from lit_ft.run.other_trainers import BY_NAME
 from lit_ft.run.translation import translated
 
@@ -113,7 +114,10 @@ def _of_files(words: _Words, typed: Sequence[Setting], config_dir: Path) -> list
     """Return the settings of all files and of the command line, each only where it decides."""
     # Of a sweep, the first choice tells which names there are.
     choices = [
-        one.argument if "[" in one.argument else one.argument.partition(",")[0]
+        with_default_callbacks(
+            one.argument if "[" in one.argument else one.argument.partition(",")[0],
+            config_dir=config_dir,
+        )
         for one in typed
         if (config_dir / one.name).is_dir() or one.name == "hydra.searchpath"
     ]

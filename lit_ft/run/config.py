@@ -71,6 +71,8 @@ def resolved(config: Any) -> dict[str, Any]:
             f"{error.full_key}: {reason}. Between ${{ and }} stands the name of a setting that "
             "exists."
         ) from error
+    if plain.get("ui") is False:
+        plain["ui"] = "off"  # as YAML and Hydra's files read it without quotes
     return dict(plain)
 
 

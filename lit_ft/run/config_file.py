@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_ft.run.config import choices_near, names_near, null_choices
 from lit_ft.run.hidden import in_grammar
+from lit_ft.run.implied import with_default_callbacks
 from lit_ft.run.other_trainers import BY_NAME
 from lit_ft.run.translation import translated
 from lit_ft.run.trust import TRUST
@@ -152,7 +153,8 @@ class _Reader:
         if entry.sign == "~" and entry.value is None:
             return [Setting(f"~{group if is_group else entry.plain}", source)]
         if is_group and isinstance(entry.value, str | list):
-            return [Setting(f"{group}={self._value(entry)}", source)]
+            choice = f"{group}={self._value(entry)}"
+            return [Setting(with_default_callbacks(choice, config_dir=self.config_dir), source)]
         if is_group and "/" not in group and not isinstance(entry.value, Mapping):
             if entry.value is None:
                 raise ValueError(null_choices([f"{group}=null"], config_dir=self.config_dir))

@@ -19,9 +19,9 @@ def use_style(style: Style) -> None:
     """Choose how this process shows what it does; of several ranks only the first shows anything.
 
     Args:
-        style: "rich" shows a line that changes, "plain" prints lines, and "off" shows nothing.
-            "auto" is "rich" if standard output is a terminal that can change a line, and "plain"
-            otherwise.
+        style: "rich" shows a line that changes, if the output can show one; "plain" prints lines,
+            and "off" shows nothing. "auto" is "rich" if standard output is such a terminal, and
+            "plain" otherwise.
     """
     if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
         style = "off"
@@ -37,7 +37,9 @@ def use_live_line() -> None:
 
 
 def resolved(style: Style) -> Style:
-    """Return the style that "auto" stands for here, or another style as it is."""
-    if style != "auto":
+    """Return the style that is possible here: "rich" needs an output that can change a line."""
+    if style not in ("auto", "rich"):
         return style
-    return "rich" if console().is_terminal and not console().is_dumb_terminal else "plain"
+    can_change = console().is_terminal and not console().is_dumb_terminal
+    # FORCE_COLOR, which CI systems set, makes a terminal of a file; "auto" asks for a real one.
+    return "rich" if can_change and (style == "rich" or console().file.isatty()) else "plain"

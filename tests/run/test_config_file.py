@@ -166,6 +166,23 @@ def test_flat_and_nested_names_keep_their_types(tmp_path: Path) -> None:
     assert config["run_dir"] == "runs/0"
 
 
+def test_a_display_that_is_off_needs_no_quotes(tmp_path: Path) -> None:
+    assert composed([file(tmp_path, "ui: off")])["ui"] == "off"
+
+
+@pytest.mark.parametrize("typed", [[], ["callbacks=early_stopping"]])
+def test_callbacks_of_a_file_are_added_to_the_default_ones(
+    typed: list[str], tmp_path: Path
+) -> None:
+    choice = "" if typed else "callbacks: early_stopping\n"
+    values = "callbacks: {export: {push_to_hub: a/b}, early_stopping: {patience: 9}}"
+    if not typed:
+        values = "callbacks.export.push_to_hub: a/b\ncallbacks.early_stopping.patience: 9"
+    config = composed([file(tmp_path, f"{choice}{values}"), *typed])
+    assert config["callbacks"]["export"]["push_to_hub"] == "a/b"
+    assert config["callbacks"]["early_stopping"]["patience"] == 9
+
+
 def test_the_command_line_wins_and_a_later_file_over_an_earlier(tmp_path: Path) -> None:
     first = file(tmp_path, "optim: sgd\noptim.lr: 1.0\nlogger: csv\nseed: 1\n", "1.yaml")
     second = file(tmp_path, "logger: none\nseed: 2\n", "2.yaml")
