@@ -105,6 +105,8 @@ def _rendered(conversation: list[Message], tokenizer: Any) -> str:
     except Exception as error:  # of the template's own code, which can be anything
         said = f"{type(error).__name__}: {error}"
         raise TemplateError(f"The chat template cannot render this chat ({said}).") from error
+    if not text:
+        raise TemplateError("The chat template renders this chat as an empty text.")
     return str(text)
 
 

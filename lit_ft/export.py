@@ -16,7 +16,7 @@ from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.export_run import export_run
 from lit_ft.run.redaction import redacted_text
-from lit_ft.terminal import use_live_line
+from lit_ft.terminal import stage, use_live_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,15 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.trusted_packages:
         sys.path.append(os.getcwd())  # `lit_ft.search_path` has taken it off
     try:
-        folder = export_run(
-            options.run_dir,
-            checkpoint=options.checkpoint,
-            folder=options.output,
-            merge=not options.adapter_only,
-            dtype=options.dtype,
-            trusted_packages=options.trusted_packages,
-            trust_remote_code=options.trust_remote_code,
-        )
+        with stage("exporting the model"):
+            folder = export_run(
+                options.run_dir,
+                checkpoint=options.checkpoint,
+                folder=options.output,
+                merge=not options.adapter_only,
+                dtype=options.dtype,
+                trusted_packages=options.trusted_packages,
+                trust_remote_code=options.trust_remote_code,
+            )
     except (ValueError, OSError) as error:
         sys.exit(redacted_text(message_on_command_line(error)))
     if options.ollama:

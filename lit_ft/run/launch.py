@@ -31,8 +31,8 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Set while `_raised_by_hydra` has set the other. Jobs in other processes inherit both.
 _IS_OURS = "LIT_FT_RAISED_BY_HYDRA"
 # The options that print something and end, without a job.
-_ANSWERING = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc")
-_ANSWERING += ("--shell-completion", "--save-config")
+_ANSWERING = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc"}
+_ANSWERING |= {"--shell-completion", "--save-config"}
 
 _until_job_starts = ExitStack()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import partialmethod
+from functools import cache, partialmethod
 from typing import Any
 
 from rich.text import Text
@@ -14,6 +14,7 @@ from lit_ft.terminal.console import console
 from lit_ft.terminal.display import display
 
 
+@cache
 def adopt_bars() -> None:
     """Show the bars of tqdm, with which most libraries show progress, as details of a stage."""
     # tqdm has no other way to change the default of an argument for all libraries.

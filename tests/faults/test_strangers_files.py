@@ -55,7 +55,7 @@ def test_a_model_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: s
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+    "template", ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{# #}"]
 )
 def test_a_template_that_fails_is_an_error_of_the_template(template: str) -> None:
     tokenizer = byte_level_tokenizer()

@@ -217,7 +217,7 @@ FAULTS = {
     "mine.x: 1": ":1: mine.x: there is no 'mine'.",
     "optim: adafactor\nlearning_rate: 1": ":2: optim.lr: there is no 'lr' in optim.",
     "adapter.r: 8": ":1: adapter.r: no current choice has it. Choose one of adapter=dora",
-    "num_train_epochs: 3\nmax_steps: 100": ":2: trainer.max_steps=100 contradicts",
+    "num_train_epochs: 3\nnum_epochs: 2": ":2: trainer.max_epochs=2 contradicts",
     "seed: ${": ": ",
     "hydra.mode: MULTIRUN": ":1: hydra.mode: only the command line",
     "hydra: {run: {dir: /}}": ":1: hydra.run.dir: only the command line",
@@ -265,7 +265,6 @@ def test_a_file_of_another_trainer_is_read_whole(tmp_path: Path) -> None:
         "adapter.r=8",
         "adapter.target_modules=['gate_proj', 'down_proj']",
         "trainer.max_epochs=1",
-        "trainer.max_steps=-1",
         "model.attn_implementation=flash_attention_2",
     ]
 

@@ -107,7 +107,7 @@ def test_the_bars_and_logs_of_libraries_appear_where_they_belong(columns, monkey
         logger = logging.Logger.manager.getLogger("tests.of.a.library")
         logger.propagate = False
         logger.addHandler(logging.StreamHandler(io.StringIO()))
-        adopt_bars()
+        adopt_bars.__wrapped__()
         adopt_logs()
         said = "a message of words that is longer than a line of a narrow terminal would ever be"
         with display().stage("loading the model"):

@@ -1,0 +1,26 @@
+"""Lines for stages that take time."""
+
+from __future__ import annotations
+
+import time
+
+from lit_ft.terminal import PlainLines
+
+
+def test_a_stage_that_ends_at_once_is_not_printed(capsys):
+    lines = PlainLines(after=30)
+    began = time.monotonic()
+    with lines.stage("loading the model"):
+        pass
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().out == ""
+
+
+def test_a_long_stage_is_printed_and_how_far_it_is(capsys):
+    lines = PlainLines(after=0.05, every=0.1)
+    with lines.stage("encoding the data"):
+        lines.detail("10/20 rows")
+        time.sleep(0.5)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "encoding the data  10/20 rows"
+    assert second == "encoding the data  10/20 rows  0:00"
