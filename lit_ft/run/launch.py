@@ -25,6 +25,7 @@ from lit_ft.run.hydra_trust import composer, compositions
 from lit_ft.run.implied import with_implied
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
+from lit_ft.run.sweep_table import ends_with_sweep_table
 from lit_ft.terminal import Style, stage, use_style
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -69,7 +70,7 @@ def launch(main: Callable[[], Any]) -> None:
         if command.save_config is not None:
             _save_config(command.save_config, arguments)
             return
-        with _raised_by_hydra():
+        with _raised_by_hydra(), ends_with_sweep_table():
             main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,30 @@ from lit_ft.run.files import read_summary
 from lit_ft.run.record import FOLDER, OVERRIDES
 from lit_ft.terminal.console import console, format_bytes, format_duration
 
+_swept: list[Path] = []
+
 
 class SweepTable(Callback):
-    """Hydra's callback that prints the runs of a sweep after the last one."""
+    """Hydra's callback that notes the folder of a sweep for `ends_with_sweep_table`."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table."""
-        if (table := sweep_table(Path(config.hydra.sweep.dir))) is not None:
-            console().print(table)
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note the folder."""
+        _swept.append(Path(config.hydra.sweep.dir))
+
+
+@contextmanager
+def ends_with_sweep_table() -> Iterator[None]:
+    """Print the runs of a sweep that Hydra starts in this block, also if one of them has failed.
+
+    Hydra calls no callback at the end of such a sweep.
+    """
+    _swept.clear()
+    try:
+        yield
+    finally:
+        for folder in _swept:
+            if (table := sweep_table(folder)) is not None:
+                console().print(table)
 
 
 def sweep_table(folder: Path) -> Table | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from lit_ft.run.sweep_table import sweep_table
+from lit_ft.run.sweep_table import SweepTable, ends_with_sweep_table, sweep_table
 
 
 def leave_run(folder: Path, arguments: list[str], **summary) -> None:
@@ -36,6 +38,15 @@ def test_each_run_is_a_row_with_what_it_alone_has(tmp_path):
     assert rows[1][4:] == ["completed", "2.5000", "1,200", "1:01"]
     assert rows[2][1:] == ["did", "not", "start"]
     assert "damaged" in rows[3]
+
+
+def test_a_sweep_with_a_failed_run_has_its_table_too(tmp_path, capsys):
+    leave_run(tmp_path / "0", ["seed=1"], status="failed")
+    with pytest.raises(ZeroDivisionError), ends_with_sweep_table():
+        config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+        SweepTable().on_multirun_start(config=config)
+        raise ZeroDivisionError
+    assert "failed" in capsys.readouterr().out
 
 
 def test_a_folder_without_runs_has_no_table(tmp_path):
