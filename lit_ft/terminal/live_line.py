@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
@@ -43,7 +42,11 @@ class LiveLine(Display):
         self._spinner = Spinner("line" if console().options.ascii_only else "dots")
         self._live: Live | None = None
         atexit.register(self._stop)
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        # At a fork, the thread that refreshes the line may hold the lock of standard output, which
+        # nobody would release in the child.
+        os.register_at_fork(
+            before=self._stop, after_in_parent=self._update, after_in_child=self._leave_to_parent
+        )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -96,12 +99,8 @@ class LiveLine(Display):
             live.stop()
 
     def _leave_to_parent(self) -> None:
-        """Print directly: a process that was forked has no thread that refreshes the line."""
-        self._live, self._stages, self._facts = None, [], ()
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if isinstance(stream, FileProxy):
-                setattr(sys, name, stream.rich_proxied_file)
+        """Forget what is shown: that is what the parent does."""
+        self._stages, self._facts = [], ()
 
 
 def one_line(start: Text, facts: Sequence[str], separator: str, width: int) -> Text:

@@ -122,6 +122,23 @@ def test_the_bars_and_logs_of_libraries_appear_where_they_belong(columns, monkey
         logger.handlers.clear()
 
 
+def test_there_is_no_line_while_a_process_forks(monkeypatch):
+    hooks = {}
+    monkeypatch.setattr("os.register_at_fork", lambda **given: hooks.update(given))
+    with terminal_of(80) as terminal:
+        display().progress(FACTS)
+        hooks["before"]()
+        assert (terminal.screen.lines, terminal.screen.has_cursor) == ([], True)
+        assert sys.stdout is terminal
+        hooks["after_in_parent"]()
+        print("printed")
+        assert live_lines(terminal.screen.shown)
+        hooks["before"]()
+        hooks["after_in_child"]()
+        print("printed in the child")
+        assert terminal.screen.lines == ["printed", "printed in the child"]
+
+
 @given(st.lists(st.text(PRINTED), max_size=8), st.integers(1, 100))
 def test_facts_are_left_out_from_the_right_until_they_fit(facts, width):
     line = one_line(Text("*"), facts, " · ", width)
