@@ -94,7 +94,7 @@ def _about(choice: Choice, conf: Path) -> Iterator[str]:
         yield from ("", f"Also chooses {', '.join(f'`{one}`' for one in choice.brings)}.")
     if choice.values:
         is_of_hydra = all(value.name.startswith("hydra.") for value in choice.values)
-        typed = [] if is_of_hydra else [choice.typed.strip("'")]
+        typed = [] if is_of_hydra else [choice.typed]
         yield from ("", *_table(choice.values, _allowed(conf, *typed)))
 
 

@@ -37,8 +37,6 @@ class Choice:
     @property
     def typed(self) -> str:
         """What follows `python train.py`."""
-        if self.group == "callbacks" and self.name not in ("default", "none"):
-            return f"'callbacks=[default,{self.name}]'"
         return f"{self.group}={self.name}"
 
 

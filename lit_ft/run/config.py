@@ -15,7 +15,7 @@ from lit_ft.run.other_trainers import BY_NAME
 _MOVED = {
     "data.drop_overlong=true": "data.overlong=drop",
     "data.drop_overlong=false": "data.overlong=cut",
-    "auto_batch_size": "'callbacks=[default,auto_batch_size]'",
+    "auto_batch_size": "callbacks=auto_batch_size",
     "galore.projector.every": "galore.refresh.every",
     "optim=galore_8bit": "optim=adamw_8bit galore=iteration",
     "optim=galore_adafactor": "optim=adafactor_fixed galore=iteration",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -41,7 +40,7 @@ def ends_with_panel(summary: RunSummary) -> Iterator[None]:
 def _print(summary: RunSummary) -> None:
     fields = {**summary.fields, "samples": summary.samples}
     fields |= {name: _near(fields[name]) for name in ("checkpoint_path", "export_path")}
-    console().print(end_panel(fields, _near(str(summary.run_dir)) or "."))
+    print_end(fields, _near(str(summary.run_dir)) or ".")
 
 
 def _near(path: str | None) -> str | None:
@@ -51,8 +50,21 @@ def _near(path: str | None) -> str | None:
     return str(Path(path).relative_to(Path.cwd()))
 
 
-def end_panel(summary: Mapping[str, Any], run_dir: str | Path) -> RenderableType:
-    """Return the box to show at the end of a run, and the commands to go on with.
+def print_end(summary: Mapping[str, Any], run_dir: str | Path) -> None:
+    """Print the box of a run, and below it the commands to go on with.
+
+    Args:
+        summary: The contents of summary.json, as for `end_panel`.
+        run_dir: The folder of the run.
+    """
+    console().print(end_panel(summary, run_dir))
+    for line in next_commands(summary, Path(run_dir)):
+        # No box around what is to be copied, and no line break that would be copied too.
+        console().print(Text(line), soft_wrap=True)
+
+
+def end_panel(summary: Mapping[str, Any], run_dir: str | Path) -> Panel:
+    """Return the box to show at the end of a run.
 
     Args:
         summary: The contents of summary.json, in which any entry may be null or absent. It may also
@@ -64,14 +76,12 @@ def end_panel(summary: Mapping[str, Any], run_dir: str | Path) -> RenderableType
     title = str(summary.get("status") or "finished")
     if title == "completed" and not summary.get("steps"):
         title = "validated"
-    box = Panel(
+    return Panel(
         _pairs(_results(summary, run_dir)),
         title=escape(title),
         border_style="yellow" if title == "interrupted" else "green",
         width=min(WIDTH, console().width),
     )
-    # No box around what is to be copied.
-    return Group(box, *(Text(line, no_wrap=True) for line in next_commands(summary, run_dir)))
 
 
 def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:

@@ -89,7 +89,7 @@ def test_a_choice_that_is_not_there_leaves_the_other_names_to_be_checked():
 @pytest.mark.parametrize(
     ("once", "now"),
     [
-        ("auto_batch_size=true", "'callbacks=[default,auto_batch_size]'"),
+        ("auto_batch_size=true", "callbacks=auto_batch_size"),
         ("optim=galore_8bit", "optim=adamw_8bit galore=iteration"),
         ("optim=adamw,galore_adafactor", "optim=adafactor_fixed galore=iteration"),
         ("optim/projector=oja", "galore=online"),

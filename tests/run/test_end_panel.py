@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
-from lit_ft.run.end_panel import end_panel, next_commands
+from lit_ft.run.end_panel import end_panel, next_commands, print_end
 from lit_ft.storage.json_file import write_json
 
 
@@ -94,6 +96,16 @@ def test_the_next_commands_are_those_that_work(tmp_path, changes, expected):
     lines = next_commands({**SUMMARY, **changes}, tmp_path / "my run")
     assert [line.split("  ")[1] for line in lines] == expected
     assert all(f"'{tmp_path}/my run'" in line for line in lines)
+
+
+def test_a_narrow_terminal_cuts_no_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    run_dir = Path("runs/2026-11-24_10-12-04")
+    print_end(SUMMARY, run_dir)
+    printed = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in printed if line[0] in "╭│╰") == 60
+    assert printed[-3:] == next_commands(SUMMARY, run_dir)
+    assert max(map(len, printed)) > 60
 
 
 def test_a_run_of_epochs_goes_on_by_epochs(tmp_path):
