@@ -269,9 +269,14 @@ class LineProgress(ProgressBar):
 
 
 def _facts(metrics: dict[str, Any]) -> list[str]:
-    """Return `name value` for each metric; for lit_ft's own metrics, the value and its unit."""
+    """Return `name value` for each metric; for lit_ft's own metrics, the value and its unit.
+
+    These come last and in the same order, no matter when they are logged for the first time.
+    """
+    own = {name: metrics[name] for name in ("tok/s", "peak GiB") if name in metrics}
+    others = {name: value for name, value in metrics.items() if name not in own}
     facts = []
-    for name, value in metrics.items():
+    for name, value in {**others, **own}.items():
         if name == "v_num" or not isinstance(value, int | float):
             continue
         if name == "tok/s":

@@ -20,7 +20,7 @@ from lit_ft.callbacks import LineProgress, ProgressBar, TerminalProgress
 class Plain(BoringModel):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)["loss"]
-        values = {"train_loss": 2.4134, "tok/s": 1234.0, "peak GiB": 3.14}
+        values = {"peak GiB": 3.14, "train_loss": 2.4134, "tok/s": 1234.0}
         self.log_dict(values, prog_bar=True)
         return loss
 
