@@ -23,7 +23,7 @@ from lit_ft.storage.checkpoint_io import load_rest
 from lit_ft.storage.damage import damage
 
 # A finished run need not be repeated for other values of these.
-_NOT_OF_THE_RESULT = ("resume", "overwrite", "trusted_packages", "logger*", "trainer.logger*")
+_NOT_OF_THE_RESULT = ("resume", "overwrite", "ui", "trusted_packages", "logger*", "trainer.logger*")
 _LISTED = (Outcome.OBEYED, Outcome.STEP, Outcome.ROWS)
 # What Lightning needs to load weights, and to go on, besides what is large.
 _MODEL = {"pytorch-lightning_version"}
@@ -114,8 +114,8 @@ def finished_val_loss(summary: RunSummary) -> float | None:
             return None
     rank_zero_info(
         f"{summary.run_dir} is finished: {earlier['steps']} steps, val_loss "
-        f"{earlier['val_loss']:.4f}. It is not run again. A larger trainer.max_steps would go on "
-        "with it, and resume=null overwrite=true would replace it."
+        f"{earlier['val_loss']:.4f}. It is not run again. A larger trainer.max_steps or max_epochs "
+        "would go on with it, and resume=null overwrite=true would replace it."
     )
     return float(earlier["val_loss"])
 

@@ -200,7 +200,7 @@ def test_a_finished_run_is_left_as_it_is(job, tmp_path, caplog, monkeypatch):
     main, results = train.main, []
     monkeypatch.setattr(train, "main", lambda config: results.append(main(config)))
     caplog.set_level("INFO", "lightning.pytorch")
-    assert job("run", *options, "logger=csv", "resume=auto") == trained
+    assert job("run", *options, "logger=csv", "ui=plain", "resume=auto") == trained
     assert results == [trained["val_loss"]]  # which a sweeper asks for
     assert "is finished: 2 steps, val_loss " in caplog.text
     assert times(tmp_path / "run") == before
