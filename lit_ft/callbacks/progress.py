@@ -276,7 +276,7 @@ def _facts(metrics: dict[str, Any]) -> list[str]:
     own = {name: metrics[name] for name in ("tok/s", "peak GiB") if name in metrics}
     others = {name: value for name, value in metrics.items() if name not in own}
     facts = []
-    for name, value in {**others, **own}.items():
+    for name, value in (others | own).items():
         if name == "v_num" or not isinstance(value, int | float):
             continue
         if name == "tok/s":

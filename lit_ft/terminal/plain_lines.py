@@ -43,9 +43,10 @@ class PlainLines(Display):
 
     def _watch(self, name: str, over: threading.Event) -> None:
         began = time.monotonic()
-        wait = self.after
-        while not over.wait(wait):
-            first = wait is self.after
-            took = "" if first else format_duration(time.monotonic() - began)
-            print("  ".join(filter(None, (name, self._detail, took))), flush=True)
-            wait = self.every
+        if not over.wait(self.after):
+            self._print(name)
+        while not over.wait(self.every):
+            self._print(name, format_duration(time.monotonic() - began))
+
+    def _print(self, name: str, took: str = "") -> None:
+        print("  ".join(filter(None, (name, self._detail, took))), flush=True)

@@ -99,7 +99,8 @@ def test_the_next_commands_are_those_that_work(tmp_path, changes, expected):
 
 
 def test_a_narrow_terminal_cuts_no_command(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
+    one = Console(width=60)
+    monkeypatch.setattr("lit_ft.run.end_panel.console", lambda: one)
     run_dir = Path("runs/2026-11-24_10-12-04")
     print_end(SUMMARY, run_dir)
     printed = capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ def test_a_stage_that_ends_at_once_is_not_printed(capsys):
 
 
 def test_a_long_stage_is_printed_and_how_far_it_is(capsys):
-    lines = PlainLines(after=0.05, every=0.1)
+    lines = PlainLines(after=0.1, every=0.1)
     with lines.stage("encoding the data"):
         lines.detail("10/20 rows")
         time.sleep(0.5)
