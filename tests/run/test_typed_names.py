@@ -74,7 +74,7 @@ def test_what_hydra_knows_stays_as_it_is(typed: str) -> None:
         ),
         ("--optm.lr 1", "--optm.lr: there is no 'optm'. Did you mean optim?"),
         ("--config", "--config needs a file"),
-        ("num_train_epochs=3 max_steps=9", "max_steps=9: trainer.max_steps=9 contradicts"),
+        ("num_train_epochs=3 num_epochs=9", "num_epochs=9: trainer.max_epochs=9 contradicts"),
         ("num_train_epochs=3 trainer.max_epochs=2", "trainer.max_epochs=2 contradicts"),
     ],
 )
