@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.run.summary import RunSummary, read_summary
-from lit_ft.storage.json_file import write_json
+from lit_ft.storage.json_file import read_json, write_json
 
 PEER_IS_GONE = RuntimeError("[../gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
 OF_RANK_1 = ValueError("of rank 1")
@@ -33,7 +33,7 @@ def fail(summary, error):
 
 
 def told(folder):
-    found = read_summary(folder)
+    found = read_json(folder / "summary.json")
     return found["status"], found["error"]["message"], found["error"].get("rank", 0)
 
 

@@ -105,5 +105,5 @@ def test_a_run_in_a_pipe_prints_lines_and_no_control_codes(tmp_path):
     assert status == 0
     assert "\r" not in said and "\x1b" not in said
     assert "Warning" not in said and "deprecated" not in said
-    assert "INFO: Training data" in said
+    assert "recipe" in said and "step 2/2 · loss" in said
     assert "GPU available" not in said and "kernels" not in said
