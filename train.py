@@ -26,11 +26,12 @@ def _job(cfg: DictConfig) -> float:
     # Imported here so that --help and mistyped names answer at once.
     with stage("loading libraries"):
         import lightning as L
+        from lightning.pytorch.utilities import rank_zero_warn
 
         from lit_ft.run.console import quieten_libraries
 
         quieten_libraries()  # the imports below print messages too
-        from lit_ft.run.config import also_chosen, recipe, resolved
+        from lit_ft.run.config import also_chosen, low_rate, recipe, resolved
         from lit_ft.run.end_panel import ends_with_panel
         from lit_ft.run.exits import command_line_exits
         from lit_ft.run.folder import RunFolder
@@ -64,6 +65,8 @@ def _job(cfg: DictConfig) -> float:
             admit(config, written, run.overrides.task)
         use_style(config["ui"])
         facts = {"recipe": recipe(run.runtime.choices), "run_dir": cfg.run_dir}
+        if low := low_rate(run.runtime.choices, run.overrides.task, config["optim"].get("lr")):
+            rank_zero_warn(low)
         if moved := also_chosen(run.runtime.choices, run.overrides.task, config_dir=CONF):
             facts["also chosen"] = moved
         L.seed_everything(config["seed"], workers=True, verbose=False)

@@ -189,6 +189,24 @@ def also_chosen(
     return ", ".join(brought)
 
 
+def low_rate(choices: Mapping[str, Any], overrides: Sequence[str], lr: Any) -> str:
+    """Return a note if an adapter is trained at the rate of a whole model; empty otherwise.
+
+    Args:
+        choices: The chosen name in each group, from Hydra's `hydra.runtime.choices`.
+        overrides: The command-line arguments of this run, from Hydra's `hydra.overrides.task`.
+        lr: The learning rate.
+    """
+    adapter, optimizer = choices.get("adapter"), choices.get("optim")
+    is_typed = any(one.lstrip("+").startswith("optim.lr=") for one in overrides)
+    if adapter in (None, "none") or is_typed or not isinstance(lr, float) or lr > 1e-4:
+        return ""
+    return (
+        f"adapter={adapter} with optim={optimizer}: the rate {lr:g} suits a whole model, and "
+        "adapters learn better at about optim.lr=5e-4."
+    )
+
+
 def recipe(choices: Mapping[str, Any]) -> str:
     """Return the names of a run's method, such as "galore_subspace, single_gpu".
 

@@ -24,6 +24,7 @@ from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 from lit_ft.storage.damage import damage
 from lit_ft.storage.links import remove_links
+from lit_ft.storage.permissions import open_to_others
 from lit_ft.storage.plain_values import load_plain
 
 
@@ -172,6 +173,7 @@ def _export_parts(
         dtype=None if dtype is None else dtype_named(dtype),
         max_shard_size=max_shard_size,
     )
+    open_to_others(folder)
     stop_at(folder, end_tokens(module.tokenizer))
     if module.tokenizer is not None:
         save_tokenizer(module.tokenizer, folder)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_ft.callbacks import (
     AutoBatchSize,
     BestCheckpoint,
+    ExportHF,
     GaLore,
     SampleGenerations,
     StartTable,
@@ -36,6 +38,8 @@ from lit_ft.run.failures import (
 from lit_ft.run.recorder import OpensFolder, Recorder
 from lit_ft.run.resume import compare_with_checkpoint
 from lit_ft.run.summary import RunSummary
+
+_SAVING = (ModelCheckpoint, ExportHF)
 
 
 def fine_tune(
@@ -89,6 +93,10 @@ def fine_tune(
     recorder = Recorder(summary, optimizer_name(module), None if datamodule.streaming else rows)
     callbacks_of(trainer).extend([OpensFolder(summary), recorder])
     callbacks_of(trainer).sort(key=_turn)
+    if not validate_only and not any(isinstance(one, _SAVING) for one in callbacks_of(trainer)):
+        rank_zero_warn(
+            "This run saves nothing, neither a checkpoint nor an export: it has no callback for it."
+        )
     if (table := find_callback(trainer, StartTable)) is not None and not validate_only:
         table.facts |= facts or {}
         datamodule.verbose = False

@@ -73,6 +73,14 @@ def test_without_merging_only_the_adapter_is_written(folder, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_others_may_read_the_weights_as_they_may_any_new_file(folder, tmp_path):
+    (tmp_path / "new").touch()
+    export_model(trained_adapter(folder, "lora"), None, tmp_path / "out")
+    files = [*(tmp_path / "out").rglob("*.safetensors")]
+    assert {file.name for file in files} == {"model.safetensors", "adapter_model.safetensors"}
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_an_adapter_and_a_model_never_share_a_folder(folder, tmp_path):
     model = trained_adapter(folder, "lora")
     export_model(model, None, tmp_path / "out", merge=False)

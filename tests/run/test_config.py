@@ -8,6 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from lit_ft.run.config import (
     also_chosen,
+    low_rate,
     names_near,
     refuse_without_class,
 )
@@ -134,3 +135,24 @@ def test_what_a_choice_brings_is_told(overrides, line):
 def test_the_last_of_two_that_bring_a_choice_has_brought_it():
     # strategy=single_gpu would bring layerwise updates, galore=svd brings whole ones.
     assert told("optim=galore_svd") == "galore=svd (by optim=galore_svd)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_low"),
+    [
+        (["adapter=lora"], False),  # it brings a rate of its own
+        (["adapter=lora", "optim=adamw"], True),
+        (["adapter=qlora", "optim=adamw_8bit"], True),
+        (["adapter=lora", "optim=adamw", "optim.lr=1e-4"], False),  # it is meant
+        (["adapter=lora", "optim=adamw", "optim.lr=1e-3"], False),
+        (["optim=adamw"], False),
+        (["adapter=lora", "optim=adafactor"], False),  # without a rate
+    ],
+)
+def test_an_adapter_at_the_rate_of_a_whole_model_is_told(overrides, is_low):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides, return_hydra_config=True)
+    run = config.hydra
+    note = low_rate(run.runtime.choices, run.overrides.task, config.optim.get("lr"))
+    assert ("optim.lr=5e-4" in note) == is_low

@@ -24,6 +24,7 @@ from lit_ft.models.export.chat import save_tokenizer, stop_at
 from lit_ft.models.export.sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
 from lit_ft.storage.links import remove_links
+from lit_ft.storage.permissions import open_to_others
 from lit_ft.storage.write_errors import write_errors_name
 from lit_ft.tensors.sharding import full_tensor, is_model_sharded
 
@@ -76,6 +77,7 @@ def export_model(
                 return folder
         else:
             _export_here(model, folder, merge=merge, dtype=target_dtype)
+        open_to_others(folder)
         stop_at(folder, end_tokens)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)

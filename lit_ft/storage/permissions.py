@@ -1,0 +1,21 @@
+"""Permissions of files that libraries write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def open_to_others(folder: Path) -> None:
+    """Give a folder's weights the permissions that new files of this process have.
+
+    safetensors lets nobody but their owner read the files that it writes, so that a server that
+    runs as another user could not load the model.
+
+    Args:
+        folder: The folder, in which adapters may have folders of their own.
+    """
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
