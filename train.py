@@ -46,6 +46,7 @@ def _job(cfg: DictConfig) -> float:
         from lit_ft.run.save_config import settings_of_run
         from lit_ft.run.settings import admit
         from lit_ft.run.summary import RunSummary
+        from lit_ft.run.tensorboard import hparams
 
     run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
@@ -94,6 +95,7 @@ def _job(cfg: DictConfig) -> float:
             resume=resume,
             validate_only=config["validate_only"],
             facts=facts,
+            hparams=hparams(run.runtime.choices, config),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -38,6 +39,7 @@ from lit_ft.run.failures import (
 from lit_ft.run.recorder import OpensFolder, Recorder
 from lit_ft.run.resume import compare_with_checkpoint
 from lit_ft.run.summary import RunSummary
+from lit_ft.run.tensorboard import show_end, show_start
 
 _SAVING = (ModelCheckpoint, ExportHF)
 
@@ -51,6 +53,7 @@ def fine_tune(
     resume: str | Path | None = None,
     validate_only: bool = False,
     facts: Mapping[str, str] | None = None,
+    hparams: Mapping[str, Any] | None = None,
 ) -> float:
     """Run the job and return the validation loss at its end.
 
@@ -65,7 +68,8 @@ def fine_tune(
         resume: The full-state checkpoint to resume from; None starts from the model's own weights.
         validate_only: Whether to stop after the first validation. It validates the weights of
             `resume` if that is given.
-        facts: What `StartTable` shows of the run at its top, keyed by what it is about.
+        facts: What `StartTable` and TensorBoard show of the run, keyed by what it is about.
+        hparams: What TensorBoard compares the run by, keyed by name.
 
     Returns:
         The validation loss at the end.
@@ -115,6 +119,7 @@ def fine_tune(
             [metrics, *_] = trainer.validate(module, datamodule, ckpt_path=resume, verbose=False)
             summary.update(initial_val_loss=metrics["val_loss"])
         if not validate_only:
+            show_start(trainer, facts or {})
             trainer.fit(module, datamodule, ckpt_path=resume)
             [metrics, *_] = trainer.validate(module, datamodule, verbose=False)
             best = find_callback(trainer, BestCheckpoint)
@@ -129,6 +134,9 @@ def fine_tune(
         val_perplexity=metrics["val_perplexity"],
         val_loss_by_source=by_source or None,
     )
+    if not validate_only:
+        results = ("val_loss", "val_perplexity", "train_loss", "tokens_per_second")
+        show_end(trainer, hparams or {}, {name: summary.fields[name] for name in results})
     if (samples := find_callback(trainer, SampleGenerations)) is not None:
         summary.samples = samples.generations
     return metrics["val_loss"]
