@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
 
 from lit_ft.callbacks import GaLore
 from lit_ft.callbacks._support.trainer import find_callback
@@ -46,6 +47,30 @@ def remedies_for_out_of_memory(
         raise torch.OutOfMemoryError(
             f"{error}\n{_largest_term(module, trainer)}Settings that need less memory: {settings}."
         ) from error
+
+
+def start_loggers(trainer: Trainer) -> None:
+    """Start the loggers that need a login, before anything expensive.
+
+    Args:
+        trainer: The trainer of the run.
+
+    Raises:
+        Misconfiguration: If Weights & Biases takes no login. The message says how to do without.
+    """
+    for logger in trainer.loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        from wandb.errors import Error
+
+        try:
+            _ = logger.experiment
+        except Error as error:
+            raise Misconfiguration(
+                f"Weights & Biases: {str(error).partition(' Use `wandb login`')[0].rstrip('.')}",
+                Remedy("run `wandb login`"),
+                Remedy("keep the run on this machine with the variable WANDB_MODE=offline"),
+            ) from error
 
 
 def _largest_term(module: CausalLMModule, trainer: Trainer) -> str:

@@ -35,6 +35,7 @@ from lit_ft.run.failures import (
     optimizer_name,
     remedies_for_another_run,
     remedies_for_out_of_memory,
+    start_loggers,
 )
 from lit_ft.run.recorder import OpensFolder, Recorder
 from lit_ft.run.resume import compare_with_checkpoint
@@ -110,6 +111,7 @@ def fine_tune(
         check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
     if resume is not None:
         compare_with_checkpoint(resume, recorder, weights_only=validate_only)
+    start_loggers(trainer)
     with (
         remedies_for_out_of_memory(module, datamodule, trainer),
         remedies_for_another_run(resume),
