@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lit_ft.run.summary import RunSummary
 from lit_ft.storage.json_file import read_json
-from lit_ft.terminal.console import console, format_bytes, format_duration
+from lit_ft.terminal.console import console, format_bytes, format_duration, printable
 
 WIDTH = 100
 """The largest width of the box in columns."""
@@ -191,5 +191,5 @@ def _pairs(rows: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(name), escape(printable(value)))
     return table

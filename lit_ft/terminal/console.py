@@ -18,6 +18,15 @@ def separator() -> str:
     return " | " if console().options.ascii_only else " · "
 
 
+def printable(text: str) -> str:
+    r"""Return a text in which codes that would steer the terminal are shown instead of sent.
+
+    >>> print(printable("red: \x1b[31m"))
+    red: \x1b[31m
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def format_duration(seconds: float) -> str:
     """Return a time in seconds as a clock shows it.
 

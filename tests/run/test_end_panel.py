@@ -113,3 +113,10 @@ def test_a_run_of_epochs_goes_on_by_epochs(tmp_path):
     config = {"trainer": {"max_steps": -1, "max_epochs": 2}}
     told = "\n".join(next_commands({**SUMMARY, "config": config}, tmp_path))
     assert "resume=auto trainer.max_epochs=4" in told
+
+
+def test_an_answer_does_not_steer_the_terminal(tmp_path):
+    samples = [{"step": 0, "prompt": "p", "text": "\x1b[2J\x07gone"}]
+    text = text_of(end_panel({**SUMMARY, "samples": samples}, tmp_path))
+    assert r"\x1b[2J\x07gone" in text
+    assert "\x1b" not in text
