@@ -83,6 +83,12 @@ class Marked(HTMLParser):
 
 
 @pytest.mark.smollm2
+def test_a_row_does_not_steer_the_terminal(shown):
+    text = shown([chat("clear \x1b[2J", "no\x1b[31mred")])
+    assert "\x1b" not in text
+    assert r"clear \x1b[2J" in text and r"no\x1b[31mred" in text
+
+
 def test_a_page_marks_what_is_learnt_and_says_no_more_than_the_rows(shown, tmp_path):
     shown([chat(*row) for row in ROWS], "--html", str(tmp_path / "new" / "page.html"))
     page = Marked()

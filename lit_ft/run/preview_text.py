@@ -15,6 +15,7 @@ from lit_ft.data.survey import Bar, Survey
 from lit_ft.data.token_text import Piece, pieces
 from lit_ft.run.preview import Preview, Speed
 from lit_ft.run.preview_facts import facts, fate, remarks
+from lit_ft.terminal.console import printable
 
 LEARNT = "bold underline green"
 CONTROL = "dim cyan"
@@ -40,7 +41,7 @@ def shown_row(console: Console, preview: Preview, row: EncodedRow, *, with_ids: 
     """
     body = Text(overflow="fold")
     if row.error:
-        body.append(row.error, "red")
+        body.append(printable(row.error), "red")
     else:
         for piece in pieces(preview.tokenizer, row.input_ids, row.labels):
             _append(body, piece, with_ids)
@@ -53,7 +54,8 @@ def shown_row(console: Console, preview: Preview, row: EncodedRow, *, with_ids: 
 
 
 def _append(body: Text, piece: Piece, with_ids: bool) -> None:
-    body.append(piece.text, LEARNT if piece.is_learnt else CONTROL if piece.is_control else "")
+    style = LEARNT if piece.is_learnt else CONTROL if piece.is_control else ""
+    body.append(printable(piece.text), style)
     if with_ids:
         body.append(_ids(piece), "dim")
 
@@ -64,7 +66,7 @@ def _bracketed(preview: Preview, row: EncodedRow, with_ids: bool) -> Text:
     for piece in pieces(preview.tokenizer, row.input_ids, row.labels):
         if piece.is_learnt != was_learnt:
             body.append(BRACKETS[was_learnt])
-        body.append(piece.text + (_ids(piece) if with_ids else ""))
+        body.append(printable(piece.text) + (_ids(piece) if with_ids else ""))
         was_learnt = piece.is_learnt
     return body.append(BRACKETS[1] * was_learnt)
 

@@ -30,7 +30,8 @@ def adopt_logs() -> None:
     for logger in list(logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", []):
             if type(handler) is logging.StreamHandler:
-                handler.setStream(_StandardError())
+                # Not `setStream`, which first flushes the old stream: it may be closed.
+                handler.stream = _StandardError()
 
 
 class _Bars:
