@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_ft.run.arguments import CONF
 from lit_ft.run.launch import launch, reported_by_hydra
+from lit_ft.run.loading import ended_at_once_by_signals
 from lit_ft.run.redaction import redact_output, redacted
 from lit_ft.terminal import stage, use_style
 
@@ -24,7 +25,7 @@ def _job(cfg: DictConfig) -> float:
     redact_output()  # on a cluster, this function is all that runs of this file
 
     # Imported here so that --help and mistyped names answer at once.
-    with stage("loading libraries"):
+    with stage("loading libraries"), ended_at_once_by_signals():
         import lightning as L
         from lightning.pytorch.utilities import rank_zero_warn
 

@@ -32,6 +32,9 @@ class Display:
             facts: The facts, the most important one first; none removes them.
         """
 
+    def close(self) -> None:
+        """Leave the terminal as it was, before the process ends without Python's own clean-up."""
+
 
 _display = Display()
 

@@ -41,11 +41,11 @@ class LiveLine(Display):
         self._facts: Sequence[str] = ()
         self._spinner = Spinner("line" if console().options.ascii_only else "dots")
         self._live: Live | None = None
-        atexit.register(self._stop)
+        atexit.register(self.close)
         # At a fork, the thread that refreshes the line may hold the lock of standard output, which
         # nobody would release in the child.
         os.register_at_fork(
-            before=self._stop, after_in_parent=self._update, after_in_child=self._leave_to_parent
+            before=self.close, after_in_parent=self._update, after_in_child=self._leave_to_parent
         )
 
     @contextmanager
@@ -82,7 +82,7 @@ class LiveLine(Display):
     def _update(self) -> None:
         """Show the line if there is something to show; the refreshing thread does the rest."""
         if not (self._stages or self._facts):
-            self._stop()
+            self.close()
         elif self._live is None:
             self._live = Live(
                 self,
@@ -93,7 +93,8 @@ class LiveLine(Display):
             )
             self._live.start()
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Remove the line, and show the cursor again."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()

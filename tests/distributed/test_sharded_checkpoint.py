@@ -178,7 +178,8 @@ def test_an_export_holds_one_files_weights_at_a_time(tmp_path, on_both):
         "model": {"_target_": "lit_ft.models.FromConfig", "model_type": "llama", "config": config},
         "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
     }
-    summary = {"config": {"module": module, "trusted_packages": []}}
+    config = {"module": module, "data": {}, "trainer": {}, "trusted_packages": []}
+    summary = {"status": "completed", "config": config}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     peaks = on_both(export, tmp_path)
     saved = AtomicCheckpointIO().load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")

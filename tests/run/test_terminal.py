@@ -46,7 +46,7 @@ def test_one_line_shows_the_whole_run_and_what_was_said_stays(tmp_path, columns,
         "validation at step 40",
     ]
     said = " ".join(screen.lines)
-    assert "Training data: 3,143 examples, 332,748 tokens, 70,533 targets; 3,059 dropped" in said
+    assert "3,143 examples, 332,748 tokens, 70,533 targets; 3,059 dropped as too" in said
 
 
 @pytest.mark.parametrize("moment", ["loading", "step 0/"])

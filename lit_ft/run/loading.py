@@ -1,0 +1,45 @@
+"""Signals while libraries load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lit_ft.terminal import display
+
+
+@contextmanager
+def ended_at_once_by_signals() -> Iterator[None]:
+    """End the process if Ctrl-C, SIGTERM or SIGHUP comes in this block, where nothing can be lost.
+
+    An exception would not do: what a signal raises while Python imports a module is lost if it
+    meets a callback of Python's own or a bare `except`. Handlers that somebody has chosen stay.
+    """
+    before = {number: signal.getsignal(number) for number in _signals()}
+    for number in before:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _signals() -> Iterator[signal.Signals]:
+    """Yield the signals that end a process and have Python's own handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last one is missing on Windows
+        number = getattr(signal, name, None)
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        if number is not None and signal.getsignal(number) in usual:
+            yield number
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    display().close()
+    os._exit(128 + number)
