@@ -25,6 +25,7 @@ JOB = [
     "module.activation_checkpointing=true",
     "data=packed",
     "data.max_length=512",
+    "data.max_val_examples=1",  # what is measured lies between two validations
     "callbacks=none",
     "logger=none",
     "+callbacks.probe._target_=tests.callbacks.test_layerwise_memory.Probe",
