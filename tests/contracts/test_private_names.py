@@ -22,7 +22,8 @@ import pytest
 import lit_ft
 
 ROOT = Path(lit_ft.__file__).parent
-PUBLIC = {"_asdict", "_fields"}  # of named tuples: underscored against clashes, and documented
+# Documented in spite of their underscore: of named tuples, against clashes, and in `os`.
+PUBLIC = {"_asdict", "_fields", "_exit"}
 
 CHECKPOINT = "torch.distributed.checkpoint"
 MODEL = "transformers:PreTrainedModel"
