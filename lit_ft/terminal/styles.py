@@ -33,7 +33,8 @@ def use_style(style: Style) -> None:
 
 def use_live_line() -> None:
     """Show a line that changes in a terminal, and nothing where only the result is wanted."""
-    use_style("rich" if resolved("auto") == "rich" else "off")
+    if resolved("auto") == "rich":
+        use_style("rich")
 
 
 def resolved(style: Style) -> Style:
