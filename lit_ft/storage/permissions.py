@@ -13,9 +13,11 @@ def open_to_others(folder: Path) -> None:
     runs as another user could not load the model.
 
     Args:
-        folder: The folder, in which adapters may have folders of their own.
+        folder: The folder of the weights. Links in it are left alone, because they may lead to
+            files of the user.
     """
     mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(0o666 & ~mask)
+    for file in folder.glob("*.safetensors"):
+        if not file.is_symlink():
+            file.chmod(0o666 & ~mask)

@@ -23,6 +23,7 @@ from lit_ft.run.run_log import RunLog
 from lit_ft.storage.atomic import temporary_path, write_text
 from lit_ft.storage.damage import damage
 from lit_ft.storage.json_file import read_json
+from lit_ft.storage.permissions import open_to_others
 from tests.support.tiny_model import tiny_model
 from tests.support.tokenizer import byte_level_tokenizer
 
@@ -160,3 +161,13 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert "said" in (folder / "moved.log").read_text()
     assert (folder / "config.json").is_file()
     assert own.read_text() == "precious"
+
+
+def test_nobody_else_may_read_what_a_link_among_the_weights_leads_to(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.touch(mode=0o600)
+    (tmp_path / "export" / "adapter").mkdir(parents=True)
+    for place in ("model.safetensors", "adapter/deeper.safetensors"):
+        (tmp_path / "export" / place).symlink_to(private)
+    open_to_others(tmp_path / "export")
+    assert private.stat().st_mode & 0o777 == 0o600

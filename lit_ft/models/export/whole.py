@@ -77,7 +77,8 @@ def export_model(
                 return folder
         else:
             _export_here(model, folder, merge=merge, dtype=target_dtype)
-        open_to_others(folder)
+        for place in (folder, folder / "adapter"):
+            open_to_others(place)
         stop_at(folder, end_tokens)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
