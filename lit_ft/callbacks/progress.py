@@ -86,6 +86,21 @@ class ProgressBar(LightningProgressBar):
         """Note the learning rate of the coming step: at its end there is already the next one."""
         self._lr = _learning_rate(trainer)
 
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show how far the validation is; `LineProgress` does so every `every_n_seconds`."""
+        self.has_dataloader_changed(dataloader_idx)
+        total = self.total_val_batches_current_dataloader
+        of_all = f"/{total:,}" if total < math.inf else ""
+        self._show_validation(f"validation {batch_idx + 1:,}{of_all}")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of the validation."""
         if not trainer.sanity_checking:
@@ -109,10 +124,8 @@ class ProgressBar(LightningProgressBar):
             facts.append(f"eta {format_duration(seconds)}")
         return facts
 
-    def _validation_fact(self, batch_idx: int, dataloader_idx: int) -> str:
-        self.has_dataloader_changed(dataloader_idx)
-        total = self.total_val_batches_current_dataloader
-        return f"validation {batch_idx + 1:,}" + (f"/{total:,}" if total < math.inf else "")
+    def _show_validation(self, fact: str) -> None:
+        """Show how far the validation is."""
 
 
 class TerminalProgress(ProgressBar):
@@ -161,17 +174,8 @@ class TerminalProgress(ProgressBar):
         """Show that the validation begins."""
         self._show(["validation"])
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Show how far the validation is."""
-        self._show([self._validation_fact(batch_idx, dataloader_idx)])
+    def _show_validation(self, fact: str) -> None:
+        self._show([fact])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of the validation, and show the training again."""
@@ -228,7 +232,7 @@ class LineProgress(ProgressBar):
         ...     enable_model_summary=False,
         ... )
         >>> trainer.fit(BoringModel())  # doctest: +ELLIPSIS
-        step 2/4 · lr 1.0e-01 · eta 0:00
+        step 2/4 · lr 1.0e-01 · eta ...
         step 4/4 · lr 1.0e-01 · eta 0:00
     """
 
@@ -251,18 +255,9 @@ class LineProgress(ProgressBar):
         if self._every_n.due(trainer) or is_last or self._is_overdue():
             self.print(separator().join(self._training_facts(trainer, pl_module)))
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Print how far a long validation is, if `every_n_seconds` have passed."""
+    def _show_validation(self, fact: str) -> None:
         if self._is_overdue():
-            self.print(self._validation_fact(batch_idx, dataloader_idx))
+            self.print(fact)
 
     def _is_overdue(self) -> bool:
         return time.monotonic() - self._printed_at >= self._every_n_seconds

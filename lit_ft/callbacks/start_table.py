@@ -25,6 +25,7 @@ from lit_ft.measure.model_size import model_size, num_weights
 from lit_ft.optim.schedules import WarmupSchedule
 from lit_ft.subspace import subspace_layers
 from lit_ft.terminal.console import console, format_bytes
+from lit_ft.terminal.pairs import pairs
 
 
 class StartTable(Callback):
@@ -90,8 +91,8 @@ class StartTable(Callback):
         data: dict[str, str] = {}
         if isinstance(datamodule, ReportsData) and isinstance(datamodule.reports, Mapping):
             data = {name: str(report) for name, report in datamodule.reports.items()}
-        tables = [_pairs(rows), *map(optimizer_table, trainer.optimizers)]
-        tables.append(_pairs({**data, **_extent(trainer, datamodule, steps)}))
+        tables = [pairs(rows), *map(optimizer_table, trainer.optimizers)]
+        tables.append(pairs({**data, **_extent(trainer, datamodule, steps)}))
         console().print(Group(*tables))
 
 
@@ -192,12 +193,3 @@ def _extent(trainer: Trainer, datamodule: Any, steps: float) -> dict[str, str]:
         times = steps * trainer.accumulate_grad_batches / batches
         extent += f", {times:.3g} times all" if times >= 1 else f", {times:.2%} of all"
     return {"this run": extent}
-
-
-def _pairs(rows: Mapping[str, str]) -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(escape(name), escape(value))
-    return table

@@ -131,7 +131,7 @@ def _of_files(words: _Words, typed: Sequence[Setting], config_dir: Path) -> list
 
 
 def _merged(places: Sequence[Sequence[Setting]]) -> list[Setting]:
-    """Return the settings of several places, of which each wins over those before it."""
+    """Return the settings of several places, in which a later place wins over an earlier one."""
     decided: list[Setting] = []
     for place in reversed(places):
         winners = {one.name: one for one in decided}

@@ -11,12 +11,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from lit_ft.run.summary import RunSummary
 from lit_ft.storage.json_file import read_json
-from lit_ft.terminal.console import console, format_bytes, format_duration, printable
+from lit_ft.terminal.console import console, format_bytes, format_duration
+from lit_ft.terminal.pairs import pairs
 
 WIDTH = 100
 """The largest width of the box in columns."""
@@ -77,7 +77,7 @@ def end_panel(summary: Mapping[str, Any], run_dir: str | Path) -> Panel:
     if title == "completed" and not summary.get("steps"):
         title = "validated"
     return Panel(
-        _pairs(_results(summary, run_dir)),
+        pairs(_results(summary, run_dir)),
         title=escape(title),
         border_style="yellow" if title == "interrupted" else "green",
         width=min(WIDTH, console().width),
@@ -184,12 +184,3 @@ def _samples(samples: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         return {}
     rows = {"prompt": same[0]["prompt"], "answer before": same[0]["text"]}
     return rows if len(same) == 1 else {**rows, "answer after": same[-1]["text"]}
-
-
-def _pairs(rows: Mapping[str, str]) -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(escape(name), escape(printable(value)))
-    return table

@@ -15,6 +15,7 @@ LENGTH = {_STEPS, _EPOCHS}
 
 _OWN_DATA = {"data.path", "data.sources"}
 _OTHER_LENGTHS = {"debug", "hparams_search", "trainer.max_time", "trainer"}
+_UNREADABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError)
 _NO_LIMIT = (None, "null", "None", "-1")
 
 
@@ -82,7 +83,7 @@ def _of_choice(chosen: str, folder: Path) -> dict[str, str]:
             continue
         try:
             found |= {f"trainer.{key}": str(value) for key, value in _of_trainer(file).items()}
-        except Exception:  # it is elsewhere, or Hydra will say what is wrong with it
+        except _UNREADABLE:  # it is elsewhere, or Hydra will say what is wrong with it
             found["trainer"] = "unknown"
     return found
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its curves: what it was, and how it compares."""
+"""Show in TensorBoard what a run was, and compare its result with those of other runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its curves."""
+"""TensorBoard shows what a run was, and compares it with others."""
 
 from __future__ import annotations
 
