@@ -41,6 +41,7 @@ from lit_ft.subspace.checks import check_settings
 from lit_ft.subspace.layers.base import Sides
 from lit_ft.subspace.projectors import Oja, Projector
 from lit_ft.tensors.sharding import is_sharded
+from lit_ft.terminal import stage
 
 
 class GaLore(Callback):
@@ -157,15 +158,16 @@ class GaLore(Callback):
         model = network_of(module)
         layers = subspace_layers(model)  # the module may have injected them itself
         self._compare(model, layers)
-        layers = layers or inject(
-            model,
-            rank=self.rank,
-            targets=self.targets,
-            side=self.side,
-            seed=self.seed,
-            # CausalLMModule, for example, loads its weights one by one after sharding.
-            allow_meta=isinstance(module, LoadsAfterSharding) and module.loads_after_sharding,
-        )
+        with stage("preparing the subspaces"):
+            layers = layers or inject(
+                model,
+                rank=self.rank,
+                targets=self.targets,
+                side=self.side,
+                seed=self.seed,
+                # CausalLMModule, for example, loads its weights one by one after sharding.
+                allow_meta=isinstance(module, LoadsAfterSharding) and module.loads_after_sharding,
+            )
         keep_out_of_broadcasts(module)
         self.updater = SubspaceUpdater(
             layers,
