@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.callbacks._support.finite import keep_finite
+from lit_ft.callbacks._support.trainer import find_callback, total_steps
 from lit_ft.compat.ranges import Count
 from lit_ft.storage.atomic import keep_earlier
+from lit_ft.storage.checkpoint_io import AtomicCheckpointIO
 from lit_ft.storage.json_file import read_json, write_json
 from lit_ft.terminal import stage
 
@@ -140,6 +144,11 @@ class BestCheckpoint(ModelCheckpoint):
     best result in that folder, even if it was reached after the checkpoint that the run resumes
     from.
 
+    If the last weights of a training are the best, and a `LastCheckpoint` of the same trainer has
+    saved them, `best.ckpt` becomes a second name of that file, and nothing is written. It then also
+    holds the optimizer state. This needs the trainer to have `AtomicCheckpointIO`, and a file
+    system with hard links.
+
     Args:
         dirpath: The folder in which `best.ckpt` and `best.json` are written.
         monitor: The name of the logged metric that is the result of a validation.
@@ -205,7 +214,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         keep_finite(trainer, trainer.lightning_module, "saved")
-        with stage("saving the best weights"):
+        with stage("saving the best weights"), _linked_to_last(trainer):
             super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and self.best_model_score is not None:
             best = {str(self.monitor): self.best_model_score.item(), "step": trainer.global_step}
@@ -213,3 +222,18 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _found(self) -> Path:
         return Path(str(self.dirpath)) / "best.json"
+
+
+def _linked_to_last(trainer: Trainer) -> AbstractContextManager[None]:
+    """Save in the block without writing what the last state of the training already holds.
+
+    Before that, nothing is shared: the next state would replace `last.ckpt`, and the optimizer
+    state of an earlier step would stay on the disk with the best weights.
+    """
+    ends = trainer.should_stop or trainer.global_step >= total_steps(trainer)
+    io, last = trainer.strategy.checkpoint_io, find_callback(trainer, LastCheckpoint)
+    if trainer.state.fn == TrainerFn.FITTING and not ends:
+        return nullcontext()
+    if last is None or not last.last_model_path or not isinstance(io, AtomicCheckpointIO):
+        return nullcontext()
+    return io.may_link_to(Path(last.last_model_path))

@@ -162,8 +162,10 @@ def _place(path: str | None, *, whole_folder: bool = False) -> str | None:
     if path is None:
         return None
     place = Path(path).parent if whole_folder else Path(path)
-    files = [file for file in place.rglob("*") if file.is_file()]
-    size = format_bytes(sum(file.stat().st_size for file in files))
+    files = [file.stat() for file in place.rglob("*") if file.is_file()]
+    # Checkpoints may share a file, which is on the disk once.
+    sizes = {(file.st_dev, file.st_ino): file.st_size for file in files}
+    size = format_bytes(sum(sizes.values()))
     return f"{path} ({size} in {place.name}/)" if whole_folder else f"{path} ({size})"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 
 from lit_ft.storage.atomic import remove, replace_atomically, temporary_path
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
@@ -29,6 +31,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Use it as in `Trainer(plugins=[AtomicCheckpointIO()])`.
     """
 
+    _same: Path | None = None
+
+    @contextmanager
+    def may_link_to(self, saved: Path) -> Iterator[None]:
+        """In this block, link to `saved` instead of writing the weights that it already holds.
+
+        The two names then share one file, which also holds what else `saved` does. Neither can
+        change the other, because files are only ever replaced.
+        """
+        self._same = saved
+        try:
+            yield
+        finally:
+            self._same = None
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
@@ -48,10 +65,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove(temporary)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            if not self._is_linked(checkpoint, temporary):
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
             replace_atomically(temporary, target)
         except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
             raise OSError(
@@ -60,6 +78,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         finally:
             remove(temporary)
+
+    def _is_linked(self, checkpoint: dict[str, Any], temporary: Path) -> bool:
+        """Link `temporary` to the file of `may_link_to` if it may be, and return whether it is."""
+        if self._same is None or not _holds_weights(self._same, checkpoint["state_dict"]):
+            return False
+        try:
+            os.link(self._same, temporary)
+        except OSError:  # a file system without hard links
+            return False
+        return True
 
     def load_checkpoint(
         self,
@@ -95,6 +123,23 @@ def load_rest(path: str | Path) -> dict[str, Any]:
     checkpoint = _entries(path, load_plain(path, mmap=True))
     large = ("state_dict", "optimizer_states")
     return {name: entry for name, entry in checkpoint.items() if name not in large}
+
+
+def _holds_weights(path: Path, weights: dict[str, Any]) -> bool:
+    """Whether a checkpoint file can be read and holds exactly these weights, bit for bit."""
+    try:
+        saved = _entries(path, load_plain(path, mmap=True)).get("state_dict", {})
+    except (OSError, ValueError):
+        return False
+    return saved.keys() == weights.keys() and all(
+        _is_same(saved[name], weight) for name, weight in weights.items()
+    )
+
+
+def _is_same(saved: Any, value: Any) -> bool:
+    if not (isinstance(value, Tensor) and type(value.detach()) is type(saved) is Tensor):
+        return False  # the extra state of a module, or a tensor that is no plain one
+    return saved.dtype == value.dtype and torch.equal(saved, value.detach().to("cpu"))
 
 
 def _entries(path: str | Path, loaded: Any) -> dict[str, Any]:

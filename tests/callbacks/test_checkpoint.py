@@ -162,3 +162,35 @@ def test_a_resumed_run_goes_on_from_a_best_that_came_after_its_state(tmp_path, m
     assert run(6, float("nan"), ckpt_path=last) == 2
     assert run(8, better, ckpt_path=last) == 8
     assert run(1, worse) == 1  # a new run in the same folder
+
+
+def test_the_best_weights_are_a_second_name_of_the_last_state_that_holds_them(tmp_path):
+    """As `lit_ft.run.job` does: the validation after `fit` finds that the last weights are best."""
+    best, module, loader = BestCheckpoint(tmp_path), Plain(), validation_rows()
+    trainer = trainer_for(tmp_path, [LastCheckpoint(tmp_path), best], limit_val_batches=1)
+    trainer.fit(module, loader)
+    trainer.validate(module, loader, verbose=False)
+    best.keep_if_best(trainer)
+    before = (tmp_path / "best.ckpt").read_bytes()
+    assert (tmp_path / "best.ckpt").samefile(tmp_path / "last.ckpt")
+    assert load(tmp_path / "best.ckpt")["global_step"] == 7
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)  # the next state
+    assert (tmp_path / "best.ckpt").read_bytes() == before != (tmp_path / "last.ckpt").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "best.json", "last.ckpt"]
+
+
+def test_the_best_weights_are_written_where_the_last_state_holds_others(tmp_path):
+    best, module, loader = BestCheckpoint(tmp_path), Plain(), validation_rows()
+    trainer = trainer_for(tmp_path, [LastCheckpoint(tmp_path), best], limit_val_batches=1)
+    trainer.fit(module, loader)
+    with torch.no_grad():
+        module.layer.weight.mul_(2)  # as a callback that averages the weights at the end
+    trainer.validate(module, loader, verbose=False)
+    best.keep_if_best(trainer)
+    saved = load(tmp_path / "best.ckpt")
+    assert torch.equal(saved["state_dict"]["layer.weight"], module.layer.weight)
+    assert "optimizer_states" not in saved
+
+
+def validation_rows() -> DataLoader:
+    return DataLoader(RandomDataset(32, 64), shuffle=False)

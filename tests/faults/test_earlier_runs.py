@@ -29,7 +29,7 @@ REFUSED = {
     "a class that is not trusted": ["+callbacks.mine._target_=os.system"],
     "missing data": ["data.path=missing.jsonl"],
     "a missing checkpoint": ["resume=missing.ckpt"],
-    "weights alone": ["resume=BEST"],
+    "weights alone": ["resume=ALONE"],
     "a checkpoint that lacks a weight": ["resume=PART"],
     "an error in the first batch": [*at("on_train_batch_start", 3, fault="out_of_memory")],
     "no resume at all": ["resume=null"],
@@ -40,9 +40,11 @@ def test_refused_starts_change_no_byte_of_a_trained_run(job, tmp_path):
     job("run", *OPTIONS)
     folder = tmp_path / "run"
     part = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    alone = {name: part[name] for name in ("state_dict", "pytorch-lightning_version")}
+    torch.save(alone, folder / "checkpoints" / "alone.ckpt")
     part["state_dict"].popitem()
     torch.save(part, folder / "checkpoints" / "part.ckpt")
-    names = {"BEST": "best.ckpt", "PART": "part.ckpt"}
+    names = {"ALONE": "alone.ckpt", "PART": "part.ckpt"}
     before = files(folder)
     for what, changes in REFUSED.items():
         for short, name in names.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,8 @@ def test_the_box_shows_no_nulls(tmp_path):
 def test_the_size_on_disk_is_that_of_the_files(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").write_bytes(bytes(3 << 20))
-    (tmp_path / "checkpoints" / "best.ckpt").write_bytes(bytes(2 << 20))
+    (tmp_path / "checkpoints" / "last-1.ckpt").write_bytes(bytes(2 << 20))
+    os.link(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "checkpoints" / "best.ckpt")
     path = str(tmp_path / "checkpoints" / "last.ckpt")
     text = "".join(text_of(end_panel({"checkpoint_path": path}, tmp_path)).split())
     assert "(5MiBincheckpoints/)" in text.replace("│", "")
