@@ -36,6 +36,8 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_steps: The number of optimizer steps between two saves.
         keep: The number of states to keep, at least 1. The one before `last.ckpt` is
             `last-1.ckpt`, the one before that `last-2.ckpt`.
+        save_optimizer: Whether to save the optimizer state too. Without it, no run can go on from
+            the files: they hold the weights alone, for a new training or for use.
 
     Raises:
         FloatingPointError: Instead of saving, if a weight is not finite.
@@ -59,15 +61,23 @@ class LastCheckpoint(ModelCheckpoint):
         3
     """
 
-    def __init__(self, dirpath: str | Path, every_n_steps: Count = 100, keep: Count = 2) -> None:
+    def __init__(
+        self,
+        dirpath: str | Path,
+        every_n_steps: Count = 100,
+        keep: Count = 2,
+        save_optimizer: bool = True,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         super().__init__(
             dirpath=dirpath,
             filename="last",
             every_n_train_steps=every_n_steps,
+            save_weights_only=not save_optimizer,
             enable_version_counter=False,
         )
+        self.every_n_steps = every_n_steps
         self.keep = keep
         self._every_n = EveryNSteps(every_n_steps)
 

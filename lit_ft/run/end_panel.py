@@ -88,17 +88,21 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     """Return lines with the commands that a user may want next, each after what it does."""
     folder = shlex.quote(str(run_dir))
     steps, checkpoint = summary.get("steps") or 0, summary.get("checkpoint_path")
+    saving = (summary.get("config") or {}).get("checkpoint") or {}
+    goes_on = checkpoint is not None and saving.get("save_optimizer", True)
     export, resume = f"python -m lit_ft.export {folder}", f"python train.py run_dir={folder}"
     commands = {}
     if summary.get("status") == "interrupted":
-        if checkpoint is not None:
+        if goes_on:
             commands["go on"] = f"{resume} resume=auto"
+        if checkpoint is not None:
             commands["export"] = export
     elif steps:
         if summary.get("export_path") is not None:
             commands["chat"] = f"python -m lit_ft.chat {folder}"
-        if checkpoint is not None:
+        if goes_on:
             commands["train on"] = f"{resume} resume=auto {_twice_as_long(summary, steps)}"
+        if checkpoint is not None:
             commands["export"] = export
         if (run_dir / "checkpoints" / "best.ckpt").exists():
             commands["export"] = f"{export} --checkpoint best"

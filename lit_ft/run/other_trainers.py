@@ -102,8 +102,7 @@ NAMES: Mapping[str, tuple[Name, ...]] = {
         Name("save_strategy", values={"steps": ""}, why="`checkpoint.every_n_steps`"),
         Name(
             "save_only_model",
-            values={"false": ""},
-            why="nothing: the export holds only the model",
+            values={"false": "", "true": "checkpoint.save_optimizer=false"},
         ),
         Name("save_total_limit", "checkpoint.keep={}"),
         Name("resume_from_checkpoint", "resume={}", values=_if_true("resume=auto")),

@@ -138,7 +138,8 @@ def compare_with_checkpoint(
     if missing := (_MODEL if weights_only else _STATE) - rest.keys():
         raise ValueError(
             f"resume={resume} holds the model alone, and no state to continue with (there is no "
-            f"{', '.join(sorted(missing))}). Resume from last.ckpt, which resume=auto takes."
+            f"{', '.join(sorted(missing))}). Resume from the last.ckpt of a run with "
+            f"checkpoint.save_optimizer=true, or begin a new run with these weights: {_new(resume)}"
         )
     if weights_only:
         return
@@ -166,6 +167,16 @@ def compare_with_checkpoint(
         rank_zero_info(
             f"These settings differ from the checkpoint's run and are obeyed: {_listed(obeyed)}."
         )
+
+
+def _new(checkpoint: str | Path) -> str:
+    """Return the commands that train the weights of a checkpoint in a new run."""
+    path = Path(checkpoint)
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else Path("RUN_DIR")
+    return (
+        f"`python -m lit_ft.export {run_dir} --checkpoint {path.stem}`, then `python train.py "
+        f"model=pretrained model.name_or_path={run_dir / 'export'}`, whose optimizer starts afresh."
+    )
 
 
 def _objections(

@@ -92,6 +92,7 @@ def test_the_size_on_disk_is_that_of_the_files(tmp_path):
         ({"status": "interrupted", "steps": 7}, ["go on", "export"]),
         ({"status": "interrupted", "steps": 0, "checkpoint_path": None}, []),
         ({"steps": 0}, []),  # it has validated only
+        ({"config": {"checkpoint": {"save_optimizer": False}}}, ["chat", "export"]),
     ],
 )
 def test_the_next_commands_are_those_that_work(tmp_path, changes, expected):

@@ -174,16 +174,21 @@ def test_without_the_settings_the_state_itself_is_compared(job, tmp_path, first,
 
 
 def test_the_weights_alone_and_a_damaged_checkpoint_are_refused_by_name(job, tmp_path):
-    job("run", *PLAIN, "trainer.max_steps=1")
-    best = last(tmp_path / "run").with_name("best.ckpt")
-    with pytest.raises(
-        CompactHydraException, match=r"best\.ckpt holds the model alone.*last\.ckpt"
-    ):
-        job("run", *PLAIN, f"resume={best}")
+    alone = [*PLAIN, "checkpoint.save_optimizer=false"]
+    job("run", *alone, "trainer.max_steps=1")
+    assert "optimizer_states" not in torch.load(last(tmp_path / "run"), weights_only=True)
+    # Neither resume=auto nor a name lets the optimizer start afresh without a word.
+    for resume in ("auto", last(tmp_path / "run").with_name("best.ckpt")):
+        with pytest.raises(
+            CompactHydraException,
+            match=r"(?s)holds the model alone.*save_optimizer=true.*lit_ft\.export \S*run .*"
+            r"model=pretrained model\.name_or_path=\S*run/export",
+        ):
+            job("run", *alone, f"resume={resume}", "trainer.max_steps=2")
     with last(tmp_path / "run").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CompactHydraException, match=r"last\.ckpt is damaged"):
-        job("run", *PLAIN, "resume=auto")
+        job("run", *alone, "resume=auto", "trainer.max_steps=2")
 
 
 def times(folder):

@@ -69,6 +69,7 @@ SOUND: dict[str, Check] = {
     "resume": maybe(text),
     "trusted_packages": each(text),
     "checkpoint.every_n_steps": whole(1),
+    "checkpoint.save_optimizer": flag,
     "module.activation_checkpointing": flag,
     "module.compile": flag,
     "loss.chunk_tokens": maybe(whole(1)),
