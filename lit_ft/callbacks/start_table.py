@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_ft.callbacks._support.disk import free_bytes, num_states, state_bytes
 from lit_ft.callbacks._support.trainer import find_callback, network_of, source_name, total_steps
+from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from lit_ft.callbacks.export import ExportHF
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate
 from lit_ft.compat.protocols import CountsRows, ReportsData
@@ -32,7 +35,9 @@ class StartTable(Callback):
     """Print the model, the method, the optimizer's groups and the data, before the first step.
 
     The bytes of optimizer state are an estimate (`lit_ft.measure.estimate_state_bytes`). Under a
-    sharded strategy, the bytes of weights and state are those of rank 0. What is shown of the data
+    sharded strategy, the bytes of weights and state are those of rank 0. The bytes on disk are what
+    `LastCheckpoint`, `BestCheckpoint` and `ExportHF` will write at most; if less than that is free,
+    a warning says so. What is shown of the data
     comes from the datamodule's `reports`, if it has this attribute: a mapping from the name of a
     split to anything that prints.
 
@@ -92,7 +97,8 @@ class StartTable(Callback):
         if isinstance(datamodule, ReportsData) and isinstance(datamodule.reports, Mapping):
             data = {name: str(report) for name, report in datamodule.reports.items()}
         tables = [pairs(rows), *map(optimizer_table, trainer.optimizers)]
-        tables.append(pairs({**data, **_extent(trainer, datamodule, steps)}))
+        disk = _disk(trainer, pl_module)
+        tables.append(pairs({**data, **_extent(trainer, datamodule, steps), **disk}))
         console().print(Group(*tables))
 
 
@@ -193,3 +199,36 @@ def _extent(trainer: Trainer, datamodule: Any, steps: float) -> dict[str, str]:
         times = steps * trainer.accumulate_grad_batches / batches
         extent += f", {times:.3g} times all" if times >= 1 else f", {times:.2%} of all"
     return {"this run": extent}
+
+
+def _disk(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    """Return a row with what the run will take on disk; warn if there is not so much room."""
+    last, best = find_callback(trainer, LastCheckpoint), find_callback(trainer, BestCheckpoint)
+    export = find_callback(trainer, ExportHF)
+    if last is None and best is None and export is None:
+        return {}
+    size = state_bytes(trainer, pl_module)
+    parts: dict[str, int] = {}
+    folder = "."
+    if export is not None:
+        parts["export"], folder = size.export, str(export.folder)
+    if last is not None or best is not None:
+        parts["checkpoints"] = 0 if best is None else size.weights
+    if best is not None:
+        folder = str(best.dirpath or folder)
+    if last is not None:
+        state = size.weights + (0 if last.save_weights_only else size.optimizer)
+        parts["checkpoints"] += state * num_states(trainer, last.every_n_steps, last.keep)
+        folder = str(last.dirpath or folder)
+    told = ", ".join(f"{name} {format_bytes(one)}" for name, one in parts.items())
+    total, free = sum(parts.values()), free_bytes(folder)
+    if total > free:
+        rank_zero_warn(
+            f"The run may write {format_bytes(total)} ({told}), and {format_bytes(free)} are free "
+            f"where {folder} is. Free some space, choose another folder, or save less: keep=1 or "
+            "save_optimizer=False of LastCheckpoint."
+        )
+    row = f"at most about {format_bytes(total)} ({told}); {format_bytes(free)} are free"
+    if last is not None and last.save_weights_only:
+        row += "; no optimizer state is saved, so a run that stops cannot go on"
+    return {"disk": row}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import bitsandbytes as bnb
+import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomIterableDataset
@@ -11,7 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_ft.callbacks import GaLore, LayerwiseUpdate, StartTable
+from lit_ft.callbacks import BestCheckpoint, GaLore, LastCheckpoint, LayerwiseUpdate, StartTable
 from lit_ft.callbacks.start_table import described_model, optimizer_table
 from lit_ft.subspace import inject
 
@@ -50,16 +53,22 @@ class Data(LightningDataModule):
 
 
 def fit(
-    tmp_path, module: LightningModule, data: Data | None = None, *, max_steps: int = 1, **options
+    tmp_path,
+    module: LightningModule,
+    data: Data | None = None,
+    *,
+    max_steps: int = 1,
+    callbacks=(),
+    **options,
 ):
     trainer = Trainer(
         accelerator="cpu",
-        callbacks=[StartTable()],
+        callbacks=[StartTable(), *callbacks],
         max_steps=max_steps,
         limit_val_batches=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(callbacks),
         logger=False,
         default_root_dir=tmp_path,
         **options,
@@ -83,6 +92,48 @@ def test_a_run_of_epochs_shows_its_steps(tmp_path, capfd):
     fit(tmp_path, TwoGroups(), max_steps=-1, max_epochs=2, accumulate_grad_batches=4)
     said = " ".join(capfd.readouterr().out.split())
     assert "32 steps × 4 micro-batches × 2 rows = 256 rows, 2 times all" in said
+
+
+class Large(BoringModel):
+    """A layer of 4 MB, in front of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 2)
+        self.first = nn.Parameter(torch.zeros(1024, 1024))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", 1.0)
+
+
+@pytest.mark.parametrize(
+    "options, steps, told",
+    [
+        ({}, 5, "checkpoints 28 MiB"),  # two states of 3 x 4 MB, and the best weights
+        ({"keep": 3}, 5, "checkpoints 40 MiB"),
+        ({"keep": 1}, 5, "checkpoints 28 MiB"),  # the next one is written before the last is gone
+        ({}, 2, "checkpoints 16 MiB"),  # saved once
+        ({"save_optimizer": False}, 5, "checkpoints 12 MiB"),
+    ],
+)
+def test_what_the_run_takes_on_disk_is_shown_and_a_full_disk_is_named(
+    tmp_path, capfd, monkeypatch, recwarn, options, steps, told
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20 << 20))
+    last = LastCheckpoint(tmp_path / "new" / "checkpoints", every_n_steps=2, **options)
+    callbacks = [last, BestCheckpoint(tmp_path / "new" / "checkpoints")]
+    fit(tmp_path, Large(), max_steps=steps, callbacks=callbacks)
+    said = " ".join(capfd.readouterr().out.split())
+    assert told in said and "20 MiB are free" in said
+    assert ("no optimizer state is saved" in said) == (options.get("save_optimizer") is False)
+    warned = [str(one.message) for one in recwarn if "Free some space" in str(one.message)]
+    assert bool(warned) == (told not in ("checkpoints 16 MiB", "checkpoints 12 MiB"))
+    files = [file.stat() for file in (tmp_path / "new").rglob("*.ckpt")]
+    taken = sum({file.st_ino: file.st_size for file in files}.values()) >> 20
+    assert taken <= int(told.split()[1])
 
 
 def test_ranks_that_print_nothing_load_the_data_with_the_one_that_prints(tmp_path, monkeypatch):
