@@ -66,7 +66,9 @@ def launch(main: Callable[[], Any]) -> None:
         if own:
             print(f"resume=auto repeats the run's own arguments: {' '.join(own)}", file=sys.stderr)
         arguments = with_implied(arguments, config_dir=CONF)
-        arguments = sys.argv[1:] = for_hydra(arguments)
+        if arguments not in (["--help"], ["-h"]):  # which are read from our own files alone
+            arguments = for_hydra(arguments)
+        sys.argv[1:] = arguments
         if command.save_config is not None:
             _save_config(command.save_config, arguments)
             return
