@@ -23,6 +23,7 @@ from lit_ft.run.config import null_choices
 from lit_ft.run.console import outlive_terminal
 from lit_ft.run.hydra_trust import composer, compositions
 from lit_ft.run.implied import with_implied
+from lit_ft.run.loading import let_waiting_threads_sleep
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
 from lit_ft.run.sweep_table import ends_with_sweep_table
@@ -53,6 +54,7 @@ def launch(main: Callable[[], Any]) -> None:
     """
     outlive_terminal()
     redact_output()
+    let_waiting_threads_sleep()
     arguments = sys.argv[1:]
     _show_start(arguments)
     try:

@@ -1,12 +1,15 @@
-"""Signals while libraries load."""
+"""What is set before libraries load, and signals while they load."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from lit_ft.run.loading import let_waiting_threads_sleep
 
 # As an import that meets the exception in a callback of Python's own, and drops it.
 DROPS_EXCEPTIONS = """
@@ -44,3 +47,12 @@ def test_handlers_that_somebody_has_chosen_stay():
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("chosen, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_has_chosen(monkeypatch, chosen, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    let_waiting_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == expected
