@@ -16,6 +16,9 @@ from lit_ft.compat.ranges import Count, NonNegative
 from lit_ft.terminal import LiveLine, display, resolved
 from lit_ft.terminal.console import console, format_duration, separator
 
+_MEASURED = 4  # steps until a run says how long it takes; the first one is slower than the others
+_LONG = 60.0  # seconds; a shorter rest is not worth a line
+
 
 class ProgressBar(LightningProgressBar):
     """Show the step, metrics logged with `prog_bar=True`, the learning rate and the time left.
@@ -26,7 +29,8 @@ class ProgressBar(LightningProgressBar):
     `step 20/100 · loss 2.413 · 1,234 tok/s · 3.1 GiB · lr 1.0e-04 · eta 1:20`
 
     for the whole run, over all its epochs, and print the result of each validation on a line of
-    its own. The learning rate is the one of the step that is shown.
+    its own. The learning rate is the one of the step that is shown. If more than a minute is left
+    after the first four steps, a line says once how long the run takes at their rate.
 
     Args:
         every_n_steps: The number of optimizer steps between two lines of `LineProgress`; None uses
@@ -60,6 +64,7 @@ class ProgressBar(LightningProgressBar):
         self._first_step = 0
         self._started_at = time.monotonic()
         self._lr: float | None = None
+        self._first_ended_at: float | None = None
 
     def disable(self) -> None:
         """Show nothing; the Trainer calls this on all ranks but the first."""
@@ -79,6 +84,7 @@ class ProgressBar(LightningProgressBar):
         self._every_n.start(trainer)
         self._first_step = trainer.global_step
         self._started_at = time.monotonic()
+        self._first_ended_at = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -124,6 +130,21 @@ class ProgressBar(LightningProgressBar):
             facts.append(f"eta {format_duration(seconds)}")
         return facts
 
+    def _say_length(self, trainer: Trainer) -> None:
+        """Print once how long the run takes, when its first steps have shown how fast it is."""
+        now, done = time.monotonic(), trainer.global_step - self._first_step
+        if done == 1 and self._first_ended_at is None:
+            self._first_ended_at = now
+        if done < _MEASURED or self._first_ended_at is None:
+            return
+        step_seconds, self._first_ended_at = (now - self._first_ended_at) / (done - 1), None
+        left = total_steps(trainer) - trainer.global_step
+        if math.isfinite(left) and left * step_seconds > _LONG:
+            self.print(
+                f"about {format_duration(left * step_seconds)} for the {left:,} steps that are "
+                f"left, at the rate of the first {done}, and more for validations"
+            )
+
     def _show_validation(self, fact: str) -> None:
         """Show how far the validation is."""
 
@@ -168,6 +189,7 @@ class TerminalProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Bring the line up to date."""
+        self._say_length(trainer)
         self._show_training(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,6 +273,7 @@ class LineProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print if `every_n_steps` or `every_n_seconds` have passed, and at the last step."""
+        self._say_length(trainer)
         is_last = trainer.global_step == total_steps(trainer)
         if self._every_n.due(trainer) or is_last or self._is_overdue():
             self.print(separator().join(self._training_facts(trainer, pl_module)))

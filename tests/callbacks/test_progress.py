@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,3 +219,26 @@ def test_an_endless_run_has_no_total(tmp_path, capfd):
     line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("step"))
     assert line.startswith("step 2 · ")
     assert "eta" not in line
+
+
+class Takes(Plain):
+    """Each micro-batch takes 15 s on `clock`, and the first one 100 s more."""
+
+    def __init__(self, clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def training_step(self, batch, batch_idx):
+        self.clock.now += 15.0 if batch_idx else 115.0
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [LineProgress, TerminalProgress])
+@pytest.mark.parametrize("steps, told", [(8, ["2:00 for the 4 steps"]), (5, [])])
+def test_a_long_run_says_once_how_long_it_takes(tmp_path, capfd, monkeypatch, kind, steps, told):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("lit_ft.callbacks.progress.time", clock)
+    fit(tmp_path, kind(), Takes(clock), max_steps=steps, accumulate_grad_batches=2)
+    said = capfd.readouterr().out
+    assert re.findall(r"about (\S+ for the \d+ steps)", said) == told
