@@ -85,7 +85,8 @@ def _job(cfg: DictConfig) -> float:
         with stage("loading the tokenizer"):
             module = instantiate(config["module"], _convert_="all")
             datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
-        trainer = instantiate({**config["trainer"], "strategy": strategy}, _convert_="all")
+        with stage("building the trainer"):
+            trainer = instantiate({**config["trainer"], "strategy": strategy}, _convert_="all")
         if run.mode == RunMode.MULTIRUN:
             refuse_to_start_processes(trainer)
         return fine_tune(

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_ft import terminal
 from lit_ft.compat import remedies
 from lit_ft.compat.protocols import IdsBeyond
 from lit_ft.compat.ranges import Count, OpenShare, WholeNumber
@@ -215,17 +216,23 @@ class InstructionDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Encode the sources into the cache, in one process per machine."""
-        encoder = self._encoder()
-        for source in [*([] if self.streaming else self._train), *self._val]:
-            source.table(encoder)
+        with terminal.stage("reading the data"):
+            encoder = self._encoder()
+            for source in [*([] if self.streaming else self._train), *self._val]:
+                source.table(encoder)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the examples from the cache, or open the streams."""
         if self.val_examples is not None:
             return
+        with terminal.stage("reading the data"):
+            self._read(for_fit=stage == "fit")
+            self._say_counts()
+
+    def _read(self, *, for_fit: bool) -> None:
         val = self._val[0] if self._val else None
         if self.streaming:
-            trainer = self.trainer if stage == "fit" else None
+            trainer = self.trainer if for_fit else None
             if trainer is not None and trainer.max_steps < 1:
                 raise Misconfiguration(
                     "A stream has no length", remedies.MAX_STEPS, remedies.NO_STREAM
@@ -251,7 +258,6 @@ class InstructionDataModule(LightningDataModule):
             chosen_places(len(splits.val), self.max_val_examples)
         ]
         self.reports = splits.reports
-        self._say_counts()
 
     def teardown(self, stage: str | None = None) -> None:
         """Log the counts and the notes of a stream's rows."""
