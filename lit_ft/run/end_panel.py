@@ -104,9 +104,14 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
             commands["train on"] = f"{resume} resume=auto {_twice_as_long(summary, steps)}"
         if checkpoint is not None:
             commands["export"] = export
-        if (run_dir / "checkpoints" / "best.ckpt").exists():
+        if _holds_others(run_dir / "checkpoints" / "best.ckpt", checkpoint):
             commands["export"] = f"{export} --checkpoint best"
     return [f"  {what:<9} {command}" for what, command in commands.items()]
+
+
+def _holds_others(best: Path, last: str | None) -> bool:
+    """Whether there are best weights, and they are not those of the last state."""
+    return best.exists() and not (last and Path(last).exists() and best.samefile(last))
 
 
 def _twice_as_long(summary: Mapping[str, Any], steps: int) -> str:

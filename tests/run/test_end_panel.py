@@ -101,6 +101,18 @@ def test_the_next_commands_are_those_that_work(tmp_path, changes, expected):
     assert all(f"'{tmp_path}/my run'" in line for line in lines)
 
 
+def test_the_best_weights_are_offered_for_export_if_the_last_ones_are_others(tmp_path):
+    last, best = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "checkpoints" / "best.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    summary = {**SUMMARY, "checkpoint_path": str(last)}
+    os.link(last, best)
+    assert "--checkpoint best" not in next_commands(summary, tmp_path)[-1]
+    best.unlink()
+    best.touch()
+    assert "--checkpoint best" in next_commands(summary, tmp_path)[-1]
+
+
 def test_a_narrow_terminal_cuts_no_command(capsys, monkeypatch):
     one = Console(width=60)
     monkeypatch.setattr("lit_ft.run.end_panel.console", lambda: one)
