@@ -37,6 +37,7 @@ from lit_ft.run.failures import (
     remedies_for_out_of_memory,
     start_loggers,
 )
+from lit_ft.run.model_card import write_cards_of_run
 from lit_ft.run.recorder import OpensFolder, Recorder
 from lit_ft.run.resume import compare_with_checkpoint
 from lit_ft.run.summary import RunSummary
@@ -137,6 +138,7 @@ def fine_tune(
         val_loss_by_source=by_source or None,
     )
     if not validate_only:
+        write_cards_of_run(trainer, module, summary.fields)
         results = ("val_loss", "val_perplexity", "train_loss", "tokens_per_second")
         show_end(trainer, hparams or {}, {name: summary.fields[name] for name in results})
     if (samples := find_callback(trainer, SampleGenerations)) is not None:

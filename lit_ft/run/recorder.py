@@ -152,6 +152,23 @@ class Recorder(Callback):
             }
         )
 
+    def _data(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the counts of the rows of each split; of a stream, of those that it has read."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        names = ("examples", "tokens", "targets")
+        counts = {
+            split: {name: getattr(report, name) for name in names}
+            for split, report in getattr(datamodule, "reports", {}).items()
+            if report.examples
+        }
+        if "val" in counts and datamodule.val_examples is not None:
+            counts["val"]["used"] = len(datamodule.val_examples)
+        return {
+            "train": counts.get("train"),
+            "val": counts.get("val"),
+            "rows_per_step": self.rows_per_step,
+        }
+
     def _record_without_a_step(self, trainer: Trainer) -> None:
         """Record that all steps had been taken; the earlier run's measurements are kept."""
         self._record(trainer)
@@ -165,7 +182,7 @@ class Recorder(Callback):
             self.summary.fields["seconds"]["train"] = earlier["seconds"]["train"]
 
     def _record(self, trainer: Trainer) -> None:
-        fields: dict[str, Any] = {"steps": trainer.global_step}
+        fields: dict[str, Any] = {"steps": trainer.global_step, "data": self._data(trainer)}
         peak = peak_bytes(trainer.strategy.root_device)
         fields["peak_bytes"] = {"value": peak.value, "source": peak.source}
         fields["optimizer_state_bytes"] = sum(map(optimizer_state_bytes, trainer.optimizers))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ft.models.adapters import in_place_of_adapters, merged_layer
+from lit_ft.models.base import base_at
+from lit_ft.models.export.card import write_cards
 from lit_ft.models.export.chat import save_tokenizer, stop_at
 from lit_ft.models.export.sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
@@ -42,6 +45,7 @@ def export_model(
 
     A model with an adapter is written with the adapter merged, and the adapter is also written by
     itself to `folder/adapter`. With `merge=False`, only the adapter is written, to `folder` itself.
+    Each folder gets a model card, README.md, unless it has one that lit_ft has not written.
     All ranks write a sharded model together, so call this on every rank. `model` is not changed.
 
     Args:
@@ -82,6 +86,9 @@ def export_model(
         stop_at(folder, end_tokens)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+        write_cards(folder, base_at(str(getattr(base, "name_or_path", ""))), adapter)
     return folder
 
 
@@ -90,7 +97,9 @@ def _export_together(model: Any, folder: Path, *, merge: bool, dtype: torch.dtyp
     if isinstance(model, PeftModel):
         adapter = {name: full_tensor(p) for name, p in model.named_parameters() if p.requires_grad}
         if dist.get_rank() == 0:
-            model.save_pretrained(str(folder / "adapter" if merge else folder), state_dict=adapter)
+            with _without_card(model):
+                target = folder / "adapter" if merge else folder
+                model.save_pretrained(str(target), state_dict=adapter)
         if not merge:
             return
         base = model.get_base_model()
@@ -132,9 +141,10 @@ def merged(model: PeftModel) -> Any:
 def _save_adapter(model: PeftModel, folder: Path) -> None:
     initial = getattr(model, "initial_adapter", None)
     if initial is None:
-        model.save_pretrained(str(folder))
+        with _without_card(model):
+            model.save_pretrained(str(folder))
         return
-    with tempfile.TemporaryDirectory() as before:
+    with tempfile.TemporaryDirectory() as before, _without_card(model):
         # peft reads the initial adapter from this folder, and subtracts it from the trained
         # adapter. The difference fits the original weights.
         tensors = {
@@ -142,3 +152,17 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         }
         save_file(tensors, Path(before) / "adapter_model.safetensors")
         model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=before)
+
+
+@contextmanager
+def _without_card(model: PeftModel) -> Iterator[None]:
+    """Keep `save_pretrained` from writing to README.md, which may be the user's.
+
+    What peft would write names the path from which the base was loaded, and says no more than
+    `write_cards` does.
+    """
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del vars(model)["create_or_update_model_card"]
