@@ -43,16 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(redacted_text(message_on_command_line(error)))
     if options.ollama:
-        _write_modelfile(folder)
+        _write_modelfile(folder, options.run_dir)
     print(folder)
 
 
-def _write_modelfile(folder: Path) -> None:
+def _write_modelfile(folder: Path, run_dir: str) -> None:
     # Imported here, because peft prints when it is imported, and the caller silences it first.
+    from lit_ft.models.base import name_of_folder
     from lit_ft.models.export.modelfile import write_modelfile
 
     try:
-        notes = write_modelfile(folder)
+        notes = write_modelfile(folder, name=name_of_folder(run_dir))
     except (ValueError, OSError) as error:
         sys.exit(f"The model is in {folder}, without a Modelfile: {message_on_command_line(error)}")
     for note in notes:

@@ -35,6 +35,11 @@ class Base:
     license: str | None = None
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / _SUMMARY).is_file()
+
+
 def name_of_folder(folder: str | Path) -> str:
     """Return the name of the model in a folder: that of its run, or else the folder's own.
 
@@ -44,7 +49,7 @@ def name_of_folder(folder: str | Path) -> str:
     folder = Path(folder).expanduser().resolve()
     exported = folder.parent if folder.name == "adapter" else folder
     run = exported.parent if exported.name == "export" else exported
-    if not (run / _SUMMARY).is_file():
+    if not is_run(run):
         return folder.name
     return f"{run.parent.name}-{run.name}" if (run.parent / _SWEEP).is_file() else run.name
 

@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.ranges import WholeNumber
 from lit_ft.compat.refusal import Refusal, Remedy
-from lit_ft.models.base import name_of_folder
+from lit_ft.models.base import is_run, name_of_folder
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.tokenizer import load_tokenizer
 from lit_ft.storage.hub import offline_if_unreachable, why_unreachable
@@ -126,6 +126,12 @@ class Pretrained:
         looks_local = path.is_absolute() or self.name_or_path.startswith((".", "~"))
         if looks_local and not path.is_dir():
             raise ValueError(f"name_or_path={self.name_or_path}: there is no such folder.")
+        if self.gguf_file is None and is_run(path) and not (path / "config.json").is_file():
+            model = str(Path(self.name_or_path) / "export")
+            raise Refusal(
+                f"name_or_path={self.name_or_path} is the folder of a run, not of a model",
+                Remedy(f"take what it has exported: {model}", {"model.name_or_path": model}),
+            )
         if not path.is_dir():
             try:
                 validate_repo_id(self.name_or_path)

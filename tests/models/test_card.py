@@ -1,8 +1,10 @@
 """The model card of an export: what the Hub reads, and whose card stays."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from lit_ft.models import Pretrained, add_adapter, export_model
@@ -64,6 +66,7 @@ def test_a_base_on_the_hub_brings_its_license(tmp_path, monkeypatch):
         return str(tmp_path / "README.md")
 
     monkeypatch.setattr(base_module, "hf_hub_download", download)
+    monkeypatch.setattr(base_module, "offline_if_unreachable", nullcontext)
     base = base_of(Pretrained("org/base", revision="v1"))
     assert asked == [("org/base", "README.md", {"revision": "v1"})]
     assert (base.place, base.hub_id, base.license) == ("org/base", "org/base", "apache-2.0")
@@ -78,8 +81,8 @@ def test_a_hub_that_fails_costs_no_export(monkeypatch):
     def fail(*place, **options):
         raise ConnectionError("no route")
 
-    assert base_module.hf_hub_download is hf_hub_download
     monkeypatch.setattr(base_module, "hf_hub_download", fail)
+    monkeypatch.setattr(base_module, "offline_if_unreachable", nullcontext)
     assert base_at("org/base").license is None
 
 
@@ -90,5 +93,7 @@ def test_the_model_of_a_run_has_the_name_of_the_run(tmp_path):
     (export.parent / "summary.json").touch()
     assert {name_of_folder(place) for place in (export, export / "adapter")} == {"r1"}
     assert Pretrained(str(export)).name == "r1"
+    with pytest.raises(ValueError, match=r"r1 is the folder of a run, not of a model.*r1/export"):
+        Pretrained(str(export.parent)).check()
     (tmp_path / "runs" / "multirun.yaml").touch()
     assert name_of_folder(export) == "runs-r1"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from gguf import Metadata
 from huggingface_hub import ModelCard
 
 from lit_ft.run.export_run import export_run
@@ -67,6 +68,10 @@ def test_the_code_of_a_card_runs(run_dir, folder, capsys):
     exec(code.replace("max_new_tokens=128", "max_new_tokens=2"), found)
     assert found["model"].config.vocab_size == 49152
     assert f'"{run_dir / folder}"' in code
+
+
+def test_a_gguf_file_of_the_export_is_named_after_the_run(run_dir):
+    assert Metadata.load(model_path=run_dir / "export").name == "r1"
 
 
 def test_an_export_of_the_best_weights_says_their_step_and_loss(run_dir, tmp_path):
