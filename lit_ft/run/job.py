@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def fine_tune(
         if not validate_only:
             show_start(trainer, facts or {})
             trainer.fit(module, datamodule, ckpt_path=resume)
-            [metrics, *_] = trainer.validate(module, datamodule, verbose=False)
+            with _logged_once(trainer, recorder):
+                [metrics, *_] = trainer.validate(module, datamodule, verbose=False)
             best = find_callback(trainer, BestCheckpoint)
             if best is not None:
                 best.keep_if_best(trainer)
@@ -144,6 +146,18 @@ def fine_tune(
     if (samples := find_callback(trainer, SampleGenerations)) is not None:
         summary.samples = samples.generations
     return metrics["val_loss"]
+
+
+@contextmanager
+def _logged_once(trainer: Trainer, recorder: Recorder) -> Iterator[None]:
+    """Keep a validation from the loggers if `fit` has validated and logged the same weights."""
+    loggers = trainer.loggers
+    if recorder.validated_at == trainer.global_step:
+        trainer.loggers = []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def available_accelerator(accelerator: str) -> str:

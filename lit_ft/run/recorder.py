@@ -63,6 +63,9 @@ class Recorder(Callback):
         optimizer: The name of the optimizer; see `lit_ft.run.failures.optimizer_name`.
         rows_per_step: The number of rows in an optimizer step, over all ranks and micro-batches;
             None for a stream, which can go on with any.
+
+    Attributes:
+        validated_at: The optimizer step of the last validation during training; None before it.
     """
 
     def __init__(self, summary: RunSummary, optimizer: str, rows_per_step: int | None) -> None:
@@ -70,6 +73,7 @@ class Recorder(Callback):
         self.optimizer = optimizer
         self.rows_per_step = rows_per_step
         self.ready = False
+        self.validated_at: int | None = None
         self.best_steps = BestSteps()
         self._trainer: Trainer | None = None  # once it trains
         self._first_step: int | None = None
@@ -107,7 +111,9 @@ class Recorder(Callback):
         self.summary.write()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step of a new best score."""
+        """Note the step of a validation during training, and that of a new best score."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.validated_at = trainer.global_step
         self.best_steps.note(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
