@@ -117,7 +117,7 @@ def _export_here(
             return
         base = merged(model)
     if dtype is not None:
-        base = copy.deepcopy(base) if base is model else base
+        base = _copied_to_host(base) if base is model else base
         base.to(dtype)
     remove_adapter(folder)
     base.save_pretrained(folder)
@@ -125,10 +125,14 @@ def _export_here(
 
 @torch.no_grad()
 def merged(model: PeftModel) -> Any:
-    """Return a copy of `model` with the adapter merged and 4-bit weights dequantised."""
+    """Return a copy of `model` with the adapter merged and 4-bit weights dequantised.
+
+    The copy is in host memory, because a GPU that trains an adapter seldom has room for the weights
+    twice. 4-bit weights are a quarter as large, and their copy stays on the device.
+    """
+    if not getattr(model.get_base_model(), "is_quantized", False):
+        return _copied_to_host(model).merge_and_unload()
     clone: Any = copy.deepcopy(model)
-    if not getattr(clone.get_base_model(), "is_quantized", False):
-        return clone.merge_and_unload()
     # In 4-bit weights, rounding would undo the merge: merge into dequantised weights instead.
     config, state = copy.deepcopy(clone.active_peft_config), get_peft_model_state_dict(clone)
     if hasattr(config, "init_lora_weights"):
@@ -136,6 +140,18 @@ def merged(model: PeftModel) -> Any:
     whole_model: Any = get_peft_model(clone.unload().dequantize(), config)
     set_peft_model_state_dict(whole_model, state)
     return whole_model.merge_and_unload()
+
+
+@torch.no_grad()
+def _copied_to_host(model: Any) -> Any:
+    """Return a deep copy whose weights are in host memory, without copies on the device."""
+    # `deepcopy` takes what it finds here in place of a copy of its own.
+    copies: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.to("cpu", copy=True), p.requires_grad)
+        for p in model.parameters()
+    }
+    copies |= {id(buffer): buffer.to("cpu", copy=True) for buffer in model.buffers()}
+    return copy.deepcopy(model, copies)
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:
