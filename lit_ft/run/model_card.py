@@ -114,7 +114,7 @@ def _data(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
     if val := data.get("val"):
         rows["validation rows"] = f"{val.get('used', val['examples']):,} of {val['examples']:,}"
     if length := config.get("max_length"):
-        rows["longest row"] = f"{length:,} tokens"
+        rows["length of a row"] = f"up to {length:,} tokens"
     return rows
 
 

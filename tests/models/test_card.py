@@ -7,9 +7,9 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
-from lit_ft.models import Pretrained, add_adapter, export_model
+from lit_ft.models import Packaged, Pretrained, add_adapter, export_model
 from lit_ft.models import base as base_module
-from lit_ft.models.base import base_at, base_of, name_of_folder
+from lit_ft.models.base import Base, base_at, base_of, name_of_folder
 from lit_ft.models.export.card import write_cards
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -75,6 +75,13 @@ def test_a_base_on_the_hub_brings_its_license(tmp_path, monkeypatch):
     assert (card.data.base_model, card.data.license) == ("org/base", "apache-2.0")
     assert "base_model:adapter:org/base" in card.data.tags
     assert 'adapter_id = "me/tuned"' in card.text
+
+
+def test_the_packaged_default_says_where_its_base_is_without_a_hub(monkeypatch):
+    monkeypatch.setattr(base_module, "hf_hub_download", None)
+    named = {"hub_id": "org/base", "license": "mit"}
+    base = base_of(Packaged("package", "file.gguf", "pip install package", "Base", **named))
+    assert base == Base("Base", place="org/base", hub_id="org/base", license="mit")
 
 
 def test_a_hub_that_fails_costs_no_export(monkeypatch):
