@@ -127,10 +127,9 @@ class Pretrained:
         if looks_local and not path.is_dir():
             raise ValueError(f"name_or_path={self.name_or_path}: there is no such folder.")
         if self.gguf_file is None and is_run(path) and not (path / "config.json").is_file():
-            model = str(Path(self.name_or_path) / "export")
             raise Refusal(
                 f"name_or_path={self.name_or_path} is the folder of a run, not of a model",
-                Remedy(f"take what it has exported: {model}", {"model.name_or_path": model}),
+                remedies.exported_model(str(Path(self.name_or_path) / "export")),
             )
         if not path.is_dir():
             try:
