@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.console import outlive_terminal, quieten_libraries
-from lit_ft.run.export_run import export_run
 from lit_ft.run.redaction import redacted_text
 from lit_ft.terminal import stage, use_live_line
 
@@ -27,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--ollama needs the whole model: leave out --adapter-only")
     use_live_line()
     quieten_libraries()
+    # Imported here, because peft and torchao print when they are imported.
+    from lit_ft.run.export_run import export_run
+
     if options.trusted_packages:
         sys.path.append(os.getcwd())  # `lit_ft.search_path` has taken it off
     try:
