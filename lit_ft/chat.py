@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.rendering import CostlyTemplate, bounded_rendering
 from lit_ft.data.turns import end_tokens
+from lit_ft.models.base import name_of_folder
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.files import read_summary
 from lit_ft.storage.model_errors import model_errors_name
@@ -55,7 +56,8 @@ def _converse(model: Any, tokenizer: Any, folder: Path, options: Any) -> None:
     if options.prompt is not None:
         reply(model, tokenizer, [*conversation, _user(options.prompt)], options)
         return
-    print(f"{folder}: an empty line ends, Ctrl-C cuts an answer short, /new starts afresh.")
+    name = name_of_folder(folder)
+    print(f"{name}: an empty line ends, Ctrl-C cuts an answer short, /new starts afresh.")
     start = len(conversation)
     while text := _ask():
         if text == "/new":

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.console import outlive_terminal, quieten_libraries
-from lit_ft.run.export_run import export_run
 from lit_ft.run.redaction import redacted_text
 from lit_ft.terminal import stage, use_live_line
 
@@ -27,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--ollama needs the whole model: leave out --adapter-only")
     use_live_line()
     quieten_libraries()
+    # Imported here, because peft and torchao print when they are imported.
+    from lit_ft.run.export_run import export_run
+
     if options.trusted_packages:
         sys.path.append(os.getcwd())  # `lit_ft.search_path` has taken it off
     try:
@@ -43,16 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(redacted_text(message_on_command_line(error)))
     if options.ollama:
-        _write_modelfile(folder)
+        _write_modelfile(folder, options.run_dir)
     print(folder)
 
 
-def _write_modelfile(folder: Path) -> None:
+def _write_modelfile(folder: Path, run_dir: str) -> None:
     # Imported here, because peft prints when it is imported, and the caller silences it first.
+    from lit_ft.models.base import name_of_folder
     from lit_ft.models.export.modelfile import write_modelfile
 
     try:
-        notes = write_modelfile(folder)
+        notes = write_modelfile(folder, name=name_of_folder(run_dir))
     except (ValueError, OSError) as error:
         sys.exit(f"The model is in {folder}, without a Modelfile: {message_on_command_line(error)}")
     for note in notes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import Tensor
@@ -363,7 +364,13 @@ class CausalLMModule(LightningModule):
             self._sums_by_loader[dataloader_idx, 1] += num_targets
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over the target tokens of all batches and ranks."""
+        """Log the mean loss over the target tokens of all batches and ranks.
+
+        It is logged at the number of optimizer steps that the weights have taken.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            # Lightning takes it as the step. Its own number counts from 0, and so lags behind.
+            self.log("step", float(self.trainer.global_step))
         loss = self.val_loss_sum.compute() / self.val_targets.compute()
         self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
         if self._val_has_router:

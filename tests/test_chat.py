@@ -220,3 +220,14 @@ def test_weights_that_hold_code_are_refused_without_torchs_advice(folder, tmp_pa
         main([str(folder), "--prompt", "Hi"])
     assert "weights_only" not in str(refused.value)
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_conversation_is_with_the_run_that_has_exported_the_model(
+    folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "r1").mkdir()
+    (tmp_path / "r1" / "summary.json").write_text('{"status": "completed", "config": {}}')
+    folder.rename(tmp_path / "r1" / "export")
+    typed(monkeypatch)
+    main([str(tmp_path / "r1")])
+    assert capsys.readouterr().out.startswith("r1: an empty line ends")

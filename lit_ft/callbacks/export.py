@@ -21,7 +21,8 @@ class ExportHF(Callback):
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads the result without lit_ft. `generate` then
     stops at the model's own end tokens, at the token that ends an answer in the tokenizer's chat
-    template, and at the end-of-text token. A run that fails exports nothing.
+    template, and at the end-of-text token. The folder gets a model card, README.md, unless it has
+    one that lit_ft has not written. A run that fails exports nothing.
 
     Args:
         folder: The folder to write to, created if it is missing.
@@ -61,10 +62,12 @@ class ExportHF(Callback):
         self.push_to_hub = push_to_hub
         self.private = private
         self.export_path: Path | None = None
+        self._is_uploaded = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before training, refuse a model that could not be written or uploaded after training."""
         self.export_path = None
+        self._is_uploaded = False
         if not hasattr(getattr(pl_module, "model", None), "save_pretrained"):
             raise MisconfigurationException(
                 f"ExportHF writes transformers models: {type(pl_module).__name__}.model has no "
@@ -96,7 +99,15 @@ class ExportHF(Callback):
             )
         if self.push_to_hub is not None and trainer.is_global_zero:
             with stage(f"uploading to {self.push_to_hub}"):
-                _upload(self.export_path, self.push_to_hub, private=self.private)
+                self._is_uploaded = _upload(
+                    self.export_path, self.push_to_hub, private=self.private
+                )
+
+    def upload_cards(self) -> None:
+        """Upload the model cards again, which may say more once the model is validated."""
+        if self._is_uploaded and self.push_to_hub is not None and self.export_path is not None:
+            with stage(f"uploading the model card to {self.push_to_hub}"):
+                _upload(self.export_path, self.push_to_hub, private=self.private, only="*README.md")
 
 
 def _check_hub(repository: str) -> None:
@@ -110,11 +121,12 @@ def _check_hub(repository: str) -> None:
         )
 
 
-def _upload(folder: Path, repository: str, *, private: bool) -> None:
+def _upload(folder: Path, repository: str, *, private: bool, only: str | None = None) -> bool:
+    """Upload a folder, or the files in it that a pattern fits; return whether it is uploaded."""
     try:
         api = HfApi()
         created = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=created.repo_id, folder_path=folder)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder, allow_patterns=only)
     except Exception as error:  # networks fail in many ways, and none may cost the trained model
         rank_zero_warn(
             f"Not uploaded to {repository}: {error!r}. The model is in {folder}; to try again: "
@@ -122,3 +134,5 @@ def _upload(folder: Path, repository: str, *, private: bool) -> None:
         )
     else:
         rank_zero_info(f"Uploaded to {created}")
+        return True
+    return False

@@ -57,6 +57,11 @@ def shorter_rows(tokens: int) -> Remedy:
 EVERY_LINEAR_LAYER = "all-linear"  # peft's word
 
 
+def exported_model(folder: str) -> Remedy:
+    """Return the remedy that takes the model that a run has exported to a folder."""
+    return Remedy(f"take the model in {folder}", {"model.name_or_path": folder})
+
+
 def layer_names(setting: str, names: Sequence[str]) -> list[Remedy]:
     """Return the remedies for names in an adapter's configuration that match nothing.
 

@@ -25,6 +25,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from lit_ft.compat import remedies
 from lit_ft.compat.ranges import WholeNumber
 from lit_ft.compat.refusal import Refusal, Remedy
+from lit_ft.models.base import is_run, name_of_folder
 from lit_ft.models.gguf import as_safetensors
 from lit_ft.models.tokenizer import load_tokenizer
 from lit_ft.storage.hub import offline_if_unreachable, why_unreachable
@@ -116,9 +117,8 @@ class Pretrained:
 
     @property
     def name(self) -> str:
-        """The hub id, or the folder's name."""
-        path = Path(self.name_or_path)
-        return path.resolve().name if path.is_dir() else self.name_or_path
+        """The hub id, or the name of the folder or of the run that has exported to it."""
+        return name_of_folder(self.name_or_path) if self._is_local else self.name_or_path
 
     def check(self) -> None:
         """Raise ValueError if a folder or file is missing, or dtype or quantisation cannot work."""
@@ -126,6 +126,11 @@ class Pretrained:
         looks_local = path.is_absolute() or self.name_or_path.startswith((".", "~"))
         if looks_local and not path.is_dir():
             raise ValueError(f"name_or_path={self.name_or_path}: there is no such folder.")
+        if self.gguf_file is None and is_run(path) and not (path / "config.json").is_file():
+            raise Refusal(
+                f"name_or_path={self.name_or_path} is the folder of a run, not of a model",
+                remedies.exported_model(str(Path(self.name_or_path) / "export")),
+            )
         if not path.is_dir():
             try:
                 validate_repo_id(self.name_or_path)
@@ -266,6 +271,9 @@ class Packaged:
             for QLoRA (arXiv:2305.14314); None does not quantise the weights.
         resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
             tokenizer that have none.
+        hub_id: The name of the model on the Hugging Face Hub, for model cards; None if it has none.
+        license: The identifier of its license, such as "apache-2.0", for model cards; None if it is
+            not known.
     """
 
     package: str
@@ -276,6 +284,8 @@ class Packaged:
     attn_implementation: str | None = None
     quantization_config: Any = None
     resize_embeddings: bool = False
+    hub_id: str | None = None
+    license: str | None = None
 
     def check(self) -> None:
         """Raise ValueError if the package is not installed; the message says how to install it."""

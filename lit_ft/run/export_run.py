@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from torch import Tensor
 
 from lit_ft.data.encoding import load_chat_template
 from lit_ft.data.turns import end_tokens
+from lit_ft.models.base import base_of, name_of_folder
+from lit_ft.models.export.card import write_cards
 from lit_ft.module import CausalLMModule
 from lit_ft.run.exits import unwrapped
 from lit_ft.run.files import SUMMARY, read_summary
 from lit_ft.run.hidden import with_secrets
+from lit_ft.run.model_card import training_of
 from lit_ft.run.old_names import with_current_names
 from lit_ft.run.trust import refuse_untrusted, remote_code
 from lit_ft.storage.atomic import existing_or_backup
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
 from lit_ft.storage.damage import damage
+from lit_ft.storage.json_file import read_json
 from lit_ft.storage.links import remove_links
 from lit_ft.storage.permissions import open_to_others
 from lit_ft.storage.plain_values import load_plain
@@ -65,9 +70,6 @@ def export_run(
             adapter. Also if only the adapter would be written, to a folder that already holds a
             model.
     """
-    # Imported here, because peft prints when it is imported, and the caller silences it first.
-    from lit_ft.models import export_model
-
     run_dir = Path(run_dir)
     summary = read_summary(run_dir)
     if summary is None:
@@ -107,7 +109,47 @@ def export_run(
     elif module.adapter is not None and not merge:
         target /= "adapter"
     if path.is_dir() and module.adapter is None:
-        return _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
+        _export_parts(CheckpointFolder(path), module, target, dtype, max_shard_size)
+    else:
+        _export_loaded(path, run_dir, config, module, target, merge=merge, dtype=dtype)
+    steps, val_loss = _result(path, run_dir, summary)
+    write_cards(
+        target,
+        base_of(module.source),
+        module.adapter,
+        name=name_of_folder(run_dir),
+        training=training_of(summary, steps=steps, val_loss=val_loss),
+    )
+    return target
+
+
+def _result(
+    path: Path, run_dir: Path, summary: Mapping[str, Any]
+) -> tuple[int | None, float | None]:
+    """Return the steps and the validation loss of a checkpoint, as far as they are known."""
+    if path == run_dir / "checkpoints" / "last.ckpt":
+        return summary.get("steps"), summary.get("val_loss")
+    best = {}
+    if path == run_dir / "checkpoints" / "best.ckpt":
+        with suppress(OSError, ValueError):  # a damaged one says nothing
+            best = read_json(path.with_name("best.json"))
+    return best.get("step"), best.get("val_loss")
+
+
+def _export_loaded(
+    path: Path,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    module: CausalLMModule,
+    target: Path,
+    *,
+    merge: bool,
+    dtype: str | None,
+) -> None:
+    """Load a checkpoint into the model that it is of, and export the model."""
+    # Imported here, because peft prints when it is imported, and the caller silences it first.
+    from lit_ft.models import export_model
+
     # As the trainer does: the weights get the dtype that they were trained in.
     halves = config["trainer"].get("precision") == "bf16-true"
     precision = HalfPrecision("bf16-true") if halves else Precision()
@@ -121,7 +163,7 @@ def export_run(
         module.load_state_dict(_without_subspaces(saved["state_dict"]))
     except RuntimeError as error:
         raise ValueError(f"{path} is a checkpoint of another model than {run_dir}.") from error
-    return export_model(
+    export_model(
         module.model,
         module.tokenizer,
         target,

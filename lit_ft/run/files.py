@@ -13,6 +13,7 @@ from typing import Any
 from lit_ft.run.record import FOLDER as RECORD
 from lit_ft.storage.atomic import remove, remove_left_over, temporary_path
 from lit_ft.storage.json_file import read_json
+from lit_ft.storage.own_card import CARD, is_own_card
 
 SUMMARY = "summary.json"
 SETTINGS = "config.yaml"
@@ -90,7 +91,8 @@ def traces_of_run(folder: Path, log_name: str) -> set[Path]:
 
 def results_of_run(folder: Path) -> set[Path]:
     """Return the checkpoints and the files of the exported model in a folder."""
-    return _found(folder, _RESULTS)
+    cards = {folder / "export" / CARD, folder / "export" / "adapter" / CARD}
+    return _found(folder, _RESULTS) | {card for card in cards if is_own_card(card)}
 
 
 def _found(folder: Path, patterns: Iterable[str]) -> set[Path]:

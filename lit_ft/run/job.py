@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lit_ft.run.failures import (
     remedies_for_out_of_memory,
     start_loggers,
 )
+from lit_ft.run.model_card import write_cards_of_run
 from lit_ft.run.recorder import OpensFolder, Recorder
 from lit_ft.run.resume import compare_with_checkpoint
 from lit_ft.run.summary import RunSummary
@@ -123,7 +125,8 @@ def fine_tune(
         if not validate_only:
             show_start(trainer, facts or {})
             trainer.fit(module, datamodule, ckpt_path=resume)
-            [metrics, *_] = trainer.validate(module, datamodule, verbose=False)
+            with _logged_once(trainer, recorder):
+                [metrics, *_] = trainer.validate(module, datamodule, verbose=False)
             best = find_callback(trainer, BestCheckpoint)
             if best is not None:
                 best.keep_if_best(trainer)
@@ -137,11 +140,24 @@ def fine_tune(
         val_loss_by_source=by_source or None,
     )
     if not validate_only:
+        write_cards_of_run(trainer, module, summary.fields)
         results = ("val_loss", "val_perplexity", "train_loss", "tokens_per_second")
         show_end(trainer, hparams or {}, {name: summary.fields[name] for name in results})
     if (samples := find_callback(trainer, SampleGenerations)) is not None:
         summary.samples = samples.generations
     return metrics["val_loss"]
+
+
+@contextmanager
+def _logged_once(trainer: Trainer, recorder: Recorder) -> Iterator[None]:
+    """Keep a validation from the loggers if `fit` has validated and logged the same weights."""
+    loggers = trainer.loggers
+    if recorder.validated_at == trainer.global_step:
+        trainer.loggers = []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def available_accelerator(accelerator: str) -> str:

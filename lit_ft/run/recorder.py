@@ -63,6 +63,9 @@ class Recorder(Callback):
         optimizer: The name of the optimizer; see `lit_ft.run.failures.optimizer_name`.
         rows_per_step: The number of rows in an optimizer step, over all ranks and micro-batches;
             None for a stream, which can go on with any.
+
+    Attributes:
+        validated_at: The optimizer step of the last validation during training; None before it.
     """
 
     def __init__(self, summary: RunSummary, optimizer: str, rows_per_step: int | None) -> None:
@@ -70,6 +73,7 @@ class Recorder(Callback):
         self.optimizer = optimizer
         self.rows_per_step = rows_per_step
         self.ready = False
+        self.validated_at: int | None = None
         self.best_steps = BestSteps()
         self._trainer: Trainer | None = None  # once it trains
         self._first_step: int | None = None
@@ -107,7 +111,9 @@ class Recorder(Callback):
         self.summary.write()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step of a new best score."""
+        """Note the step of a validation during training, and that of a new best score."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.validated_at = trainer.global_step
         self.best_steps.note(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,6 +158,23 @@ class Recorder(Callback):
             }
         )
 
+    def _data(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the counts of the rows of each split; of a stream, of those that it has read."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        names = ("examples", "tokens", "targets")
+        counts = {
+            split: {name: getattr(report, name) for name in names}
+            for split, report in getattr(datamodule, "reports", {}).items()
+            if report.examples
+        }
+        if "val" in counts and datamodule.val_examples is not None:
+            counts["val"]["used"] = len(datamodule.val_examples)
+        return {
+            "train": counts.get("train"),
+            "val": counts.get("val"),
+            "rows_per_step": self.rows_per_step,
+        }
+
     def _record_without_a_step(self, trainer: Trainer) -> None:
         """Record that all steps had been taken; the earlier run's measurements are kept."""
         self._record(trainer)
@@ -165,7 +188,7 @@ class Recorder(Callback):
             self.summary.fields["seconds"]["train"] = earlier["seconds"]["train"]
 
     def _record(self, trainer: Trainer) -> None:
-        fields: dict[str, Any] = {"steps": trainer.global_step}
+        fields: dict[str, Any] = {"steps": trainer.global_step, "data": self._data(trainer)}
         peak = peak_bytes(trainer.strategy.root_device)
         fields["peak_bytes"] = {"value": peak.value, "source": peak.source}
         fields["optimizer_state_bytes"] = sum(map(optimizer_state_bytes, trainer.optimizers))

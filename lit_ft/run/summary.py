@@ -76,6 +76,7 @@ class RunSummary:
                 "trainable_parameters": None,
                 "weight_bytes": None,
             },
+            "data": {"train": None, "val": None, "rows_per_step": None},
             "initial_val_loss": None,
             "val_loss": None,
             "val_perplexity": None,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -95,10 +96,12 @@ class Hub:
         self.calls.append(("create", repo_id, options))
         return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(self, *, repo_id, folder_path):
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns):
         if self.error is not None:
             raise self.error
-        self.calls.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+        names = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*.*")]
+        files = sorted(filter_repo_objects(names, allow_patterns=allow_patterns))
+        self.calls.append(("upload", repo_id, files))
 
 
 @pytest.fixture
@@ -114,7 +117,22 @@ def test_the_folder_is_uploaded_to_a_private_repository(tmp_path, hub):
     create, (verb, repository, files) = hub.calls
     assert create == ("create", "me/tuned", {"private": True, "exist_ok": True})
     assert (verb, repository) == ("upload", "me/tuned")
-    assert {"config.json", "model.safetensors"} <= set(files)
+    assert {"config.json", "model.safetensors", "README.md"} <= set(files)
+
+
+def test_cards_that_say_more_are_uploaded_after_the_model_is(tmp_path, hub, monkeypatch):
+    callback = ExportHF(tmp_path / "model", push_to_hub="me/tuned")
+    fit(tmp_path, callback, Plain())
+    (tmp_path / "model" / "adapter").mkdir()
+    (tmp_path / "model" / "adapter" / "README.md").touch()
+    callback.upload_cards()
+    assert hub.calls[-1] == ("upload", "me/tuned", ["README.md", "adapter/README.md"])
+    monkeypatch.setattr(hub, "error", ConnectionError("no route"))
+    with pytest.warns(UserWarning, match="no route"):
+        fit(tmp_path, callback, Plain())
+    sent = len(hub.calls)
+    callback.upload_cards()  # what is not there needs no card
+    assert len(hub.calls) == sent
 
 
 def test_a_failed_upload_is_a_warning_and_the_folder_stays(tmp_path, hub, monkeypatch):

@@ -35,6 +35,8 @@ DELIBERATE = {
     "logger/tensorboard.yaml tensorboard.name": "the folder inside run_dir",
     "logger/tensorboard.yaml tensorboard.version": "a resumed run goes on in the same folder",
     "logger/wandb.yaml wandb.project": "where the user looks for it",
+    "model/smollm2.yaml hub_id": "what this package holds",
+    "model/smollm2.yaml license": "what this package holds",
     "model/tiny.yaml config": "this is what makes it tiny",
     "model/tiny.yaml name": "told apart from other models from scratch",
     "optim/adafactor.yaml relative_size": RATE,

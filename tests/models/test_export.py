@@ -56,6 +56,21 @@ def test_merged_export_gives_the_trained_logits_and_leaves_the_model_alone(folde
         torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
 
 
+def test_a_merge_copies_no_weight_on_the_device(folder, tmp_path, monkeypatch):
+    """On a GPU a second copy of the weights may not fit: all copies go through `to("cpu")`."""
+    model = trained_adapter(folder, "lora")
+    copied = []
+    deepcopy = torch.nn.Parameter.__deepcopy__
+
+    def note(self, memo):
+        copied.append(self.shape)
+        return deepcopy(self, memo)
+
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", note)
+    export_model(model, None, tmp_path / "out")
+    assert copied == []
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind[0] != "q"])
 def test_the_adapter_apart_fits_the_original_weights(folder, kind, tmp_path):
     model = trained_adapter(folder, kind)

@@ -35,3 +35,11 @@ def test_what_differs_is_told_and_stands_in_the_file(tokenizer, tmp_path):
     (note,) = write_modelfile(tmp_path)
     assert "takes no system message" in note
     assert f"# {note}\n" in (tmp_path / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_the_command_that_imports_it_names_the_run(tokenizer, tmp_path):
+    folder = tmp_path / "my run (2)" / "export"
+    tokenizer.save_pretrained(folder)
+    (folder.parent / "summary.json").touch()
+    write_modelfile(folder)
+    assert (folder / "Modelfile").read_text().splitlines()[0].endswith(": ollama create my-run-2")

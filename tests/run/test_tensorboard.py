@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -29,6 +31,40 @@ def test_a_run_is_a_row_of_the_table_and_has_a_card(left):
     assert events.Scalars("result/val_loss")[-1].value == pytest.approx(summary["val_loss"])
     [card] = events.Tensors("run/text_summary")
     assert b"| recipe | `adamw_lora, lora, single_gpu` |" in card.tensor_proto.string_val[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Return the folder of a run of five steps of two micro-batches that went on to eight."""
+    folder = tmp_path_factory.mktemp("run")
+    table = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": folder, "name": "csv"}
+    often = ["trainer.val_check_interval=4", "trainer.log_every_n_steps=1"]
+    run = [*RUN, *often, "trainer.accumulate_grad_batches=2"]
+    run += [f"+logger.csv.{name}={value}" for name, value in table.items()]
+    results = [run_job(folder, *run, "trainer.max_steps=5")["val_loss"]]
+    results.append(run_job(folder, *run, "trainer.max_steps=8", "resume=auto")["val_loss"])
+    return folder, results
+
+
+def test_each_validation_is_at_its_step_once_and_those_of_the_ends_are_the_results(resumed):
+    folder, results = resumed
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    found = [(one.step, one.value) for one in events.Scalars("val_loss")]
+    assert [step for step, _ in found] == [0, 2, 4, 5, 6, 8]  # the first run ends at 5
+    assert [value for step, value in found if step in (5, 8)] == pytest.approx(results)
+    for metric in ("lr-AdamW/decay", "train_loss"):
+        assert [one.step for one in events.Scalars(metric)] == list(range(8)), metric
+
+
+def test_a_csv_file_has_the_same_steps(resumed):
+    folder, results = resumed
+    found = []
+    for part in sorted((folder / "csv").glob("version_*/metrics.csv")):
+        with part.open() as file:
+            rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+        found += [(int(row["step"]), float(row["val_loss"])) for row in rows]
+    assert [step for step, _ in found] == [0, 2, 4, 5, 6, 8]
+    assert [value for step, value in found if step in (5, 8)] == pytest.approx(results)
 
 
 def test_a_rank_is_that_of_the_method():

@@ -56,6 +56,7 @@ KEYS = [
     "steps",
     "tokens",
     "model",
+    "data",
     "initial_val_loss",
     "val_loss",
     "val_perplexity",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from transformers import AutoTokenizer
 
 from lit_ft.data.go_template import GoTemplate, go_template
 from lit_ft.data.turns import ChatTemplate, end_tokens
+from lit_ft.models.base import name_of_folder
 from lit_ft.storage.atomic import write_text
 
 
-def write_modelfile(folder: str | Path) -> list[str]:
+def write_modelfile(folder: str | Path, *, name: str | None = None) -> list[str]:
     """Write `Modelfile` into the folder of an exported model.
 
     It holds the chat template in Ollama's language, the default system message if there is one,
@@ -23,6 +25,8 @@ def write_modelfile(folder: str | Path) -> list[str]:
     Args:
         folder: The folder of a model with its tokenizer, from which nothing but the tokenizer and
             `generation_config.json` is read.
+        name: The name under which Ollama shall import the model; None takes that of the folder or
+            of the run that has exported to it. Characters that Ollama does not take become `-`.
 
     Returns:
         Sentences on what Ollama does in another way than the chat template. The file has them as
@@ -35,18 +39,20 @@ def write_modelfile(folder: str | Path) -> list[str]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     template = ChatTemplate(tokenizer)
     go = go_template(template)
-    write_text(folder / "Modelfile", modelfile(go, _stops(template, folder)))
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name or name_of_folder(folder)).strip("-.") or "NAME"
+    write_text(folder / "Modelfile", modelfile(go, _stops(template, folder), name=name))
     return go.notes
 
 
-def modelfile(template: GoTemplate, stops: Sequence[str]) -> str:
+def modelfile(template: GoTemplate, stops: Sequence[str], *, name: str = "NAME") -> str:
     """Return the text of a Modelfile.
 
     Args:
         template: The chat template in Ollama's language.
         stops: The texts at which an answer ends.
+        name: The name under which Ollama shall import the model.
     """
-    lines = ["# To import this model, in this folder: ollama create NAME"]
+    lines = [f"# To import this model, in this folder: ollama create {name}"]
     lines += [f"# {note}" for note in template.notes]
     lines += ["FROM .", f'TEMPLATE """{template.text}"""']
     if template.system:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ft.models.adapters import in_place_of_adapters, merged_layer
+from lit_ft.models.base import base_at
+from lit_ft.models.export.card import write_cards
 from lit_ft.models.export.chat import save_tokenizer, stop_at
 from lit_ft.models.export.sharded import export_sharded, remove_adapter
 from lit_ft.models.sources import dtype_named
@@ -42,6 +45,7 @@ def export_model(
 
     A model with an adapter is written with the adapter merged, and the adapter is also written by
     itself to `folder/adapter`. With `merge=False`, only the adapter is written, to `folder` itself.
+    Each folder gets a model card, README.md, unless it has one that lit_ft has not written.
     All ranks write a sharded model together, so call this on every rank. `model` is not changed.
 
     Args:
@@ -82,6 +86,9 @@ def export_model(
         stop_at(folder, end_tokens)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+        write_cards(folder, base_at(str(getattr(base, "name_or_path", ""))), adapter)
     return folder
 
 
@@ -90,7 +97,9 @@ def _export_together(model: Any, folder: Path, *, merge: bool, dtype: torch.dtyp
     if isinstance(model, PeftModel):
         adapter = {name: full_tensor(p) for name, p in model.named_parameters() if p.requires_grad}
         if dist.get_rank() == 0:
-            model.save_pretrained(str(folder / "adapter" if merge else folder), state_dict=adapter)
+            with _without_card(model):
+                target = folder / "adapter" if merge else folder
+                model.save_pretrained(str(target), state_dict=adapter)
         if not merge:
             return
         base = model.get_base_model()
@@ -108,7 +117,7 @@ def _export_here(
             return
         base = merged(model)
     if dtype is not None:
-        base = copy.deepcopy(base) if base is model else base
+        base = _copied_to_host(base) if base is model else base
         base.to(dtype)
     remove_adapter(folder)
     base.save_pretrained(folder)
@@ -116,10 +125,14 @@ def _export_here(
 
 @torch.no_grad()
 def merged(model: PeftModel) -> Any:
-    """Return a copy of `model` with the adapter merged and 4-bit weights dequantised."""
+    """Return a copy of `model` with the adapter merged and 4-bit weights dequantised.
+
+    The copy is in host memory, because a GPU that trains an adapter seldom has room for the weights
+    twice. 4-bit weights are a quarter as large, and their copy stays on the device.
+    """
+    if not getattr(model.get_base_model(), "is_quantized", False):
+        return _copied_to_host(model).merge_and_unload()
     clone: Any = copy.deepcopy(model)
-    if not getattr(clone.get_base_model(), "is_quantized", False):
-        return clone.merge_and_unload()
     # In 4-bit weights, rounding would undo the merge: merge into dequantised weights instead.
     config, state = copy.deepcopy(clone.active_peft_config), get_peft_model_state_dict(clone)
     if hasattr(config, "init_lora_weights"):
@@ -129,12 +142,25 @@ def merged(model: PeftModel) -> Any:
     return whole_model.merge_and_unload()
 
 
+@torch.no_grad()
+def _copied_to_host(model: Any) -> Any:
+    """Return a deep copy whose weights are in host memory, without copies on the device."""
+    # `deepcopy` takes what it finds here in place of a copy of its own.
+    copies: dict[int, Any] = {
+        id(p): torch.nn.Parameter(p.to("cpu", copy=True), p.requires_grad)
+        for p in model.parameters()
+    }
+    copies |= {id(buffer): buffer.to("cpu", copy=True) for buffer in model.buffers()}
+    return copy.deepcopy(model, copies)
+
+
 def _save_adapter(model: PeftModel, folder: Path) -> None:
     initial = getattr(model, "initial_adapter", None)
     if initial is None:
-        model.save_pretrained(str(folder))
+        with _without_card(model):
+            model.save_pretrained(str(folder))
         return
-    with tempfile.TemporaryDirectory() as before:
+    with tempfile.TemporaryDirectory() as before, _without_card(model):
         # peft reads the initial adapter from this folder, and subtracts it from the trained
         # adapter. The difference fits the original weights.
         tensors = {
@@ -142,3 +168,17 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         }
         save_file(tensors, Path(before) / "adapter_model.safetensors")
         model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=before)
+
+
+@contextmanager
+def _without_card(model: PeftModel) -> Iterator[None]:
+    """Keep `save_pretrained` from writing to README.md, which may be the user's.
+
+    What peft would write names the path from which the base was loaded, and says no more than
+    `write_cards` does.
+    """
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del vars(model)["create_or_update_model_card"]
