@@ -5,8 +5,8 @@ error correction keep a part of what the card is sold with. The total differs by
 between drivers, and the smaller value is listed. The speed and the bandwidth are those of the
 makers' data sheets.
 
-Lightning's table of peaks (`get_available_flops`) is not used: it needs the device itself, lacks
-half of these cards, and gives the rate without tensor cores for GeForce cards.
+Lightning's table of peaks (`get_available_flops`) is not used here: it needs the device itself,
+lacks half of these cards, and gives the rate without tensor cores for GeForce cards.
 """
 
 from __future__ import annotations
