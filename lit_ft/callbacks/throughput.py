@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.ranges import Count, WholeNumber
 from lit_ft.distributed.ranks import data_parallel_rank
 from lit_ft.measure.batch_counts import BatchCounts, count_tokens, num_samples, sum_squared_lengths
-from lit_ft.measure.flops import TrainingFlops, training_flops
+from lit_ft.measure.flops import TrainingFlops, peak_flops, training_flops
 
 
 class Stopwatch:
@@ -43,7 +42,8 @@ class ThroughputMonitor(Callback):
     since the last log. Tokens and samples are summed over all ranks, and padding tokens do not
     count. `step_seconds` is the mean over the steps of rank 0. `mfu` is the model FLOPs utilisation
     (see `lit_ft.measure.flops`), with the output head counted for target tokens only. It is logged
-    if Lightning knows the device's peak rate. The progress bar shows `tok/s`.
+    if the device's peak rate is known; `lit_ft.measure.flops.peak_flops` says how far to trust it.
+    The progress bar shows `tok/s`.
 
     **What is timed.** The clock runs during the wait for data, the training step and the module's
     own hooks. It does not run during validation or other callbacks, such as checkpoints and
@@ -104,7 +104,7 @@ class ThroughputMonitor(Callback):
         self._window = BatchCounts()  # of the timed steps since the last log
         self._timed_total = self._skipped_total = BatchCounts()
         self._flops: TrainingFlops | None = None
-        self._peak_flops: int | None = None
+        self._peak_flops: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -153,7 +153,7 @@ class ThroughputMonitor(Callback):
         self._every_n.start(trainer)
         self._global_step = trainer.global_step
         device = trainer.strategy.root_device
-        self._peak_flops = get_available_flops(device, _compute_dtype(trainer, pl_module))
+        self._peak_flops = peak_flops(device, _compute_dtype(trainer, pl_module))
         if self._peak_flops is not None:
             self._flops = training_flops(getattr(pl_module, "model", pl_module))
 

@@ -1,5 +1,7 @@
 """Floating-point operations (FLOPs) of training, counted from the model's own layers.
 
+`peak_flops` gives the rate of a device by which they are divided for the utilisation.
+
 A multiplication and an addition count as two operations. Only matrix products are counted, as in
 PaLM's definition of model FLOPs utilisation (arXiv:2204.02311, appendix B). There are two
 refinements: a frozen weight has no weight gradient, and a layer that comes before all trainable
@@ -10,11 +12,15 @@ because they are not useful work.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from torch import nn
 
+from lit_ft.measure.cards import card
 from lit_ft.subspace import SubspaceLayer
 
 
@@ -49,6 +55,28 @@ class TrainingFlops:
             + self.per_head_token * (num_tokens if num_targets is None else num_targets)
             + self.per_squared_length * sum_squared_lengths
         )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the device's peak rate of dense matrix products in FLOP/s; None if it is not known.
+
+    For 16-bit products on a GPU of `lit_ft.measure.cards`, it is the makers' figure for products
+    that are added up in float32. All else is from Lightning's table, which is not right everywhere.
+    For 16-bit products on other GeForce and workstation cards, it has the rate without tensor
+    cores, half of the true one or less. For the H100 NVL it has the rate of sparse products, twice
+    the true one. The L40 gets the rate of the L4, a laptop GPU that of the card with the same
+    number, and a part of a split GPU (MIG) that of the whole.
+
+    Args:
+        device: The device that trains.
+        dtype: The dtype of the factors of the products.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        with suppress(ValueError):  # a card that the table lacks
+            found = card(torch.cuda.get_device_name(device))
+            if found.has_bfloat16 or dtype is torch.float16:
+                return found.flops
+    return get_available_flops(device, dtype)
 
 
 def training_flops(model: nn.Module) -> TrainingFlops:

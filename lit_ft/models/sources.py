@@ -104,6 +104,9 @@ class Pretrained:
         trust_remote_code: Whether to run Python code from the model's repository.
         resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
             tokenizer that have none.
+        config: The configuration of the model as it is published, with its `model_type`, so that
+            the model's shapes are known without a network; None if it is not known. Weights are
+            always loaded with the configuration of the repository or folder.
     """
 
     name_or_path: str
@@ -114,6 +117,7 @@ class Pretrained:
     quantization_config: Any = None
     trust_remote_code: bool = False
     resize_embeddings: bool = False
+    config: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:

@@ -155,14 +155,10 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
         name: module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), nn.Parameter)  # under weight_norm it is not
-        and (
-            type(module) is nn.Linear
-            or isinstance(module, SubspaceLayer)
-            or SubspaceConv1D.fits(module)
-            # In a transformer, only the token embedding. Position embeddings have few rows, and are
-            # looked up once for all sequences of a batch, so no gradient per sequence exists.
-            or (type(module) is nn.Embedding and (not embeddings or module in embeddings))
-        )
+        # In a transformer, only the token embedding. Position embeddings have few rows, and are
+        # looked up once for all sequences of a batch, so no gradient per sequence exists.
+        and (not isinstance(module, nn.Embedding) or not embeddings or module in embeddings)
+        and _fits(module)
     }
     chosen: dict[str, nn.Module] = {}
     for target in targets:
@@ -188,6 +184,15 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
         chosen |= matched
     _tell_of_unknown(model, known)
     return {name: module for name, module in known.items() if name in chosen}
+
+
+def _fits(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Linear
+        or isinstance(module, SubspaceLayer)
+        or SubspaceConv1D.fits(module)
+        or SubspaceEmbedding.fits(module)
+    )
 
 
 def _pattern(target: str) -> re.Pattern[str]:
@@ -224,6 +229,12 @@ def _check_targets(model: nn.Module, chosen: dict[str, nn.Module], *, allow_meta
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if name not in chosen and isinstance(weight, nn.Parameter) and weight in weights:
+            if not _fits(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) shares its weight with {weights[weight]}, "
+                    "and GaLore cannot tell how it uses the weight: target attention and mlp, "
+                    "which leaves both out."
+                )
             raise ValueError(
                 f"{name} shares its weight with {weights[weight]}, and only the latter is "
                 "targeted: target both (embeddings and head) or neither."
@@ -273,7 +284,7 @@ def _changed_class(module: nn.Module, *, is_head: bool) -> SubspaceLayer:
     """Turn `module` into a subspace layer in place, so that references to it stay valid."""
     kind: type[nn.Module]
     if isinstance(module, nn.Embedding):
-        kind = SubspaceEmbedding
+        kind = SubspaceEmbedding.around(type(module))
     elif isinstance(module, nn.Linear):
         kind = SubspaceHead if is_head else SubspaceLinear
     else:

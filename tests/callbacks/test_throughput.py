@@ -163,7 +163,7 @@ def test_rates_are_logged_and_shown(clock, tmp_path):
 
 def test_utilisation_counts_real_tokens_against_the_devices_peak(clock, tmp_path, monkeypatch):
     peak = 1000
-    monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: peak)
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: peak)
     logger = CSVLogger(tmp_path)
     trainer = fit(clock, tmp_path, [ThroughputMonitor()], logger=logger)
     flops = training_flops(trainer.lightning_module)

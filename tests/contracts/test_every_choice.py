@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lit_ft.models import FromConfig, Packaged, export_model
 from tests.support.running import ANYWHERE, CONF, KEYS, SHORT, run_job
@@ -34,8 +35,16 @@ NEEDS = {  # groups that one optimizer alone understands
 def choices() -> list[str]:
     found = sorted(str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/**/*.yaml"))
     return [
-        choice for choice in found if choice not in ELSEWHERE and not choice.startswith("local/")
+        choice
+        for choice in found
+        if choice not in ELSEWHERE and not choice.startswith("local/") and not is_on_the_hub(choice)
     ]
+
+
+def is_on_the_hub(choice: str) -> bool:
+    """Whether a choice is one model of the hub, which tests/contracts/test_hub_models.py builds."""
+    values = OmegaConf.load(CONF / f"{choice}.yaml")
+    return choice.startswith("model/") and bool(OmegaConf.select(values, "name_or_path"))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import SGD
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import GaLore
@@ -26,7 +26,7 @@ from lit_ft.models import Pretrained
 from lit_ft.optim import MuonAdamW, stochastically_rounded
 from lit_ft.optim.galore_torch import GaLoreTorchAdafactor
 from tests.support.ranks import WORLD
-from tests.support.sharded_training import OPTIMIZERS, train
+from tests.support.sharded_training import LLAMA, OPTIMIZERS, train
 from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
@@ -64,6 +64,19 @@ def test_two_ranks_train_what_one_does(options, tied, folder, tmp_path, on_both)
             assert their_loss[name] == pytest.approx(value, rel=1e-9)
     for name in weights:
         assert both[0][0][name].equal(both[1][0][name])
+
+
+def test_a_scaled_embedding_in_a_subspace_trains_as_on_one(tmp_path, on_both):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma3_text", **LLAMA, head_dim=8)  # its weights are tied
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    options = {"projector": "oja", "layerwise": True, "optimizer": "sgd"}
+    weights, _, _ = train(tmp_path / "model", tmp_path / "one", sharded=False, **options)
+    for theirs, _, _ in on_both(train, tmp_path / "model", tmp_path, sharded=True, **options):
+        assert "model.embed_tokens.delta" in theirs
+        assert theirs.keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize(

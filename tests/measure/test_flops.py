@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lit_ft.measure.flops import training_flops
+from lit_ft.measure.flops import peak_flops, training_flops
 from lit_ft.subspace import inject
 
 BATCH, LENGTH, LAYERS, HIDDEN, VOCAB = 2, 12, 3, 16, 40
@@ -118,3 +118,27 @@ def test_activation_checkpointing_is_not_useful_work():
     before = training_flops(model)
     model.activation_checkpointing_enable()
     assert training_flops(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),  # Lightning: 82.6
+        ("NVIDIA GeForce RTX 4090", torch.float16, 165.2e12),
+        ("NVIDIA H200", torch.bfloat16, 989.4e12),  # Lightning: none
+        ("NVIDIA L40S", torch.bfloat16, 362e12),  # Lightning: the L4's
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float64, 9.7e12),  # from Lightning
+        ("NVIDIA GeForce RTX 3070", torch.bfloat16, 20.3e12),  # from Lightning
+        ("Tesla V100-SXM2-32GB", torch.float16, 125e12),
+        ("Tesla V100-SXM2-32GB", torch.bfloat16, None),  # it has none
+        ("Unheard-of 9000", torch.bfloat16, None),
+    ],
+)
+def test_the_peak_is_the_dense_one_where_the_card_is_known(name, dtype, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert peak_flops(torch.device("cuda"), dtype) == peak
+
+
+def test_the_cpu_has_no_known_peak():
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
