@@ -55,6 +55,7 @@ class Checkpoint:
 
     every_n_steps: Count
     keep: Count = 2
+    save_optimizer: bool = True
 
 
 @dataclass
