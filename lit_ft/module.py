@@ -454,6 +454,10 @@ class CausalLMModule(LightningModule):
             name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
         )
 
+    def skip_probes(self) -> None:
+        """Take the model to be as the loss and packing assume, where it has no values to probe."""
+        self._unchecked.clear()
+
     def _probe_model_on(self, inputs: Mapping[str, Tensor]) -> None:
         """Check what the loss and packing assume of the model, on the first batch that shows it."""
         if "loss" in self._unchecked:

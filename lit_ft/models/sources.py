@@ -35,7 +35,7 @@ from lit_ft.tensors.stochastic_rounding import own_gpu
 # `transformers` imports a name when it is used. Those of models take seconds, and who only looks at
 # data needs a tokenizer alone.
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,8 +65,16 @@ class ModelSource(Protocol):
                 device, so that no rank ever holds the whole model.
         """
 
-    def build_empty(self) -> PreTrainedModel:
-        """Return the model on the meta device, without values, which takes no time or memory."""
+    def load_config(self) -> PreTrainedConfig:
+        """Return the model's configuration."""
+
+    def build_empty(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """Return the model on the meta device, without values, which takes no time or memory.
+
+        Args:
+            config: The configuration to build in place of the model's own, such as one with fewer
+                blocks; None builds the model itself.
+        """
 
 
 def _from_cache_if_unreachable(load: Callable[P, T]) -> Callable[P, T]:
@@ -104,9 +112,8 @@ class Pretrained:
         trust_remote_code: Whether to run Python code from the model's repository.
         resize_embeddings: Whether to add rows to the embedding and the head for tokens of the
             tokenizer that have none.
-        config: The configuration of the model as it is published, with its `model_type`, so that
-            the model's shapes are known without a network; None if it is not known. Weights are
-            always loaded with the configuration of the repository or folder.
+        config: The published configuration, with its `model_type`, for a memory plan where neither
+            the cache nor the hub has the model; None for none.
     """
 
     name_or_path: str
@@ -203,16 +210,31 @@ class Pretrained:
             shard(model)
         return model
 
+    def load_config(self) -> PreTrainedConfig:
+        """Return the configuration from the folder, the cache, the hub or, at last, `config`."""
+        if self.config is not None and not (self._is_local or self._is_cached):
+            published: PreTrainedConfig = AutoConfig.for_model(**self.config)
+            return published
+        self.check()
+        return self._loaded_config()
+
     @_from_cache_if_unreachable
-    def build_empty(self) -> PreTrainedModel:
-        """Return the model on the meta device, built from its configuration.
+    def _loaded_config(self) -> PreTrainedConfig:
+        folder = self._folder()
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **self._hub_options(folder))
+        return config
+
+    @_from_cache_if_unreachable
+    def build_empty(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """Return the model on the meta device, built from `config` or its own configuration.
 
         Raises:
             ValueError: If the model is not a causal language model.
         """
         folder = self._folder()
         options = self._hub_options(folder)
-        config = AutoConfig.from_pretrained(folder, **options)
+        is_own = config is None
+        config = self._loaded_config() if config is None else config
         # Imported here, as it imports what loads models.
         from lit_ft.models.load_sharded import causal_lm_class
 
@@ -222,11 +244,16 @@ class Pretrained:
             trust_remote_code=self.trust_remote_code,
             revision=options.get("revision"),
         )
+        building: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation is not None:
+            building["attn_implementation"] = self.attn_implementation
         with torch.device("meta"):
             build: Any = transformers.AutoModelForCausalLM.from_config
-            model: PreTrainedModel = build(config, trust_remote_code=options["trust_remote_code"])
+            model: PreTrainedModel = build(config, **building)
         if self.resize_embeddings:
             _add_rows(model, self)
+        if not is_own:
+            return model
         del options["trust_remote_code"]  # GenerationConfig keeps options that it does not know
         with suppress(OSError):  # a model may have none
             model.generation_config = transformers.GenerationConfig.from_pretrained(
@@ -303,9 +330,13 @@ class Packaged:
         """Return the dequantised model."""
         return self._pretrained().load_model(dtype, shard=shard)
 
-    def build_empty(self) -> PreTrainedModel:
-        """Return the model on the meta device, as the GGUF file describes it."""
-        return self._pretrained().build_empty()
+    def load_config(self) -> PreTrainedConfig:
+        """Return the configuration that the GGUF file describes."""
+        return self._pretrained().load_config()
+
+    def build_empty(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """Return the model on the meta device, as `config` or the GGUF file describes it."""
+        return self._pretrained().build_empty(config)
 
     def _pretrained(self) -> Pretrained:
         if "." in self.package:
@@ -387,7 +418,21 @@ class FromConfig:
 
     def load_model(self, dtype: torch.dtype, *, shard: Shard | None = None) -> PreTrainedModel:
         """Return a model with random weights; with `shard`, each rank briefly holds all of it."""
-        config = AutoConfig.for_model(self.model_type, **self.config)
+        model = self._random(self.load_config(), dtype)
+        if shard is not None:
+            shard(model)
+        return model
+
+    def load_config(self) -> PreTrainedConfig:
+        """Return the configuration that the arguments describe."""
+        return AutoConfig.for_model(self.model_type, **self.config)
+
+    def build_empty(self, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """Return the model on the meta device, without values."""
+        with torch.device("meta"):
+            return self._random(config or self.load_config(), torch.get_default_dtype())
+
+    def _random(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         options = {}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
@@ -397,14 +442,7 @@ class FromConfig:
             model: PreTrainedModel = build(config, dtype=dtype, **options)
         if self.resize_embeddings:
             _add_rows(model, self)
-        if shard is not None:
-            shard(model)
         return model
-
-    def build_empty(self) -> PreTrainedModel:
-        """Return the model on the meta device, without values."""
-        with torch.device("meta"):
-            return self.load_model(torch.get_default_dtype())
 
     def _tokenizer_source(self) -> ModelSource | None:
         return Pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
