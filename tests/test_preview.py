@@ -159,7 +159,7 @@ def test_the_time_of_an_epoch_is_that_of_the_newest_run_of_the_model(shown, tmp_
         (["data.max_lenght=3"], "max_length"),
         (["model=pretrained"], "model.name_or_path"),
         (["model=tyni"], "tiny"),
-        (["data._target_=lit_ft.CausalLMModule"], "shows only the data of"),
+        (["data._target_=lit_ft.CausalLMModule"], "is known"),
         (["model._target_=os.system"], "trusted_packages"),
         (["data.path=empty.jsonl"], "the file has no rows"),
         (["data.path=one.jsonl", "data.max_length=abc"], "data.max_length=abc: must be"),

@@ -41,9 +41,7 @@ def settings_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If the data is not that of `DATAMODULE`, whose settings are known.
     """
     if (target := config["data"].get("_target_")) != DATAMODULE:
-        raise ValueError(
-            f"data._target_={target}: the preview shows only the data of {DATAMODULE}."
-        )
+        raise ValueError(f"data._target_={target}: only the data of {DATAMODULE} is known.")
     return {name: value for name, value in config["data"].items() if name != "_target_"}
 
 

@@ -38,6 +38,7 @@ class Job:
     data: Made
     trainer: Made
     checkpoint: dict[str, Any]
+    plan: dict[str, Any]
     model: Made
     optim: Made
     loss: Made | None = None
@@ -59,6 +60,13 @@ class Checkpoint:
 
 
 @dataclass
+class Plan:
+    """The settings under `plan`."""
+
+    gpu: str | int | None = None
+
+
+@dataclass
 class Galore:
     """The names under `galore`; the callbacks that read them say what they admit."""
 
@@ -70,7 +78,7 @@ class Galore:
     refresh: Any = None
 
 
-_SECTIONS = {"": Job, "checkpoint": Checkpoint, "galore": Galore}
+_SECTIONS = {"": Job, "checkpoint": Checkpoint, "galore": Galore, "plan": Plan}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,11 @@ def _in_one_kernel(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor
     shape = tensors[0].shape
     # Flattened, since each number of dimensions, and square matrices, would be compiled again.
     rows = [tensor.reshape(-1) if tensor.ndim else tensor for tensor in tensors]
-    if tensors[0].is_cuda and _compiles(tensors[0].device):
-        operation = _compiled(operation)
+    if tensors[0].is_cuda:
+        if is_fake(tensors[0]):  # only its result takes memory, and there is nothing to compute
+            return tensors[0].new_empty(shape, dtype=torch.bfloat16)
+        if _compiles(tensors[0].device):
+            operation = _compiled(operation)
     return operation(*rows).view(shape)
 
 

@@ -28,6 +28,7 @@ PUBLIC = {"_asdict", "_fields", "_exit"}
 CHECKPOINT = "torch.distributed.checkpoint"
 MODEL = "transformers:PreTrainedModel"
 MODULE = "torch.nn:Module"
+FAKE = "torch._subclasses.fake_tensor"
 PRIVATE = {
     # torch
     "torch._dynamo": ("torch", "tells whether anything was compiled, without importing it"),
@@ -39,6 +40,53 @@ PRIVATE = {
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": (
         "torch.utils._python_dispatch",
         "knows torchao's quantized states without importing torchao",
+    ),
+    "torch.utils._python_dispatch.TorchDispatchMode": (
+        "torch.utils._python_dispatch",
+        "sees every operation: torch's own documentation of modes names it",
+    ),
+    "torch.utils._python_dispatch._disable_current_modes": (
+        "torch.utils._python_dispatch",
+        "computes with real tensors among fake ones",
+    ),
+    "_len_torch_dispatch_stack": ("torch._C", "tells torch's own code from code that calls it"),
+    "_C": ("torch", "holds _len_torch_dispatch_stack and _swap_tensor_impl"),
+    "_swap_tensor_impl": ("torch._C", "changes the dtype of a fake parameter, as .to() does"),
+    "torch.utils._pytree.tree_iter": ("torch.utils._pytree", "finds the tensors of an operation"),
+    "torch.utils._pytree.tree_flatten": ("torch.utils._pytree", "as tree_iter"),
+    "torch.utils._pytree.tree_unflatten": ("torch.utils._pytree", "as tree_iter, on the way back"),
+    "torch._subclasses.fake_tensor.FakeTensorMode": (FAKE, "makes a plan without memory"),
+    "torch._subclasses.fake_tensor.FakeTensor": (FAKE, "as FakeTensorMode"),
+    "torch._subclasses.fake_tensor.is_fake": (
+        FAKE,
+        "leaves out a compiled kernel in a plan",
+    ),
+    "torch._subclasses.fake_tensor.DataDependentOutputException": (
+        FAKE,
+        "tells that a model has no plan",
+    ),
+    "torch._subclasses.fake_tensor.DynamicOutputShapeException": (
+        FAKE,
+        "as DataDependentOutputException",
+    ),
+    "torch._library.custom_ops.OPDEFS": (
+        "torch._library.custom_ops",
+        "finds the code of the chunked loss, whose memory a plan must see",
+    ),
+    "_init_fn": ("torch._library.custom_ops:CustomOpDef", "is that code"),
+    "_local_scalar_dense": ("torch.ops:aten", "is how a host reads a tensor"),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "torch.ops:aten",
+        "needs memory of its own on a GPU, which a plan adds",
+    ),
+    "_schema": ("torch._ops:OpOverload", "tells operations that work in place"),
+    "torch.distributed.tensor._sharding_prop.ShardingPropagator": (
+        "torch.distributed.tensor._sharding_prop",
+        "tries operations on whole fake tensors, which take no memory",
+    ),
+    "torch.testing._internal.distributed.fake_pg.FakeStore": (
+        "torch.testing._internal.distributed.fake_pg",
+        "stands for the other ranks in a plan",
     ),
     "_parameters": (MODULE, "takes small tensors out while the weights change their type"),
     "_buffers": (MODULE, "as _parameters"),

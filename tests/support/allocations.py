@@ -71,6 +71,7 @@ class PeakAllocated:
     """
 
     def __enter__(self) -> PeakAllocated:
+        gc.collect()  # what an earlier test has left would be freed inside of the block
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self

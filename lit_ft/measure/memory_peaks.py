@@ -1,0 +1,133 @@
+"""The peaks of a recorded run by phase and category, and those of a deeper model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lit_ft.measure.live_memory import (
+    ACTIVATIONS,
+    CATEGORIES,
+    TEMPORARIES,
+    Event,
+    Place,
+    Storage,
+)
+
+# A stretch of a run whose peak is a linear function of the number of blocks: a phase, an optimizer
+# step, and a block counted from the first ("start") or from the last one ("end").
+Stretch = tuple[str, int, str, int]
+# The bytes of each of `CATEGORIES`, in their order.
+Bytes = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The most memory in use in each stretch of a run, with what it was used for.
+
+    Attributes:
+        blocks: The number of the model's blocks.
+        by_stretch: The bytes of each category at the peak of each stretch.
+    """
+
+    blocks: int
+    by_stretch: Mapping[Stretch, Bytes]
+
+    @property
+    def highest(self) -> tuple[Stretch, Bytes]:
+        """The stretch with the highest peak of all, and its bytes by category."""
+        return max(self.by_stretch.items(), key=lambda peak: sum(peak[1]))
+
+    def most(self, category: str) -> int:
+        """Return the most bytes of a category that are held at the peak of any stretch."""
+        place = CATEGORIES.index(category)
+        return round(max(held[place] for held in self.by_stretch.values()))
+
+    def by_phase(self) -> dict[str, int]:
+        """Return the highest peak of each phase in bytes, in the order of the run."""
+        phases: dict[str, int] = {}
+        for (phase, *_), held in self.by_stretch.items():
+            phases[phase] = max(phases.get(phase, 0), round(sum(held)))
+        return phases
+
+
+def peaks_of(events: Sequence[Event], blocks: int) -> Peaks:
+    """Return the peaks of a run that a `MemoryTracker` has recorded.
+
+    What forward allocates and keeps for backward counts as activations.
+
+    Args:
+        events: The allocations and releases, in their order.
+        blocks: The number of the model's blocks.
+    """
+    _classify(events)
+    index = {category: number for number, category in enumerate(CATEGORIES)}
+    held = [0] * len(CATEGORIES)
+    total = 0
+    found: dict[Stretch, tuple[int, Bytes]] = {}
+    for event in events:
+        size = event.storage.bytes if event.allocates else -event.storage.bytes
+        held[index[event.storage.category]] += size
+        total += size
+        if event.allocates:
+            for stretch in _stretches(event.place, blocks):
+                if total > found.get(stretch, (-1, ()))[0]:
+                    found[stretch] = total, tuple(held)
+    return Peaks(blocks, {stretch: peak for stretch, (_, peak) in found.items()})
+
+
+def extended(shallow: Peaks, deeper: Peaks, blocks: int) -> Peaks:
+    """Return the peaks of a model with `blocks` blocks, from those of two shallower ones.
+
+    Each block adds the same to each stretch, since all are alike. The highest stretch of the deep
+    model need not be that of a shallow one, so each is extended by itself.
+
+    Args:
+        shallow: The peaks of a model with at least three blocks.
+        deeper: The peaks of the same model with more blocks.
+        blocks: The number of blocks to extend to.
+    """
+    if shallow.by_stretch.keys() != deeper.by_stretch.keys():
+        raise ValueError("The two models do not go through the same stretches.")
+    factor = (blocks - deeper.blocks) / (deeper.blocks - shallow.blocks)
+    found: dict[Stretch, Bytes] = {}
+    for stretch, held in deeper.by_stretch.items():
+        pairs = zip(shallow.by_stretch[stretch], held, strict=True)
+        more = tuple(high + factor * (high - low) for low, high in pairs)
+        # Nothing takes less in a deeper model. What torch makes at its first call alone may be in
+        # the shallow one only.
+        found[stretch] = more if sum(more) >= sum(held) else held
+    return Peaks(blocks, found)
+
+
+def _classify(events: Iterable[Event]) -> None:
+    """Tell activations from the temporaries of a forward pass: they outlive it."""
+    open_: set[Storage] = set()
+    for event in events:
+        storage = event.storage
+        if storage.category != TEMPORARIES or storage.place.phase != "forward":
+            continue
+        if event.allocates:
+            open_.add(storage)
+        else:
+            open_.discard(storage)
+            if event.place.phase != "forward":
+                storage.category = ACTIVATIONS
+    for storage in open_:
+        storage.category = ACTIVATIONS
+
+
+def _stretches(place: Place, blocks: int) -> list[Stretch]:
+    """Return the stretches that a place belongs to: none in the middle of a model.
+
+    There, memory grows or falls by the same amount from block to block, so no peak is higher than
+    those at both ends.
+    """
+    if place.block is None:
+        return [(place.phase, place.step, "all", 0)]
+    found = []
+    if place.block <= 1:
+        found.append((place.phase, place.step, "start", place.block))
+    if place.block >= blocks - 2:
+        found.append((place.phase, place.step, "end", blocks - place.block))
+    return found
