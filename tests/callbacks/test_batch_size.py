@@ -134,7 +134,7 @@ def test_validation_keeps_its_interval_in_optimizer_steps(memory, tmp_path):
         for row in rows[1:]
         if row.split(",")[names.index("val_loss")]
     ]
-    assert steps[1:3] == [1, 3]  # counted from 0: after 2 and 4 steps
+    assert steps[1:3] == [2, 4]
 
 
 def test_several_devices_are_refused(tmp_path):

@@ -61,6 +61,10 @@ def test_refused_starts_change_no_byte_of_a_trained_run(job, tmp_path):
 def test_with_all_its_states_damaged_a_run_keeps_the_rest(job, tmp_path):
     job("run", *OPTIONS)
     folder = tmp_path / "run"
+    best = folder / "checkpoints" / "best.ckpt"
+    kept = best.read_bytes()
+    best.unlink()  # it was the same file as last.ckpt
+    best.write_bytes(kept)
     flip(folder / "checkpoints" / "last.ckpt")
     before = files(folder)
     with pytest.raises(CompactHydraException, match=r"last\.ckpt is damaged"):

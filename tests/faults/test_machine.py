@@ -146,7 +146,10 @@ def save(path: Path, content: object) -> Path:
     ("content", "message"),
     [
         ({"a": torch.ones(3)}, "bad.ckpt holds the model alone.*pytorch-lightning_version"),
-        ({"state_dict": {}, "callbacks": {}}, "bad.ckpt holds the model alone.*resume=auto"),
+        (
+            {"state_dict": {}, "callbacks": {}},
+            "bad.ckpt holds the model alone.*save_optimizer=true",
+        ),
         (torch.ones(3), "bad.ckpt is no checkpoint: it holds a Tensor"),
     ],
 )

@@ -29,7 +29,7 @@ OF_THE_RUN = (
     *("callbacks.samples.max_new_tokens", "callbacks.export.push_to_hub"),
 )
 TOLD = ("ValueError", "Refusal", "Misconfiguration", "MisconfigurationException")
-TOLD += ("FloatingPointError",)
+TOLD += ("FloatingPointError", "NotFinite")
 ELSEWHERE = {"strategy=fsdp", "model=pretrained", "adapter=qlora"}
 TWO_STEPS = ["trainer.max_steps=2"]
 # What interpolations read. Resolving them again takes most of the time.
