@@ -4,6 +4,9 @@ The plan takes the arguments of train.py. The real model, optimizer and callback
 tensors that have a shape and no memory, so the machine needs neither the card nor the weights. The
 plan is made for the GPU of this machine, or for the one in plan.gpu. Without either it names the
 size of card that the run needs. With strategy=cpu it is made for this machine's memory.
+
+With recommend=true it looks for the best ways to train the model on the card, and shows the
+commands.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from lit_ft.run.redaction import redacted_text
 from lit_ft.run.settings import admit
 from lit_ft.terminal import console, stage, use_live_line
 
+_RECOMMEND = "recommend=true"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan, and what other settings would save."""
@@ -30,15 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     use_live_line()
     quieten_libraries()
     files = [f"--config={file}" for file in options.config]
+    asked = [one for one in options.settings if one != _RECOMMEND]
     try:
-        _show([*files, *options.settings], options)
+        if len(asked) < len(options.settings) or options.recommend:
+            _recommend([*files, *asked])
+        else:
+            _show([*files, *asked], options)
     except (ValueError, OSError) as error:
         sys.exit(redacted_text(message_on_command_line(error)))
 
 
 def _show(arguments: list[str], options: argparse.Namespace) -> None:
     config = composed(arguments)
-    admit(config, config, options.settings)
+    admit(config, config, arguments)
     with stage("loading libraries"):
         from lit_ft.run.plan import planned
         from lit_ft.run.plan_savings import savings
@@ -52,6 +62,26 @@ def _show(arguments: list[str], options: argparse.Namespace) -> None:
     if not options.no_savings:
         for settings, saved in savings(arguments, run):
             console().print(f"{saved:>10} less with {settings}", markup=False, highlight=False)
+
+
+def _recommend(arguments: list[str]) -> None:
+    config = composed(arguments)
+    admit(config, config, arguments)
+    with stage("loading libraries"):
+        from lit_ft.run.plan import card_of
+        from lit_ft.run.recommend import Recipe, best_of, recipes
+        from lit_ft.run.recommend_text import shown_recipes
+    card, devices = card_of(config)
+    found = []
+    with ExitStack() as planning:
+        for one in recipes(arguments, card, devices):
+            if isinstance(one, Recipe):
+                found.append(one)
+            else:
+                planning.close()
+                planning.enter_context(stage(f"planning with {' '.join(one.settings)}"))
+    for part in shown_recipes(best_of(found), card, devices, arguments):
+        console().print(part, soft_wrap=isinstance(part, str))
 
 
 def _as_json(run: Any) -> dict[str, Any]:
@@ -80,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="take settings from a YAML file, as train.py does",
+    )
+    parser.add_argument(
+        "--recommend",
+        action="store_true",
+        help="find the five best ways to train on the card (recommend=true is the same)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON too")
     parser.add_argument(

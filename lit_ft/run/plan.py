@@ -87,6 +87,19 @@ def planned(config: dict[str, Any]) -> PlannedRun:
     return PlannedRun(config, plan, outside, card, facts)
 
 
+def card_of(config: Mapping[str, Any]) -> tuple[Card, int]:
+    """Return the card to train on and the number of devices, from `plan.gpu` or this machine.
+
+    Raises:
+        ValueError: If neither names a card.
+    """
+    found, count = _card_in(config["plan"]["gpu"])
+    found = found or _of_this_machine("cuda")
+    if found is None:
+        raise ValueError("This machine has no GPU: name a card, such as plan.gpu=24GB.")
+    return found, count or num_ranks(config["trainer"])
+
+
 def _card_in(text: Any) -> tuple[Card | None, int | None]:
     """Return the card that `plan.gpu` names, and how many, as in "8x80GB"."""
     if text is None:

@@ -25,7 +25,7 @@ def savings(arguments: Sequence[str], run: PlannedRun) -> Iterator[tuple[str, st
     for settings in _others(run.config):
         with stage(f"planning with {' '.join(settings)}"):
             try:
-                smaller = planned(composed(_replaced(arguments, settings)))
+                smaller = planned(composed(replaced(arguments, settings)))
             except ValueError:
                 continue
         saved = run.plan.peak_bytes - smaller.plan.peak_bytes
@@ -49,7 +49,7 @@ def _others(config: Mapping[str, Any]) -> Iterator[list[str]]:
         yield ["adapter=lora", "optim=adamw"]
 
 
-def _replaced(arguments: Sequence[str], settings: Sequence[str]) -> list[str]:
+def replaced(arguments: Sequence[str], settings: Sequence[str]) -> list[str]:
     """Return the arguments with settings in place of those of the same names."""
     names = {setting.partition("=")[0] for setting in settings}
     kept = [one for one in arguments if one.partition("=")[0].lstrip("+~") not in names]
