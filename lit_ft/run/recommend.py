@@ -12,6 +12,7 @@ from typing import Any
 from lit_ft.measure.cards import Card
 from lit_ft.run.arguments import CONF, composed
 from lit_ft.run.plan import PlannedRun, planned
+from lit_ft.run.plan_savings import replaced
 
 _QUALITY = CONF.parent / "benchmarks" / "results" / "quality.jsonl"
 
@@ -110,6 +111,7 @@ def best_of(found: Sequence[Recipe], number: int = 5) -> list[Recipe]:
 def command_of(recipe: Recipe, arguments: Sequence[str], devices: int) -> list[str]:
     """Return the arguments of `train.py` for a recipe."""
     kept = [one for one in arguments if not _chooses_method(one) and not one.startswith("plan.")]
+    kept = replaced(kept, recipe.settings)[: -len(recipe.settings)]
     several = [f"trainer.devices={devices}"] if devices > 1 else []
     if any(one.startswith("trainer.devices=") for one in kept):
         several = []

@@ -34,7 +34,7 @@ def shown_recipes(
     table = Table(box=None, padding=(0, 2, 0, 1), header_style="dim")
     table.add_column("")
     table.add_column("method", overflow="fold")
-    for heading in ("measured loss", "peak", "to spare", "time of a step"):
+    for heading in ("loss", "peak", "spare", "time"):
         table.add_column(heading, justify="right")
     for number, recipe in enumerate(found, 1):
         plan, outside = recipe.run.plan, recipe.run.outside

@@ -40,6 +40,8 @@ def test_a_command_keeps_the_users_data_and_batch_but_not_the_method(recipe):
     command = command_of(recipe, arguments, 2)
     assert command == [*SMALL, "seed=7", "optim=adamw", "trainer.devices=2"]
     composed(command)
+    rows = replace(recipe, settings=("optim=adamw", "data.batch_size=1"))
+    assert command_of(rows, ["data.batch_size=4", "seed=7"], 1) == ["seed=7", *rows.settings]
 
 
 def test_it_shows_commands_that_compose(monkeypatch, capsys):
