@@ -25,6 +25,7 @@ from lit_ft.run.arguments import composed
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.redaction import redacted_text
 from lit_ft.run.settings import admit
+from lit_ft.run.verb_parser import parser_of_settings
 from lit_ft.terminal import console, stage, use_live_line
 
 _RECOMMEND = "recommend=true"
@@ -46,9 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(redacted_text(message_on_command_line(error)))
 
 
-def _show(arguments: list[str], options: argparse.Namespace) -> None:
+def _admitted(arguments: list[str]) -> dict[str, Any]:
     config = composed(arguments)
     admit(config, config, arguments)
+    return config
+
+
+def _show(arguments: list[str], options: argparse.Namespace) -> None:
+    config = _admitted(arguments)
     with stage("loading libraries"):
         from lit_ft.run.plan import planned
         from lit_ft.run.plan_savings import savings
@@ -65,8 +71,7 @@ def _show(arguments: list[str], options: argparse.Namespace) -> None:
 
 
 def _recommend(arguments: list[str]) -> None:
-    config = composed(arguments)
-    admit(config, config, arguments)
+    config = _admitted(arguments)
     with stage("loading libraries"):
         from lit_ft.run.plan import card_of
         from lit_ft.run.recommend import Recipe, best_of, recipes
@@ -95,22 +100,7 @@ def _as_json(run: Any) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_ft.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "settings", nargs="*", help="choices and settings of train.py, such as optim=adamw_8bit"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="take settings from a YAML file, as train.py does",
-    )
+    parser = parser_of_settings("python -m lit_ft.plan", __doc__, example="optim=adamw_8bit")
     parser.add_argument(
         "--recommend",
         action="store_true",

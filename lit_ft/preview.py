@@ -27,6 +27,7 @@ from lit_ft.run.preview_text import legend, shown_row, shown_survey
 from lit_ft.run.redaction import redacted_text
 from lit_ft.run.settings import admit
 from lit_ft.run.trust import refuse_untrusted, trusted_packages
+from lit_ft.run.verb_parser import parser_of_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,22 +105,7 @@ def _number_or_all(text: str) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lit_ft.preview",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "settings", nargs="*", help="choices and settings of train.py, such as data.path=my.jsonl"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="take settings from a YAML file, as train.py does",
-    )
+    parser = parser_of_settings("python -m lit_ft.preview", __doc__, example="data.path=my.jsonl")
     parser.add_argument("--rows", type=int, default=5, help="number of rows to show (5)")
     parser.add_argument("--skip", type=int, default=0, help="number of rows to skip first (0)")
     parser.add_argument(

@@ -46,5 +46,5 @@ def on_cuda(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     rounded = -(-tokens // _ROWS) * _ROWS
     summed = batch * heads * rounded * (width + 1) * 4
     grouped = key.shape[1] != heads
-    beside: int = summed + grouped * 2 * batch * heads * key.shape[2] * width * key.itemsize
-    return beside
+    temporary: int = summed + grouped * 2 * batch * heads * key.shape[2] * width * key.itemsize
+    return temporary

@@ -80,7 +80,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     operations on the tensors inside.
 
     Args:
-        granule: The number of bytes of which every allocation is a multiple.
+        granule: The allocator's unit in bytes. Every allocation is rounded up to a multiple of it.
         temporaries: The function that returns the bytes that a kernel allocates for itself; None
             counts none.
     """
@@ -102,13 +102,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # its own operations, on the tensors inside, come next
         if self.place.phase == "step":
             self.place = Place("step", self.place.step, self._block_of(args))
-        beside = self.temporaries(func, args, kwargs) if self.temporaries is not None else 0
+        temporary = self.temporaries(func, args, kwargs) if self.temporaries is not None else 0
         out = func(*args, **kwargs)
         for tensor in [out] if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._note_new(tensor, args, str(func))
-        if beside:  # at once with the result
-            storage = Storage(self._rounded(beside), self.place, str(func))
+        if temporary:  # at the same time as the result
+            storage = Storage(self._rounded(temporary), self.place, str(func))
             self.events += [Event(storage, True, self.place), Event(storage, False, self.place)]
         return out
 

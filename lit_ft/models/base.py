@@ -70,8 +70,8 @@ def base_of(source: Any) -> Base:
     """Return what is known of the model that a source loads, without loading it.
 
     Args:
-        source: The source of the model, such as `Pretrained`. If it has an attribute `hub_id` or
-            `license`, that is what is told.
+        source: The source of the model, such as `Pretrained`. Its attributes `hub_id`
+            and `license` are used if it has them.
     """
     name = str(getattr(source, "name", "") or type(source).__name__)
     hub_id, license = getattr(source, "hub_id", None), getattr(source, "license", None)

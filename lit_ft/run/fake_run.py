@@ -43,16 +43,12 @@ _IN_A_STEP = (
 )
 
 
-def plan_run(
-    config: Mapping[str, Any], *, device_type: str, max_tokens: int | None = None
-) -> MemoryPlan:
+def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
     """Return the memory plan of the run that a configuration describes.
 
     Args:
         config: The resolved configuration of `train.py`. It must name only trusted classes.
         device_type: The type of the devices to train on, "cpu" or "cuda".
-        max_tokens: The number of tokens of the longest row, if it is known; None takes
-            `data.max_length`.
 
     Raises:
         ValueError: If a setting is wrong, or if the settings do not work together.
@@ -68,9 +64,9 @@ def plan_run(
         )
     whole = source.load_config()
     loss = instantiate(config["loss"], _convert_="all")
-    if isinstance(loss, ChunkedCrossEntropy) and not _is_exact_for(loss, source, whole):
+    if isinstance(loss, ChunkedCrossEntropy) and not _is_exact_for(loss, whole):
         loss = ModelLoss()
-    length = min(max_tokens or data["max_length"], data["max_length"])
+    length = data["max_length"]
     rows, val_rows = data["batch_size"], data["val_batch_size"] or data["batch_size"]
     ranks = num_ranks(config["trainer"])
     with _quiet(), _process_group(ranks), _explained():
@@ -155,7 +151,7 @@ class _Resized:
 
 
 class _Cluster(ClusterEnvironment):
-    """A cluster of many processes, of which this one is the first."""
+    """A cluster of several processes. This one is the first."""
 
     creates_processes_externally = True
     main_address = "localhost"
@@ -250,7 +246,7 @@ def _all_alike(config: Any) -> bool:
     return True
 
 
-def _is_exact_for(loss: ChunkedCrossEntropy, source: Any, config: Any) -> bool:
+def _is_exact_for(loss: ChunkedCrossEntropy, config: Any) -> bool:
     """Return whether the chunked loss is that of the model, tried on a small one of its kind."""
     small = miniature(config)
     try:

@@ -23,7 +23,7 @@ class PlannedRun:
     Attributes:
         config: The resolved configuration.
         plan: The plan of each device.
-        outside: The memory that a device needs beside tensors.
+        outside: The memory that a device needs in addition to tensors.
         card: The card that the run is planned for; None for none.
         facts: What is planned, keyed by what it is about.
     """

@@ -32,7 +32,7 @@ def shown_plan(
 
     Args:
         plan: The plan of one device.
-        outside: The memory beside tensors.
+        outside: The memory that a device needs in addition to tensors.
         card: The card to hold the plan against; None names the sizes on which it fits.
         facts: What is planned, keyed by what it is about.
     """
@@ -52,7 +52,7 @@ def shown_plan(
     yield pairs(
         {
             "phases": phases,
-            "beside it": f"{format_bytes(outside.low)} to {format_bytes(outside.high)}",
+            "in addition": f"{format_bytes(outside.low)} to {format_bytes(outside.high)}",
             "disk": _disk(plan),
         }
     )

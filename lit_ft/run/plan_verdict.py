@@ -1,4 +1,4 @@
-"""Hold a memory plan against a card: what it takes beside tensors, and whether it fits."""
+"""Hold a memory plan against a card: what it needs in addition to tensors, and whether it fits."""
 
 from __future__ import annotations
 

@@ -111,11 +111,10 @@ def best_of(found: Sequence[Recipe], number: int = 5) -> list[Recipe]:
 def command_of(recipe: Recipe, arguments: Sequence[str], devices: int) -> list[str]:
     """Return the arguments of `train.py` for a recipe."""
     kept = [one for one in arguments if not _chooses_method(one) and not one.startswith("plan.")]
-    kept = replaced(kept, recipe.settings)[: -len(recipe.settings)]
     several = [f"trainer.devices={devices}"] if devices > 1 else []
     if any(one.startswith("trainer.devices=") for one in kept):
         several = []
-    return [*kept, *recipe.settings, *several]
+    return [*replaced(kept, recipe.settings), *several]
 
 
 def measured_losses(file: Path = _QUALITY) -> dict[str, float]:
