@@ -26,6 +26,8 @@ RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' con
 
 COPY train.py ./
 COPY conf conf
+# What python -m lit_ft.plan recommend=true reads.
+COPY benchmarks/results/quality.jsonl benchmarks/results/
 
 # Not as root: what a run writes into a mounted folder belongs to this user.
 RUN useradd --create-home --uid 1000 lit_ft && mkdir runs && chown lit_ft runs

@@ -7,8 +7,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lit_ft.run.arguments import CONF
+from lit_ft.run.background_plan import BackgroundPlan, wants_plan
 from lit_ft.run.launch import launch, reported_by_hydra
-from lit_ft.run.loading import ended_at_once_by_signals
+from lit_ft.run.loading import ended_at_once_by_signals, loading_libraries
 from lit_ft.run.redaction import redact_output, redacted
 from lit_ft.terminal import stage, use_style
 
@@ -24,8 +25,11 @@ def _job(cfg: DictConfig) -> float:
     """Build the objects that the configuration names, and run the job with them."""
     redact_output()  # on a cluster, this function is all that runs of this file
 
+    run = HydraConfig.get()
+    planning = BackgroundPlan(wanted=wants_plan(cfg, run.mode))  # it takes seconds to load, too
+
     # Imported here so that --help and mistyped names answer at once.
-    with stage("loading libraries"), ended_at_once_by_signals():
+    with loading_libraries(), ended_at_once_by_signals():
         import lightning as L
         from lightning.pytorch.utilities import rank_zero_warn
 
@@ -40,8 +44,10 @@ def _job(cfg: DictConfig) -> float:
             available_accelerator,
             fine_tune,
             refuse_to_start_processes,
+            saves_checkpoints,
             sensible_precision,
         )
+        from lit_ft.run.memory_check import MemoryCheck
         from lit_ft.run.record import record_of
         from lit_ft.run.resume import checkpoint_to_resume, finished_val_loss
         from lit_ft.run.save_config import settings_of_run
@@ -49,14 +55,13 @@ def _job(cfg: DictConfig) -> float:
         from lit_ft.run.summary import RunSummary
         from lit_ft.run.tensorboard import hparams
 
-    run = HydraConfig.get()
     cfg.run_dir = run.runtime.output_dir  # each job of a sweep has its own
     written = OmegaConf.to_container(cfg, resolve=False)
     settings = settings_of_run(cfg, conf=CONF)
     log_name = f"{run.job.name}.log"
     folder = RunFolder(cfg.run_dir, record_of(cfg), settings=settings, log_name=log_name)
     summary = RunSummary(cfg.run_dir, written, folder=folder)
-    with command_line_exits(), ends_with_panel(summary), folder, summary:
+    with planning, command_line_exits(), ends_with_panel(summary), folder, summary:
         config = resolved(cfg)
         if "accelerator" in (wanted := config.get("trainer") or {}):
             wanted["accelerator"] = available_accelerator(wanted["accelerator"])
@@ -82,11 +87,17 @@ def _job(cfg: DictConfig) -> float:
             precision = sensible_precision(config["trainer"]["accelerator"], strategy)
             config["trainer"]["precision"] = precision
             summary.update(config=redacted(config))
+        memory = MemoryCheck(planning, summary, run.overrides.task)
+        with stage("checking the memory"):
+            memory.begin(config)
         with stage("loading the tokenizer"):
             module = instantiate(config["module"], _convert_="all")
             datamodule = instantiate(config["data"], tokenizer=module.tokenizer, _convert_="all")
         with stage("building the trainer"):
-            trainer = instantiate({**config["trainer"], "strategy": strategy}, _convert_="all")
+            callbacks = instantiate(config["trainer"]["callbacks"] or [], _convert_="all")
+            own = {"strategy": strategy, "callbacks": callbacks}
+            usual = {"enable_checkpointing": saves_checkpoints(callbacks)}
+            trainer = instantiate({**usual, **config["trainer"], **own}, _convert_="all")
         if run.mode == RunMode.MULTIRUN:
             refuse_to_start_processes(trainer)
         return fine_tune(
@@ -98,6 +109,7 @@ def _job(cfg: DictConfig) -> float:
             validate_only=config["validate_only"],
             facts=facts,
             hparams=hparams(run.runtime.choices, config),
+            memory=memory,
         )
 
 

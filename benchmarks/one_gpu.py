@@ -1,124 +1,153 @@
-"""How much memory and time does a model of 1, 3 or 7 billion weights take on one GPU?
+"""How much memory and time does a model of 1 to 8 billion weights take on one GPU?
 
-    python benchmarks/one_gpu.py                       # 7 billion weights, all methods
-    python benchmarks/one_gpu.py --model 1b --only galore_subspace_8bit adamw_8bit
+    python benchmarks/one_gpu.py
+    python benchmarks/one_gpu.py --group speed
+    python benchmarks/one_gpu.py --cells 'llama_3_1_8b *'
+    python benchmarks/one_gpu.py --device cpu --tiny --output build/tried
 
-Each method runs the real command with a GPU's defaults: bfloat16, layerwise updates. The figures
-are the peak of torch's memory on the GPU, weights and activations included, and tokens a second.
-The weights are random, in the shapes of a Llama with SmolLM2's tokenizer. Memory and time do not
-depend on their values; the losses mean nothing here.
+A cell is one set of arguments of `python train.py`. It takes 20 steps on rows of 2,048 tokens, a
+third of them a token shorter, so that batches hold padding. The weights are random, in a published
+shape, and are made on the GPU. Memory and time do not depend on their values; the losses mean
+nothing here.
 
-Results: results/one_gpu.json; a run adds its methods to those that are there.
+Measured is the peak of torch's memory on the GPU in training, weights included, and tokens a
+second. Planned is what the run itself has planned while it loaded, or, if it ended before its plan
+was there, what `python -m lit_ft.plan` says. The cells of the group `memory` may run several at a
+time, because each process has its own peak. Their speed then means nothing, and is left out.
+
+Results: results/one_gpu.json, after each cell; a run adds its cells to those that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from support.arguments import script_parser
+from support.gpu_cells import GROUPS, rows, settings_of
 from support.results import ROOT, this_run, write_json
 
 from lit_ft.run.files import read_summary
 
-_NAMES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-SHAPES = {  # in the order of `_NAMES`
-    "1b": (2048, 8192, 16, 32, 8),  # Llama 3.2
-    "3b": (3072, 8192, 28, 24, 8),
-    "7b": (4096, 11008, 32, 32, 32),  # Llama 2
-}
-METHODS: dict[str, list[str]] = {
-    "galore_subspace_8bit": ["optim=galore_subspace_8bit"],
-    "galore_subspace": ["optim=galore_subspace"],
-    "adamw_8bit": ["optim=adamw_8bit"],
-    "adafactor": ["optim=adafactor_fixed"],
-    "lora": ["adapter=lora"],
-    "adamw": ["optim=adamw"],
-}
+_GIB = 1 << 30
+_LARGEST_CELL = 45 * _GIB  # what the cell that takes most needs, with its CUDA context
+_CORES_A_CELL = 4  # a run and its plan load libraries at the same time
 
 
 def main() -> None:
-    """Run the wanted methods and add them to the results of this model."""
+    """Run the wanted cells, and add each to the results."""
     parser = _parser()
     options = parser.parse_args()
-    if options.steps < 3:
-        parser.error("--steps: at least 3, of which the first two are not timed")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA GPU: --device cpu --tiny tries the script out.")
     results = options.output / "one_gpu.json"
     found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
-    of_model = found.setdefault(options.model, {})
-    for method in track(options.only, options.model):
-        of_model[method] = run(method, options)
-        write_json(results, found)
-    Console().print(table(options.model, of_model))
+    failed = []
+    for group in options.group:
+        asked = [cell for cell in GROUPS[group] if fnmatch(cell, options.cells)]
+        at_once = _at_once(options.device) if group == "memory" else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            running = {pool.submit(run, cell, options, alone=at_once == 1): cell for cell in asked}
+            for one in as_completed(running):
+                cell = running[one]
+                found[cell] = one.result()
+                write_json(results, found)
+                failed += [cell] * (found[cell]["status"] != "completed")
+                print(f"{found[cell]['status']}: {cell}", flush=True)
+    Console().print(table(found))
+    if failed:
+        sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}")
 
 
-def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of one run; `status` says how a failed one ended."""
-    shape = dict(zip(_NAMES, SHAPES[options.model], strict=True))
-    settings = {
-        **{f"model.config.{name}": value for name, value in shape.items()},
-        "model.config.tie_word_embeddings": "false",
-        "module.activation_checkpointing": "true",
-        "trainer.max_steps": options.steps,
-        "data.batch_size": options.batch_size,
-        "data.max_length": 512,
-        "data.max_val_examples": 4,
-        "callbacks": "none",
-        "+callbacks.throughput._target_": "lit_ft.callbacks.ThroughputMonitor",
-        "logger": "none",
-    }
-    with tempfile.TemporaryDirectory() as run_dir:
-        arguments = [f"{name}={value}" for name, value in settings.items()]
-        command = ["model=tiny", *METHODS[method], *arguments, f"run_dir={run_dir}"]
-        subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, check=False)
-        summary = read_summary(run_dir) or {}
-    kept = ("status", "model", "peak_bytes", "optimizer_state_bytes", "tokens_per_second")
-    figures = {name: summary.get(name) for name in (*kept, "step_seconds", "hardware", "versions")}
-    run = this_run()
-    return {"date": run["date"], "commit": run["commit"], **figures, "command": command[:-1]}
+def _at_once(device: str) -> int:
+    """Return how many cells may run at a time."""
+    if device == "cpu":
+        return 1
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(memory // _LARGEST_CELL, (os.cpu_count() or 1) // _CORES_A_CELL))
 
 
-def table(model: str, of_model: dict[str, Any]) -> Table:
+def run(cell: str, options: argparse.Namespace, *, alone: bool) -> dict[str, Any]:
+    """Return the figures of one cell; `status` and `error` say how a failed one ended."""
+    arguments = settings_of(cell, device=options.device, tiny=options.tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        data, run_dir = Path(folder) / "rows.jsonl", Path(folder) / "run"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows(tiny=options.tiny)))
+        command = ["train.py", *arguments, f"data.path={data}", f"run_dir={run_dir}"]
+        output = _python(command)
+        summary = read_summary(run_dir) or {"status": "failed", "error": output[-2000:]}
+        planned = (summary.get("planned_peak_bytes") or {}).get("value")
+        if planned is None and summary["status"] == "completed":
+            planned = _planned([*arguments, f"data.path={data}"], Path(folder) / "plan.json")
+    kept = ["status", "error", "model", "peak_bytes", "optimizer_state_bytes", "seconds"]
+    kept += ["tokens_per_second", "step_seconds"] * alone
+    figures = {name: summary.get(name) for name in (*kept, "hardware", "versions")}
+    told = {name: this_run()[name] for name in ("date", "commit")}
+    return {**told, "planned_bytes": planned, **figures, "arguments": arguments}
+
+
+def _planned(arguments: list[str], file: Path) -> int | None:
+    output = _python(["-m", "lit_ft.plan", *arguments, "--no-savings", "--json", str(file)])
+    if not file.is_file():
+        print(output[-2000:])
+        return None
+    planned: int = json.loads(file.read_text())["peak_bytes"]
+    return planned
+
+
+def _python(arguments: list[str]) -> str:
+    """Run `python ARGUMENTS`, and return what it printed."""
+    command = [sys.executable, *arguments]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command, cwd=ROOT, text=True, errors="replace", **streams).stdout
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """Lay the figures out, in GiB."""
-    columns = ("method", "peak GiB", "weights", "optimizer state", "tokens/s", "s a step")
-    shown = Table(*columns, title=f"{model}, one GPU")
-    for method, row in of_model.items():
+    columns = ("cell", "planned GiB", "peak GiB", "error", "optimizer state", "tokens/s")
+    shown = Table(*columns)
+    for cell, row in found.items():
         if row["status"] != "completed":
-            shown.add_row(method, str(row["status"]))
+            shown.add_row(cell, str(row["status"]))
             continue
-        sizes = (row["peak_bytes"]["value"], row["model"]["weight_bytes"])
-        sizes += (row["optimizer_state_bytes"],)
-        gib = [f"{size / 2**30:.2f}" for size in sizes]
+        planned, peak = row["planned_bytes"], row["peak_bytes"]["value"]
+        on_gpu = row["peak_bytes"]["source"] == "cuda_allocated"  # as planned: tensors alone
+        speed = row.get("tokens_per_second")
         shown.add_row(
-            method,
-            *gib,
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['step_seconds']['median']:.3f}",
+            cell,
+            f"{planned / _GIB:.2f}" if planned else "",
+            f"{peak / _GIB:.2f}",
+            f"{planned / peak - 1:+.2%}" if planned and on_gpu else "",
+            f"{row['optimizer_state_bytes'] / _GIB:.2f}",
+            f"{speed:,.0f}" if speed else "",
         )
     return shown
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="7b", help="weights of the model")
     parser.add_argument(
-        "--only", nargs="*", choices=METHODS, default=list(METHODS), help="methods to run"
+        "--group", nargs="*", choices=GROUPS, default=list(GROUPS), help="groups of cells to run"
     )
-    parser.add_argument("--steps", type=int, default=12, help="the first two are not timed")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples in a batch")
+    parser.add_argument(
+        "--cells", default="*", metavar="PATTERN", help="the cells to run, such as '* lora *'"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="shrink the models and the rows, to try the script out"
+    )
     return parser
 
 

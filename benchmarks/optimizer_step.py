@@ -2,7 +2,7 @@
 
     python benchmarks/optimizer_step.py            # both sizes, on the CPU
     python benchmarks/optimizer_step.py --size wide --steps 12
-    python benchmarks/optimizer_step.py --device cuda --dtype bfloat16 --size four_of_8b
+    python benchmarks/optimizer_step.py --device cuda --dtype bfloat16 --size four_of_8b --profile
 
 All that a step needs is timed: forward, loss, backward, optimizer, fold, rotation, the move of the
 bases, head and embedding. All methods use lit_ft's chunked loss; galore-torch's SVD is timed apart.
@@ -12,13 +12,15 @@ than two would leave too little memory.
 
 Results: results/optimizer_step.json for a CPU run of all sizes and methods,
 results/optimizer_step_cuda.json for any run on a GPU; other runs are written only with --output.
+A run that is written is written after each method. With --profile, four more steps of each method
+go into results/optimizer_step_cuda_profile.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,44 +40,64 @@ ON_CPU = ("wide", "smollm2")
 def main() -> None:
     """Measure, print, and write the results; on the CPU only if nothing was left out."""
     options = _parser().parse_args()
-    dtype = getattr(torch, options.dtype)
-    record = {**this_run(), "steps": options.steps, "dtype": options.dtype, "sizes": {}}
+    record: dict[str, Any] = {**this_run(), "steps": options.steps, "dtype": options.dtype}
+    record["sizes"] = {}
+    whole = set(options.only) == set(METHODS) and set(options.size) >= set(ON_CPU)
+    wanted = whole or options.device != "cpu" or options.output != RESULTS
+    name = "optimizer_step" if options.device == "cpu" else f"optimizer_step_{options.device}"
+    profiles: dict[str, str] = {}
     for size in options.size:
-        measured = measure(size, options.steps, options.only, options.device, dtype)
-        record["sizes"][size] = measured
+        record["sizes"][size] = measured = {}
+        for found in measure(size, options, profiles):
+            measured |= found
+            if wanted:
+                write_json(options.output / f"{name}.json", record)
+            if wanted and options.profile:
+                page = as_markdown(record, profiles)
+                (options.output / f"{name}_profile.md").write_text(page, encoding="utf-8")
         Console().print(table(size, measured))
+    if options.size == ["tiny"]:
+        return  # a basis of full size would take longer than all else
     record["refresh"] = refresh = measure_refresh(torch.device(options.device))
     Console().print({name: f"{seconds:.4f} s" for name, seconds in refresh.items()})
-    whole = set(options.only) == set(METHODS) and set(options.size) >= set(ON_CPU)
-    if whole or options.device != "cpu" or options.output != RESULTS:
-        name = "optimizer_step" if options.device == "cpu" else f"optimizer_step_{options.device}"
+    if wanted:
         write_json(options.output / f"{name}.json", record)
 
 
 def measure(
-    size: str, steps: int, methods: Sequence[str], device: str, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Pair each method with AdamW; the first three steps of each are not timed."""
-    found: dict[str, Any] = {}
-    for name in track([name for name in METHODS if name in methods and name != "adamw"], size):
+    size: str, options: argparse.Namespace, profiles: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Pair each method with AdamW and yield both; the first three steps of each are not timed.
+
+    Args:
+        size: The name of the size.
+        options: The options of the command.
+        profiles: Takes the profile of each method, if profiles are wanted.
+    """
+    dtype = getattr(torch, options.dtype)
+    wanted = [name for name in METHODS if name in options.only and name != "adamw"]
+    for name in track(wanted, size):
         with (
-            OwnProcess(Side, "adamw", size, device, dtype) as adamw,
-            OwnProcess(Side, name, size, device, dtype) as method,
+            OwnProcess(Side, "adamw", size, options.device, dtype) as adamw,
+            OwnProcess(Side, name, size, options.device, dtype) as method,
         ):
             pair = {"adamw": adamw, name: method}
             _alternate(pair, 3)
             for process in pair.values():
                 process.call(Side.reset_peak)
-            taken = _alternate(pair, steps)
+            taken = _alternate(pair, options.steps)
+            found: dict[str, Any] = {}
             for side, process in pair.items():
                 found[side] = {
                     **_figures(taken[side], taken["adamw"]),
                     "bytes_beside_weights": process.call(Side.bytes_beside_weights),
                     "peak_bytes": process.call(Side.peak_bytes),
                 }
-            found[name]["adamw_beside_it"] = found["adamw"]["median"]
-            print(f"{name} {found[name]['median']:.4f} s, adamw {found['adamw']['median']:.4f} s")
-    return found
+                if options.profile:
+                    profiles[f"{size}, {side}"] = process.call(Side.profiled)
+        found[name]["adamw_beside_it"] = found["adamw"]["median"]
+        print(f"{name} {found[name]['median']:.4f} s, adamw {found['adamw']['median']:.4f} s")
+        yield found
 
 
 def _alternate(pair: Mapping[str, OwnProcess], steps: int) -> dict[str, list[Step]]:
@@ -124,6 +146,15 @@ def table(size: str, measured: dict[str, Any]) -> Table:
     return shown
 
 
+def as_markdown(record: Mapping[str, Any], profiles: Mapping[str, str]) -> str:
+    """Return the profiles as a page."""
+    where = ", ".join(record["hardware"]["gpus"]) or record["hardware"]["cpu"]
+    said = f"Four steps of each method, {record['dtype']}, {where}, torch "
+    said += f"{record['versions']['torch']}, {record['date']}, commit {record['commit']}."
+    parts = (f"## {name}\n\n```text\n{tables}\n```\n" for name, tables in profiles.items())
+    return "\n".join(["# Profiles of optimizer_step.py", "", said, "", *parts])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     parser.add_argument(
@@ -137,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights"
     )
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each method")
+    parser.add_argument("--profile", action="store_true", help="write where the time goes, too")
     return parser
 
 

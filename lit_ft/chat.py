@@ -18,6 +18,7 @@ from lit_ft.data.turns import end_tokens
 from lit_ft.models.base import name_of_folder
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.files import read_summary
+from lit_ft.run.verb_parser import whole_number
 from lit_ft.storage.model_errors import model_errors_name
 from lit_ft.terminal import stage, use_live_line
 
@@ -154,9 +155,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run_dir", help="a run's folder, or any Hugging Face model folder")
     parser.add_argument("--prompt", help="answer this and stop")
     parser.add_argument("--system", help="the system message; the chat template's own if not given")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 always takes the likeliest token"
+        "--max-new-tokens",
+        type=whole_number(1),
+        default=256,
+        metavar="N",
+        help="the most tokens of an answer (256)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0, the default, always takes the likeliest token",
     )
     parser.add_argument(
         "--trust-remote-code",

@@ -64,8 +64,8 @@ def _write_modelfile(folder: Path, run_dir: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lit_ft.export", description=__doc__)
-    parser.add_argument("run_dir")
-    parser.add_argument("--checkpoint", default="last", help="last, best, or a path")
+    parser.add_argument("run_dir", help="a run's folder")
+    parser.add_argument("--checkpoint", default="last", help="last (the default), best, or a path")
     parser.add_argument(
         "--output",
         help="folder to write to; run_dir/export, an adapter alone to run_dir/export/adapter",
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ollama", action="store_true", help="also write a Modelfile, to import it into Ollama"
     )
-    parser.add_argument("--dtype", help="of the written weights, e.g. bfloat16")
+    parser.add_argument("--dtype", help="type of the written weights, such as bfloat16; as trained")
     parser.add_argument(
         "--trusted-packages",
         nargs="+",

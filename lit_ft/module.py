@@ -148,7 +148,7 @@ class CausalLMModule(LightningModule):
         parts = PARTS if stage == "fit" else ("module", "galore")
         plan = check_run(self.trainer, self, parts=parts)
         self.source.check()
-        self._try_optimizer(in_subspaces=plan.basis is not None)
+        self.try_optimizer(in_subspaces=plan.basis is not None)
         if "model" in self._unchecked:
             self._unchecked.discard("model")
             self._compare_with_model()
@@ -176,7 +176,7 @@ class CausalLMModule(LightningModule):
             facts |= {"optimizer": kind.__name__, "traits": traits_of(kind)}
         return facts
 
-    def _try_optimizer(self, *, in_subspaces: bool) -> None:
+    def try_optimizer(self, *, in_subspaces: bool) -> None:
         """Build the optimizer and its schedule on stand-ins, so that bad options fail now."""
         stand_ins = [
             {**rule.options, "params": [torch.nn.Parameter(torch.zeros(2, 2))]}
@@ -232,7 +232,8 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer from the groups, and its schedule for the trainer's steps."""
-        optimizer: Any = build_optimizer(self.optimizer, self.named_parameters(), self.groups)
+        named = self.named_parameters(remove_duplicate=False)  # a rule may match any name
+        optimizer: Any = build_optimizer(self.optimizer, named, self.groups)
         optimizer = row_chunked(stochastically_rounded(optimizer, seed=self.seed))
         self._options = options_of(optimizer)
         if hasattr(self.trainer.precision_plugin, "scaler"):

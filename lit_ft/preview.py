@@ -27,7 +27,7 @@ from lit_ft.run.preview_text import legend, shown_row, shown_survey
 from lit_ft.run.redaction import redacted_text
 from lit_ft.run.settings import admit
 from lit_ft.run.trust import refuse_untrusted, trusted_packages
-from lit_ft.run.verb_parser import parser_of_settings
+from lit_ft.run.verb_parser import parser_of_settings, whole_number
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,6 +66,8 @@ def _show(
         encoded = preview.rows(source)
         skipped = list(islice(encoded, options.skip))
         shown = list(islice(encoded, options.rows))
+        if options.skip and not shown and options.rows:
+            console.print(f"No rows to show: there are {len(skipped):,}, and all are skipped.")
         for row in shown:
             console.print(shown_row(console, preview, row, with_ids=options.ids))
         if not sections:
@@ -101,13 +103,21 @@ def _counted(
 
 
 def _number_or_all(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    return None if text == "all" else whole_number(0)(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of_settings("python -m lit_ft.preview", __doc__, example="data.path=my.jsonl")
-    parser.add_argument("--rows", type=int, default=5, help="number of rows to show (5)")
-    parser.add_argument("--skip", type=int, default=0, help="number of rows to skip first (0)")
+    parser.add_argument(
+        "--rows", type=whole_number(0), metavar="N", default=5, help="number of rows to show (5)"
+    )
+    parser.add_argument(
+        "--skip",
+        type=whole_number(0),
+        metavar="N",
+        default=0,
+        help="number of rows to skip first (0)",
+    )
     parser.add_argument(
         "--sample",
         type=_number_or_all,

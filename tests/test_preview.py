@@ -89,6 +89,7 @@ def test_a_row_does_not_steer_the_terminal(shown):
     assert r"clear \x1b[2J" in text and r"no\x1b[31mred" in text
 
 
+@pytest.mark.smollm2
 def test_a_page_marks_what_is_learnt_and_says_no_more_than_the_rows(shown, tmp_path):
     shown([chat(*row) for row in ROWS], "--html", str(tmp_path / "new" / "page.html"))
     page = Marked()
@@ -96,6 +97,13 @@ def test_a_page_marks_what_is_learnt_and_says_no_more_than_the_rows(shown, tmp_p
     answers = "".join(f"{answer}<|im_end|>" for _, answer in ROWS)
     assert page.learnt == f"Underlined, bold text{answers}"
     assert all(prompt in page.texts for prompt, _ in ROWS)
+
+
+@pytest.mark.smollm2
+def test_a_bad_row_is_answered_with_settings(shown):
+    text = shown([chat("a <|im_end|> inside", "b")], "data.control_tokens=refuse")
+    assert "data.control_tokens=text" in text
+    assert 'control_tokens="text"' not in text
 
 
 @pytest.mark.smollm2
@@ -192,3 +200,17 @@ def test_it_takes_settings_from_a_file(tmp_path, capsys):
     settings.write_text(f"model: tiny\ndata.path: {data}\ncutoff_len: 321\n")
     main(["--config", str(settings), "--rows", "1"])
     assert "321" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [("--rows", "-1"), ("--skip", "1.5"), ("--sample", "few")])
+def test_an_impossible_number_of_rows_is_named(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["model=tiny", *option])
+    said = f"{option[0]}: must be a whole number of at least 0"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.smollm2
+def test_it_says_so_if_all_rows_are_skipped(shown):
+    text = shown([chat("1 + 1?", "2")], "--skip", "5")
+    assert "No rows to show: there are 1, and all are skipped." in text

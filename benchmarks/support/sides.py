@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from bitsandbytes.optim import AdamW8bit
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.profiler import profile
 
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.models import FromConfig
+from lit_ft.optim import row_chunked
+from lit_ft.optim.layerwise import LayerwiseStep
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja, Projector, SubspaceIteration
 from support.smollm2 import SMOLLM2
@@ -42,10 +46,21 @@ FOUR_OF_8B = FromConfig(  # four layers of Llama 3 8B, a third of its vocabulary
         "tie_word_embeddings": False,
     },
 )
+TINY = FromConfig(  # to try the benchmark out
+    "llama",
+    {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+)
 SIZES = {  # source, tokens, rank
     "wide": (WIDE, 1024, 128),
     "smollm2": (SMOLLM2, 512, 64),
     "four_of_8b": (FOUR_OF_8B, 8192, 256),
+    "tiny": (TINY, 64, 8),
 }
 PROJECTORS: dict[str, Projector] = {
     "galore, between refreshes": SubspaceIteration(every=10**9),
@@ -56,6 +71,8 @@ PROJECTORS: dict[str, Projector] = {
     "galore_subspace, every 2": Oja(every=2),
     "galore_subspace, every 4": Oja(every=4),
     "galore_subspace, every 8": Oja(every=8),
+    "galore_subspace_8bit, every 4": Oja(every=4),
+    "galore_subspace_8bit, every 4, layerwise": Oja(every=4),
 }
 METHODS = ("adamw", "lora r16", "galore-torch without its SVD", *PROJECTORS)
 
@@ -85,30 +102,67 @@ class Side:
         self.optimizer: torch.optim.Optimizer
         if method == "galore-torch without its SVD":
             self.optimizer = _galore_torch(trainable, rank)
+        elif "8bit" in method:
+            self.optimizer = row_chunked(AdamW8bit(trainable, lr=1e-5))
         else:
             self.optimizer = AdamW(trainable, lr=1e-5, fused=True)
-        if layers:
-            self.updater = SubspaceUpdater(layers, PROJECTORS[method])
-            self.updater.attach(self.optimizer)
         self.gradient_bytes = 0
         self.layers = layers
+        if layers:
+            # As in training on one device.
+            self.updater = SubspaceUpdater(layers, PROJECTORS[method], releases_deltas=True)
+            self.updater.attach(self.optimizer)
+        if "layerwise" in method:
+            self._step_layerwise()
 
     def step(self) -> Step:
         """Train one step on the batch."""
         refreshed = any(layer.basis.requires_grad for layer in self.layers.values())
         began = now(self.device)
+        self.optimizer.step(self._closure)
+        self.optimizer.zero_grad()
+        return Step(now(self.device) - began, refreshed)
+
+    @torch.enable_grad()
+    def _closure(self) -> Tensor:
         loss = ChunkedCrossEntropy()(self.model, {"input_ids": self.ids}, self.ids)
-        (loss / self.ids.numel()).backward()
+        loss = loss / self.ids.numel()
+        loss.backward()
         if not self.gradient_bytes:
             self.gradient_bytes = self._count_gradient_bytes()
         if self.layers:
             self.updater.before_step(self.optimizer)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return Step(now(self.device) - began, refreshed)
+        return loss
+
+    def _step_layerwise(self) -> None:
+        """Let backward step the deltas, as `LayerwiseUpdate` does."""
+        layers = self.layers.values()
+        self.updater.step_in_parts(layer.delta for layer in layers)
+        LayerwiseStep(
+            self.optimizer,
+            [layer.delta for layer in layers],
+            in_parts=[layer.delta for layer in layers],
+            companions={layer.delta: (layer.basis, layer.energy) for layer in layers},
+            around=self.updater.stepping,
+        )
+
+    def profiled(self) -> str:
+        """Train four steps; return torch's tables of their time by kernel and by CPU operation."""
+        with profile() as profiler:
+            for _ in range(4):
+                self.step()
+        orders = ["self_device_time_total"] * (self.device.type == "cuda") + ["self_cpu_time_total"]
+        averages = profiler.key_averages()
+        return "\n".join(
+            averages.table(sort_by=order, row_limit=40, max_name_column_width=100)
+            for order in orders
+        )
 
     def bytes_beside_weights(self) -> int:
-        """Return the bytes of gradients, sketches, bases, deltas and moments after a backward."""
+        """Return the bytes of gradients, sketches, bases, deltas and moments after a backward.
+
+        All deltas count, although training on one device gives them memory only where they step.
+        """
         small = {layer.delta: layer.basis for layer in self.layers.values()}
         tensors = [*small, *small.values()]
         return (

@@ -9,6 +9,7 @@ from lit_ft.callbacks.learning_rate import LearningRateMonitor
 from lit_ft.callbacks.memory import MemoryMonitor
 from lit_ft.callbacks.not_finite import StopOnNonFinite
 from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
+from lit_ft.callbacks.pruning import PruneTrial
 from lit_ft.callbacks.refresh import SubspaceRefresh
 from lit_ft.callbacks.samples import SampleGenerations
 from lit_ft.callbacks.start_table import StartTable
@@ -28,6 +29,7 @@ __all__ = [
     "LineProgress",
     "MemoryMonitor",
     "ProgressBar",
+    "PruneTrial",
     "SampleGenerations",
     "StartTable",
     "StopOnNonFinite",

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lit_ft.callbacks._support.compiled import is_compiled
 from lit_ft.callbacks._support.trainer import callbacks_of, loss_scaler, network_of, only_optimizer
 from lit_ft.compat.plan import Basis
 from lit_ft.compat.protocols import LoadsAfterSharding, ShardsModel
@@ -174,7 +175,7 @@ class GaLore(Callback):
             self.projector,
             scale=self.scale,
             refresh=self._refresh,
-            compiled=_is_compiled(module),
+            compiled=is_compiled(module),
             seed=self.seed,
             all_reduce=_average,
         )
@@ -240,6 +241,10 @@ class GaLore(Callback):
         """Attach the updater to the optimizer."""
         optimizer = only_optimizer(trainer, self)
         assert self.updater is not None
+        # These callbacks write an average to all parameters, and other ranks are not asked.
+        averages = (WeightAveraging, StochasticWeightAveraging)
+        averaged = any(isinstance(one, averages) for one in callbacks_of(trainer))
+        self.updater.releases_deltas = trainer.world_size == 1 and not averaged
         self._handle = self.updater.attach(optimizer)
 
     def on_before_backward(
@@ -327,14 +332,6 @@ def _after(first: Callable[[], None], hook: Callable[..., Any]) -> Any:
         return hook(*args, **kwargs)
 
     return both
-
-
-def _is_compiled(module: LightningModule) -> bool:
-    """Return whether torch.compile runs the module or a part of it. Torch has no public flag."""
-    return module._compiler_ctx is not None or any(
-        part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
-        for part in module.modules()
-    )
 
 
 def _average(tensors: Sequence[Tensor]) -> None:

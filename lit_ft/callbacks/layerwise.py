@@ -37,8 +37,10 @@ class LayerwiseUpdate(Callback):
 
     Not every step frees its gradients early. If gradients accumulate over several micro-batches,
     they must be kept, and the step is an ordinary one. The same holds under float16's loss scaler,
-    which checks all gradients before a step; a message then says so. The gradients of GaLore's
-    layers are small and always wait for the step. Clipping by norm needs a second backward pass.
+    which checks all gradients before a step; a message then says so. Clipping by norm needs a
+    second backward pass. GaLore's layers do without: their gradients are small, and with clipping
+    by norm, on several ranks and under a projector that needs whole gradients they wait for the
+    step.
 
     A loss or a gradient that is not finite reaches no weight, and ends the fit with a
     FloatingPointError. Without clipping by norm, parameters that came earlier in the backward pass
@@ -94,8 +96,10 @@ class LayerwiseUpdate(Callback):
         """Attach to the optimizer, and replace the module's clipping and, if needed, backward."""
         optimizer = only_optimizer(trainer, self)
         layers = subspace_layers(pl_module).values()
-        in_subspaces = {p for layer in layers for p in (layer.delta, layer.weight)}
         large = large_parameters(optimizer, self.min_grad_bytes)
+        of_layers = {layer.delta for layer in layers}
+        deltas = [p for p in large if p in of_layers]
+        in_subspaces = of_layers | {layer.weight for layer in layers}
         large = [p for p in large if p not in in_subspaces]
         if loss_scaler(trainer) is not None:
             rank_zero_info(
@@ -103,10 +107,26 @@ class LayerwiseUpdate(Callback):
                 "layerwise. bf16-mixed needs no scaler."
             )
             return
-        max_norm, max_value = _clipping(trainer) if large else (None, None)
+        galore = find_callback(trainer, GaLore)
+        updater = None if galore is None or trainer.world_size > 1 else galore.updater
+        limits = _clipping(trainer)
+        if updater is not None:
+            updater.step_in_parts(deltas)
+            # Clipping by norm and projectors of that kind need all gradients before the first step.
+            if limits[0] is None and not updater.tracker.projector.forms_gradients:
+                large += deltas
+        max_norm, max_value = limits if large else (None, None)
         if max_norm is not None:
             self._prepare_second_backward(trainer, pl_module)
-        self._step = LayerwiseStep(optimizer, large, max_norm=max_norm, max_value=max_value)
+        self._step = LayerwiseStep(
+            optimizer,
+            large,
+            max_norm=max_norm,
+            max_value=max_value,
+            in_parts=() if updater is None else deltas,
+            companions={layer.delta: (layer.basis, layer.energy) for layer in layers},
+            around=None if updater is None else updater.stepping,
+        )
         self._step.steps = trainer.global_step
         if max_norm is not None:
             self._replace(pl_module, "backward", self._step.backward)

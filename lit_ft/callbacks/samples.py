@@ -35,7 +35,8 @@ class SampleGenerations(Callback):
     Training is bit for bit the same as without this callback, because the modules' modes and the
     random state are restored. Samples are kept in `generations`, and written as Markdown to every
     logger that takes text, such as TensorBoard. Rank 0 generates alone, except under FSDP2 and
-    tensor parallelism, where all ranks take part.
+    tensor parallelism, where all ranks take part. A checkpoint keeps the answers from before
+    training, so a resumed run starts with them and does not generate them again.
 
     FSDP1 and DeepSpeed do not allow generation. There, and if generation fails, a warning is given
     and the run continues without samples. Only a RuntimeError with a sharded model ends the run,
@@ -76,16 +77,33 @@ class SampleGenerations(Callback):
         self._every_n = None if every_n_steps is None else EveryNSteps(every_n_steps)
         self._fixed_prompts: list[Prompt] = []
         self._sampled_at: int | None = None
+        self._from_checkpoint: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the first answer to each prompt."""
+        first = self.generations[: len(self._fixed_prompts)]
+        return {"generations": first} if first else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the first answer to each prompt."""
+        self._from_checkpoint = list(state_dict.get("generations", []))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the prompts for the whole run, and generate before the first step."""
-        self.generations = []
+        """Choose the prompts for the whole run, and generate before the first step.
+
+        A resumed run generates here only if its checkpoint lacks the answers to its prompts.
+        """
+        self.generations, self._from_checkpoint = self._from_checkpoint, []
         self._sampled_at = None
         if self._every_n is not None:
             self._every_n.start(trainer)
         prompts = [] if _obstacle(trainer, pl_module) else self._find_prompts(trainer)
         self._fixed_prompts = trainer.strategy.broadcast(prompts)
-        self._sample(trainer, pl_module)
+        asked = [_shown(prompt) for prompt in self._fixed_prompts]
+        has_first = trainer.strategy.broadcast([one["prompt"] for one in self.generations] == asked)
+        if not has_first:
+            self.generations = []
+            self._sample(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -133,7 +151,7 @@ class SampleGenerations(Callback):
     def _keep(self, trainer: Trainer, texts: list[str]) -> None:
         step = trainer.global_step
         for index, (prompt, text) in enumerate(zip(self._fixed_prompts, texts, strict=True)):
-            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            shown = _shown(prompt)
             self.generations.append({"step": step, "prompt": shown, "text": text})
             for logger in trainer.loggers:
                 add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
@@ -211,6 +229,11 @@ def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
     if reason is not None:
         rank_zero_warn(f"No samples: {reason}.")
     return reason
+
+
+def _shown(prompt: Prompt) -> str:
+    """Return a prompt's text; of a chat, that of the last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -27,7 +27,7 @@ from lit_ft.measure import estimate_state_bytes
 from lit_ft.measure.model_size import model_size, num_weights
 from lit_ft.optim.schedules import WarmupSchedule
 from lit_ft.subspace import subspace_layers
-from lit_ft.terminal.console import console, format_bytes
+from lit_ft.terminal.console import console, format_bytes, format_count
 from lit_ft.terminal.pairs import pairs
 
 
@@ -161,8 +161,8 @@ def _method(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         small = sum(layer.delta.numel() for layer in layers)
         whole = sum(layer.weight.numel() for layer in layers)
         rows["GaLore"] = (
-            f"rank {galore.rank}, {whole:,} weights of {len(layers)} layers through {small:,} "
-            f"parameters ({small / whole:.1%}), {galore.projector}"
+            f"rank {galore.rank}, {whole:,} weights of {format_count(len(layers), 'layer')} "
+            f"through {small:,} parameters ({small / whole:.1%}), {galore.projector}"
         )
     for config in getattr(network_of(pl_module), "peft_config", {}).values():
         targets = sorted(config.target_modules or ())
@@ -178,7 +178,9 @@ def _schedule(pl_module: LightningModule, steps: float) -> dict[str, str]:
     if not isinstance(schedule, WarmupSchedule) or not math.isfinite(steps):
         return {}
     warmup = schedule.num_warmup_steps(int(steps))
-    return {"schedule": f"{schedule.name}, {warmup:,} of {int(steps):,} steps to warm up"}
+    return {
+        "schedule": f"{schedule.name}, {warmup:,} of {format_count(int(steps), 'step')} to warm up"
+    }
 
 
 def _extent(trainer: Trainer, datamodule: Any, steps: float) -> dict[str, str]:
@@ -187,14 +189,15 @@ def _extent(trainer: Trainer, datamodule: Any, steps: float) -> dict[str, str]:
         return {}
     shares = data_parallel_rank(trainer)[1]
     a_step = datamodule.batch_size * trainer.accumulate_grad_batches * shares
-    parts = [f"{datamodule.batch_size:,} rows"]
+    parts = [format_count(datamodule.batch_size, "row")]
     if trainer.accumulate_grad_batches > 1:
         parts.insert(0, f"{trainer.accumulate_grad_batches:,} micro-batches")
     if shares > 1:
         parts.insert(0, f"{shares:,} ranks")
     if not math.isfinite(steps):
-        return {"this run": f"{' × '.join(parts)} = {a_step:,} rows a step"}
-    extent = f"{int(steps):,} steps × {' × '.join(parts)} = {int(steps) * a_step:,} rows"
+        return {"this run": f"{' × '.join(parts)} = {format_count(a_step, 'row')} a step"}
+    parts = [format_count(int(steps), "step"), *parts]
+    extent = f"{' × '.join(parts)} = {format_count(int(steps) * a_step, 'row')}"
     if math.isfinite(batches := trainer.num_training_batches) and batches:
         times = steps * trainer.accumulate_grad_batches / batches
         extent += f", {times:.3g} times all" if times >= 1 else f", {times:.2%} of all"
@@ -211,7 +214,9 @@ def _disk(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     parts: dict[str, int] = {}
     folder = "."
     if export is not None:
-        parts["export"], folder = size.export, str(export.folder)
+        # Without a merge, an adapter is exported as it is saved.
+        parts["export"] = size.export if export.merge else size.weights
+        folder = str(export.folder)
     if last is not None or best is not None:
         parts["checkpoints"] = 0 if best is None else size.weights
     if best is not None:

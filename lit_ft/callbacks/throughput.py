@@ -65,6 +65,9 @@ class ThroughputMonitor(Callback):
             `batch["num_tokens"]`; if that is absent, the sum of `batch["attention_mask"]`; and if
             both are absent, the size of `batch["input_ids"]`.
 
+    Attributes:
+        logged_at: The optimizer step at which the last log was due; None before the first one.
+
     Raises:
         MisconfigurationException: On the first batch, if its tokens cannot be counted.
 
@@ -103,13 +106,15 @@ class ThroughputMonitor(Callback):
         self._skipped = BatchCounts()  # of the untimed steps since the last log
         self._window = BatchCounts()  # of the timed steps since the last log
         self._timed_total = self._skipped_total = BatchCounts()
+        self._shares = 1
+        self.logged_at: int | None = None
         self._flops: TrainingFlops | None = None
         self._peak_flops: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
         """The timed tokens of all ranks per second of training; None if no step was timed."""
-        return self._timed_total.tokens / self.training_seconds if self._logged_steps else None  # type: ignore[return-value]
+        return self._timed_total.tokens / self._timed_seconds if self._logged_steps else None  # type: ignore[return-value]
 
     @property
     def step_seconds(self) -> dict[str, float | None]:
@@ -129,8 +134,21 @@ class ThroughputMonitor(Callback):
         return int(self._timed_total.tokens + self._skipped_total.tokens)
 
     @property
+    def tokens_so_far(self) -> int:
+        """The number of tokens of all ranks up to this moment, without asking the other ranks.
+
+        Since the last log, each rank counts as many as this one.
+        """
+        since = self._window.tokens + self._skipped.tokens + self._step.tokens
+        return self.tokens + self._shares * int(since)
+
+    @property
     def training_seconds(self) -> float:
-        """The total seconds of the timed optimizer steps, by which `tokens_per_second` divides."""
+        """The seconds of training in this `fit`, with the first `skip_steps` steps."""
+        return self._clock.seconds
+
+    @property
+    def _timed_seconds(self) -> float:
         return sum(self._step_seconds[: self._logged_steps])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -152,6 +170,7 @@ class ThroughputMonitor(Callback):
         self._reset()
         self._every_n.start(trainer)
         self._global_step = trainer.global_step
+        _, self._shares = data_parallel_rank(trainer)
         device = trainer.strategy.root_device
         self._peak_flops = peak_flops(device, _compute_dtype(trainer, pl_module))
         if self._peak_flops is not None:
@@ -216,6 +235,7 @@ class ThroughputMonitor(Callback):
         self._step = BatchCounts()
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.logged_at = trainer.global_step
         seconds = self._step_seconds[self._logged_steps :]
         work = self._gather(trainer)
         if not seconds:

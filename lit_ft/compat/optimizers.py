@@ -178,6 +178,17 @@ TABLE: tuple[tuple[str, Traits], ...] = (
         r"^lit_ft\.optim\.muon\.MuonAdamW$",
         Traits(sharded_rows=False, why="Muon orthogonalises whole matrices"),
     ),
+    # Their rows are normalised, or ranks add up what they need of the others' rows.
+    (r"^lit_ft\.optim\.(scale\.Scale|sinkgd\.SinkGD)$", Traits()),
+    (
+        r"^lit_ft\.optim\.apollo\.Apollo$",
+        Traits(
+            moments=(),
+            movable_state=False,
+            why="APOLLO keeps its moments in random subspaces of its own",
+            instead=("adamw", "adamw_8bit"),
+        ),
+    ),
     # The original package, which projects by itself
     (
         r"^(lit_ft\.optim\.)?galore_torch\.",

@@ -179,8 +179,9 @@ VALIDATE_ON_LESS = Remedy("lower max_val_examples", advice="lower data.max_val_e
 VALIDATE_ELSEWHERE = Remedy("give val_path", advice="give data.val_path")
 NO_WORKERS = Remedy("set num_workers=0", {"data.num_workers": "0"})
 NAMED_COLUMNS = Remedy(
-    'name the columns, as in format=Alpaca(output="answer")',
-    {"data/format": "alpaca", "data.format.output": "answer"},
+    'name the columns, as in format=PromptCompletion(prompt="question", completion="answer")',
+    advice="name the columns, as in data/format=prompt_completion data.format.prompt=question "
+    "data.format.completion=answer",
 )
 TWO_FILES = Remedy(
     "name one file as path and another as val_path",

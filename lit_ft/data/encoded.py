@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lit_ft.data import notes
 from lit_ft.data.notes import Counted
+from lit_ft.terminal.console import format_count
 
 REPORT_COLUMNS = ["num_tokens", "num_targets", "truncated", "overlong"]
 
@@ -127,7 +128,14 @@ class EncodingReport:
         )
 
     def __str__(self) -> str:
-        line = f"{self.examples:,} examples, {self.tokens:,} tokens, {self.targets:,} targets"
+        line = ", ".join(
+            format_count(number, noun)
+            for number, noun in (
+                (self.examples, "example"),
+                (self.tokens, "token"),
+                (self.targets, "target"),
+            )
+        )
         counts = [
             (self.truncated, "truncated"),
             (self.dropped_overlong, "dropped as too long"),

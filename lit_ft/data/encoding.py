@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -62,6 +62,7 @@ class Encoder:
             Otherwise its row is treated as bad, unless the text is reasoning in an earlier answer.
         bad_rows: What to do with a row that cannot be read or encoded. "stop" raises its error, and
             "skip" leaves it out and counts it.
+        worded: What words the error of a row that is skipped.
 
     Raises:
         ValueError: If the tokenizer is not a fast one, because only fast tokenizers know which
@@ -76,6 +77,7 @@ class Encoder:
     learn_empty_think: bool = False
     drop_unrendered: bool = False
     bad_rows: Literal["stop", "skip"] = "stop"
+    worded: Callable[[BaseException], str] = str
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -89,9 +91,8 @@ class Encoder:
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that determine the encoded rows, apart from the tokenizer."""
-        return {
-            one.name: getattr(self, one.name) for one in fields(self) if one.name != "tokenizer"
-        }
+        apart = ("tokenizer", "worded")
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in apart}
 
     def __call__(self, rows: Iterable[ParsedRow]) -> Iterator[EncodedRow]:
         """Yield the encoded rows in order. A row that is split gives several of them.
@@ -116,7 +117,7 @@ class Encoder:
                     bad = located(error, row.origin)
                     if self.bad_rows == "stop":
                         raise bad from error
-                    yield EncodedRow(row.origin, held_out=row.held_out, error=str(bad))
+                    yield EncodedRow(row.origin, held_out=row.held_out, error=self.worded(bad))
 
     @cached_property
     def _chat(self) -> ChatEncoder:

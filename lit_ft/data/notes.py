@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lit_ft.terminal.console import format_count
+
 FIELDS = {
     "content": "the content",
     "reasoning_content": "the reasoning",
@@ -94,6 +96,6 @@ def count(origins: Iterable[str], notes: Iterable[Iterable[str]]) -> dict[str, C
 def lines(counts: Mapping[str, Counted]) -> Iterable[str]:
     """Yield a line for each note, as in "3 rows (first my.jsonl:57): an answer is empty."."""
     for note, counted in counts.items():
-        rows = "1 row" if counted.count == 1 else f"{counted.count:,} rows"
+        rows = format_count(counted.count, "row")
         first = counted.first if counted.count == 1 else f"first {counted.first}"
         yield f"{rows} ({first}): {note}."

@@ -194,8 +194,9 @@ class ChunkedCrossEntropy:
         if torch.is_grad_enabled() and isinstance(head, SumsCrossEntropy):
             # A head in a subspace computes its own gradients, and forms no tensor [V, d]. The
             # logits of a chunk are the largest tensor of a step, so chunks are small. On a GPU they
-            # are larger, because each chunk reads the whole head.
-            chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 512)
+            # are larger: with 256 tokens the products take longer than reading the head, which
+            # each chunk does.
+            chunk_tokens = self.chunk_tokens or (128 if hidden.device.type == "cpu" else 256)
             return head.summed_cross_entropy(hidden, labels, chunk_tokens=chunk_tokens)
         if is_sharded(head.weight):
             return cross_entropy_through(head, hidden, labels, chunk_tokens=self.chunk_tokens)

@@ -6,23 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from bitsandbytes.nn.modules import Linear4bit
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lit_ft.measure.fake_quantised import quantise, replace_layers
 from lit_ft.measure.fake_tensors import fake_tensors, without_fakes
-from lit_ft.measure.live_memory import (
-    GRADIENTS,
-    OPTIMIZER,
-    SUBSPACE,
-    WEIGHTS,
-    MemoryTracker,
-    Place,
-)
-from lit_ft.measure.memory import state_tensors
-from lit_ft.subspace import subspace_layers
-from lit_ft.tensors.sharding import local
+from lit_ft.measure.follower import Follower
+from lit_ft.measure.live_memory import MemoryTracker, Place
 
 STEPS = 2  # the first makes the optimizer's state, and the second has it from its start
 
@@ -47,7 +39,11 @@ def fake_fit(
         device_type: The device to train on: "cpu" or "cuda". The trainer's own is the CPU.
     """
     vars(module)["source"] = FakeSource(module.source)
-    vars(module).update(to=lambda *_, **__: module, cpu=lambda: module)  # it is where it belongs
+
+    def to(*_: Any, dtype: torch.dtype | None = None, **__: Any) -> LightningModule:
+        return module if dtype is None else type(module).to(module, dtype=dtype)
+
+    vars(module).update(to=to, cpu=lambda: module)  # it is where it belongs
     vars(module).update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
     # The other ranks do not answer.
     vars(trainer.strategy).update(reduce_boolean_decision=lambda decision, **_: decision)
@@ -58,6 +54,8 @@ def fake_fit(
     trainer.callbacks.insert(0, follower)  # type: ignore[attr-defined]
     with fake_tensors(tracker, device_type=device_type):
         trainer.fit(module, _Repeated(batch), _Repeated(val_batch))
+        # Once more at the end, where callbacks have put back what they had changed for training.
+        trainer.validate(module, _Repeated(val_batch), verbose=False)
     return follower.blocks
 
 
@@ -74,6 +72,8 @@ class FakeSource:
         """Return the model with fake weights; see `ModelSource`."""
         with _disable_current_modes():
             model = self.source.build_empty()
+            if (quantisation := getattr(self.source, "quantization_config", None)) is not None:
+                replace_layers(model, quantisation)
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
@@ -81,6 +81,8 @@ class FakeSource:
             shard(model)
         given: dict[Tensor, Tensor] = {}  # tied weights stay tied
         for module in model.modules():
+            if isinstance(module, Linear4bit):
+                quantise(module)
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:
@@ -111,16 +113,17 @@ class _Repeated:
             yield dict(self.batch)
 
 
-class _Follower(Callback):
-    """Tells a tracker which part of the run it is in, and what tensors are for."""
+class _Follower(Follower):
+    """Follows each block of the model too."""
 
     def __init__(self, tracker: MemoryTracker) -> None:
-        self.tracker = tracker
+        super().__init__(tracker)
         self.blocks = 0
         self._block: dict[str, int] = {}  # of each module, keyed by name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.tracker.place = Place("load")
+        if stage == "fit":
+            self.tracker.place = Place("load")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
@@ -132,64 +135,18 @@ class _Follower(Callback):
             if names & {kind.__name__ for kind in type(part).__mro__}
         ]
         self.blocks = len(blocks)
+        self.ahead, self.behind = -1, self.blocks
         for number, (name, block) in enumerate(blocks):
             self._block[f"model.{name}."] = number
-            self._follow(block, number)
-        in_subspaces = {
-            tensor
-            for layer in subspace_layers(model).values()
-            for tensor in (layer.delta, layer.basis)
-        }
-        tensors = [*pl_module.named_parameters(), *pl_module.named_buffers()]
-        for name, tensor in tensors:
-            category = SUBSPACE if tensor in in_subspaces else WEIGHTS
-            self.tracker.mark([local(tensor)], category, block=self._block_of(name))
-        for name, parameter in pl_module.named_parameters():
-            self._follow_gradient(parameter, self._block_of(name))
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._enter("forward", trainer, -1)
-
-    def on_before_backward(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
-    ) -> None:
-        self._enter("backward", trainer, self.blocks)
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None:
-                self.tracker.mark([local(parameter.grad)], GRADIENTS, block=self._block_of(name))
-        self._enter("step", trainer, None)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        names: dict[Tensor, str] = {p: name for name, p in pl_module.named_parameters()}
-        for optimizer in trainer.optimizers:
-            for parameter, state in optimizer.state.items():
-                found = map(local, state_tensors(state))
-                block = self._block_of(names[parameter])
-                self.tracker.mark(found, OPTIMIZER, block=block)
-        self._enter("between", trainer, None)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter("validation", trainer, -1)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter("between", trainer, None)
-
-    def _enter(self, phase: str, trainer: Trainer, block: int | None) -> None:
-        self.tracker.place = Place(phase, trainer.global_step, block)
+            self._follow_block(block, number)
+        self.mark_weights(pl_module)
+        self.follow_gradients(pl_module)
 
     def _move_to(self, block: int) -> None:
         place = self.tracker.place
         self.tracker.place = Place(place.phase, place.step, block)
 
-    def _follow(self, block: nn.Module, number: int) -> None:
+    def _follow_block(self, block: nn.Module, number: int) -> None:
         last = self.blocks - 1
 
         def before(_: Any, args: Any, kwargs: Any) -> None:
@@ -209,14 +166,6 @@ class _Follower(Callback):
     def _follow_backward(self, tensor: Any, block: int) -> None:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             tensor.register_hook(lambda _: self._move_to(block))  # type: ignore[no-untyped-call]
-
-    def _follow_gradient(self, parameter: Tensor, block: int | None) -> None:
-        def mark(held: Tensor) -> None:
-            if held.grad is not None:
-                self.tracker.mark([local(held.grad)], GRADIENTS, block=block)
-
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(mark)  # type: ignore[no-untyped-call]
 
     def _block_of(self, name: str) -> int | None:
         return next((n for prefix, n in self._block.items() if name.startswith(prefix)), None)

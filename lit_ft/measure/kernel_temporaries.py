@@ -9,16 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_ft.measure.live_memory import MemoryTracker
+
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_GATHER, _REDUCE_SCATTER = "c10d::_allgather_base_", "c10d::_reduce_scatter_base_"
 _ROWS = 128  # to which flash attention rounds up the tokens of its accumulator
+_CUDA_GRANULE = 512  # torch's allocator on CUDA gives out multiples of it
+
+
+def tracker_on(device_type: str, *, alone: bool = False) -> MemoryTracker:
+    """Return a tracker that counts as the allocator and the kernels of a device do.
+
+    Args:
+        device_type: The type of the device; all that are not "cpu" count as "cuda" does.
+        alone: Whether memory on other devices does not count.
+    """
+    only = device_type if alone else None
+    if device_type == "cpu":
+        return MemoryTracker(temporaries=on_cpu, device_type=only)
+    return MemoryTracker(granule=_CUDA_GRANULE, temporaries=on_cuda, device_type=only)
 
 
 def on_cpu(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Return the bytes that an operation allocates for itself on the CPU.
 
     An elementwise operation on tensors of different dtypes first copies those that are not of the
-    common dtype. If it works in place, it also has a copy of its result.
+    common dtype. If it works in place, it also has a copy of its result. Gloo gathers into a copy
+    of the output, and reduces a copy of the input (ProcessGroupGloo.cpp in torch).
     """
+    name: str = func._schema.name
+    if name in (_GATHER, _REDUCE_SCATTER):
+        output, given, *_ = args
+        copied: Tensor = output if name == _GATHER else given
+        return copied.nbytes
     if torch.Tag.pointwise not in func.tags:
         return 0
     tensors = [value for value in args if isinstance(value, Tensor) and value.ndim]
@@ -27,7 +50,7 @@ def on_cpu(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return 0
     common = reduce(torch.promote_types, dtypes)
     cast = sum(t.numel() for t in tensors if t.dtype is not common)
-    in_place = func._schema.name.endswith("_") and tensors[0].dtype is not common
+    in_place = name.endswith("_") and tensors[0].dtype is not common
     return (cast + tensors[0].numel() * in_place) * common.itemsize
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 from unittest.mock import patch
 
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lit_ft.measure.storage_bytes import is_wrapper
+
 WEIGHTS = "weights"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer"
@@ -20,6 +24,12 @@ SUBSPACE = "subspace"
 ACTIVATIONS = "activations"
 TEMPORARIES = "temporaries"
 CATEGORIES = (WEIGHTS, GRADIENTS, OPTIMIZER, SUBSPACE, ACTIVATIONS, TEMPORARIES)
+USES = {one: one for one in CATEGORIES} | {OPTIMIZER: "optimizer state", SUBSPACE: "subspaces"}
+"""The words for the categories, keyed by category."""
+
+_ADD = torch.ops.aten.add.Tensor
+# Functions of these modules are between an operation and a `__torch_dispatch__`.
+_BETWEEN = ("torch._compile", "torch._dynamo.eval_frame", "torch._ops")
 
 # Given an operation and its arguments, the bytes that its kernel allocates and frees while it runs.
 KernelTemporaries = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], int]
@@ -83,12 +93,20 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         granule: The allocator's unit in bytes. Every allocation is rounded up to a multiple of it.
         temporaries: The function that returns the bytes that a kernel allocates for itself; None
             counts none.
+        device_type: The type of the device whose memory counts; None counts all but "meta".
     """
 
-    def __init__(self, *, granule: int = 1, temporaries: KernelTemporaries | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        granule: int = 1,
+        temporaries: KernelTemporaries | None = None,
+        device_type: str | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granule = granule
         self.temporaries = temporaries
+        self.device_type = device_type
         self.place = Place()
         self.events: list[Event] = []
         self._storages: dict[int, tuple[Any, Storage]] = {}  # with a weak reference, keyed by id
@@ -98,17 +116,20 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operation, and record what it has allocated."""
         kwargs = kwargs or {}
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+        if any(map(is_wrapper, types)):
             return NotImplemented  # its own operations, on the tensors inside, come next
         if self.place.phase == "step":
             self.place = Place("step", self.place.step, self._block_of(args))
         temporary = self.temporaries(func, args, kwargs) if self.temporaries is not None else 0
+        reused = args[0].untyped_storage() if _adds_up_in_place(func, args) else None
         out = func(*args, **kwargs)
+        if reused is not None:
+            self._move(reused, out.untyped_storage())
         for tensor in [out] if isinstance(out, Tensor) else tree_iter(out):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._note_new(tensor, args, str(func))
+            if self._counts(tensor):
+                self._note_new(tensor, args, _name_of(func))
         if temporary:  # at the same time as the result
-            storage = Storage(self._rounded(temporary), self.place, str(func))
+            storage = Storage(self._rounded(temporary), self.place, _name_of(func))
             self.events += [Event(storage, True, self.place), Event(storage, False, self.place)]
         return out
 
@@ -134,7 +155,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def mark(self, tensors: Iterable[Tensor], category: str, *, block: int | None = None) -> None:
         """Say what tensors are for; those that existed before the block are recorded now."""
-        for tensor in tensors:
+        for tensor in filter(self._counts, tensors):
             storage = self._note(tensor, "")
             storage.category = category
             if block is not None:
@@ -144,7 +165,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record what an operation returns, unless it is a view of what was there before."""
         memory = tensor.untyped_storage()
         if id(memory) in self._storages or not any(
-            isinstance(one, Tensor) and one.untyped_storage() is memory for one in args
+            self._counts(one) and one.untyped_storage() is memory for one in args
         ):
             self._note(tensor, operation)
 
@@ -164,6 +185,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.events.append(Event(storage, True, self.place))
         return storage
 
+    def _move(self, old: torch.UntypedStorage, new: torch.UntypedStorage) -> None:
+        """Let `new` be the memory that `old` has been."""
+        known, key = self._storages.pop(id(old), None), id(new)
+        if known is not None:
+            self._storages[key] = weakref.ref(new, lambda _: self._release(key)), known[1]
+
     def _release(self, key: int) -> None:
         _, storage = self._storages.pop(key, (None, None))
         if storage is not None:
@@ -173,11 +200,52 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the block that all of an operation's tensors belong to; None if there are more."""
         found = set()
         for argument in tree_iter(args):
-            if isinstance(argument, Tensor):
+            if self._counts(argument):
                 known = self._storages.get(id(argument.untyped_storage()))
                 if known is not None and known[1].block is not None:
                     found.add(known[1].block)
         return found.pop() if len(found) == 1 else None
 
+    def _counts(self, value: Any) -> bool:
+        """Return whether a value is a tensor with memory of its own that counts."""
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return False  # the parts of a sparse tensor are tensors themselves
+        kind = value.device.type
+        return kind != "meta" if self.device_type is None else kind == self.device_type
+
     def _rounded(self, size: int) -> int:
         return -(-size // self.granule) * self.granule
+
+
+@cache
+def _name_of(func: Any) -> str:
+    return str(func)
+
+
+def _adds_up_in_place(func: Any, args: Any) -> bool:
+    """Return whether autograd would add this gradient to another one in the memory of that one.
+
+    It does so if nothing else holds that memory (`accumulate` in
+    torch/csrc/autograd/input_buffer.cpp), but not while a dispatch mode is active.
+    """
+    if func is not _ADD or torch.is_grad_enabled() or not isinstance(args[1], Tensor):
+        return False
+    if {args[0].layout, args[1].layout} != {torch.strided}:
+        return False
+    memory = args[0].untyped_storage()
+    return (
+        _caller() == "_engine_run_backward"
+        and memory.nbytes() == args[0].nbytes == args[1].nbytes
+        and torch._C._storage_Use_Count(memory._cdata) == 2  # the gradient and `memory`
+    )
+
+
+def _caller() -> str:
+    """Return the name of the Python function that has called the operation that is dispatched."""
+    frame = inspect.currentframe()
+    while frame is not None and (
+        frame.f_globals.get("__name__") in (__name__, *_BETWEEN)
+        or frame.f_code.co_name == "__torch_dispatch__"
+    ):
+        frame = frame.f_back
+    return "" if frame is None else frame.f_code.co_name

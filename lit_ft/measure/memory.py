@@ -18,6 +18,7 @@ from lit_ft.measure.storage_bytes import storage_bytes
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_taken: dict[torch.device, int] = {}  # the highest peak that `take_peak` has cleared, by GPU
 
 
 class MemoryReading(NamedTuple):
@@ -43,7 +44,8 @@ def peak_bytes(device: torch.device | str = "cpu") -> MemoryReading:
     """Return the peak memory in use on `device` since `reset_peak` or the process's start."""
     device = torch.device(device)
     if device.type == "cuda":
-        return MemoryReading(torch.cuda.max_memory_allocated(device), "cuda_allocated")
+        peak = max(torch.cuda.max_memory_allocated(device), _taken.get(device, 0))
+        return MemoryReading(peak, "cuda_allocated")
     if device.type == "mps":
         return MemoryReading(torch.mps.driver_allocated_memory(), "mps_driver_allocated")
     return MemoryReading(_peak_resident_bytes(), "process_rss")
@@ -67,6 +69,7 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
     """
     device = torch.device(device)
     if device.type == "cuda":
+        _taken.pop(device, None)
         torch.cuda.reset_peak_memory_stats(device)
         return True
     if device.type == "mps":
@@ -76,6 +79,20 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
     except OSError:
         return False
     return True
+
+
+def take_peak(device: torch.device) -> int | None:
+    """Return the peak bytes on `device` since the last call, or since `reset_peak`.
+
+    Torch's own counter starts afresh, and `peak_bytes` does not. The result is None on a device
+    other than a CUDA GPU, whose peak cannot be taken for a short time.
+    """
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    _taken[device] = max(peak, _taken.get(device, 0))
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
@@ -112,7 +129,7 @@ def _weight_tensors(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter
         # bitsandbytes keeps a weight's scales in plain attributes of the parameter.
-        yield from _quantisation_tensors(getattr(parameter, "quant_state", None))
+        yield from quantisation_tensors(getattr(parameter, "quant_state", None))
         yield from state_tensors(getattr(parameter, "SCB", None))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -120,7 +137,8 @@ def _weight_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield buffer
 
 
-def _quantisation_tensors(state: Any) -> Iterator[Tensor]:
+def quantisation_tensors(state: Any) -> Iterator[Tensor]:
+    """Yield the scales that bitsandbytes keeps for a weight, and the scales of these."""
     while state is not None:
         yield from state_tensors(vars(state))
         state = getattr(state, "state2", None)

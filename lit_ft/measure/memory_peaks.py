@@ -43,12 +43,17 @@ class Peaks:
         place = CATEGORIES.index(category)
         return round(max(held[place] for held in self.by_stretch.values()))
 
-    def by_phase(self) -> dict[str, int]:
-        """Return the highest peak of each phase in bytes, in the order of the run."""
-        phases: dict[str, int] = {}
+    def by_phase(self) -> dict[str, dict[str, int]]:
+        """Return the bytes of each category at the peak of each phase, in the order of the run."""
+        highest: dict[str, Bytes] = {}
         for (phase, *_), held in self.by_stretch.items():
-            phases[phase] = max(phases.get(phase, 0), round(sum(held)))
-        return phases
+            highest[phase] = max(highest.get(phase, held), held, key=sum)
+        return {phase: by_category(held) for phase, held in highest.items()}
+
+
+def by_category(held: Bytes) -> dict[str, int]:
+    """Return the bytes of each category, keyed by its name."""
+    return {name: round(size) for name, size in zip(CATEGORIES, held, strict=True)}
 
 
 def peaks_of(events: Sequence[Event], blocks: int) -> Peaks:

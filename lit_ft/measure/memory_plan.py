@@ -9,20 +9,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_ft.measure import kernel_temporaries
 from lit_ft.measure.fake_fit import fake_fit
+from lit_ft.measure.forked import forked
+from lit_ft.measure.kernel_temporaries import tracker_on
 from lit_ft.measure.live_memory import (
-    CATEGORIES,
     OPTIMIZER,
     SUBSPACE,
     WEIGHTS,
-    MemoryTracker,
 )
-from lit_ft.measure.memory_peaks import Peaks, extended, peaks_of
+from lit_ft.measure.memory_peaks import Peaks, by_category, extended, peaks_of
 
-# From these depths, the peaks of all deeper models follow.
+# From these depths, the peaks of all deeper models follow. Of two blocks, the one before the last
+# would be the first one too, which has no block before it.
 _DEPTHS = (3, 4)
-_CUDA_GRANULE = 512  # torch's allocator on CUDA gives out multiples of it
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class MemoryPlan:
         peak_phase: The phase of the run in which the peak lies.
         by_category: The bytes of weights, gradients, optimizer state, subspaces, activations and
             temporaries at the peak.
-        by_phase: The peak in bytes of each phase.
+        by_phase: The bytes of each category at the peak of each phase.
         held_bytes: The bytes that weights, subspaces and optimizer state take between two steps.
         blocks: The number of the model's blocks.
         simulated_blocks: The numbers of blocks of the models that took fake steps.
@@ -44,11 +43,16 @@ class MemoryPlan:
     peak_bytes: int
     peak_phase: str
     by_category: dict[str, int]
-    by_phase: dict[str, int]
+    by_phase: dict[str, dict[str, int]]
     held_bytes: dict[str, int]
     blocks: int
     simulated_blocks: tuple[int, ...]
     seconds: float
+
+    @property
+    def peak_by_phase(self) -> dict[str, int]:
+        """The most bytes of tensors at once in each phase."""
+        return {phase: sum(held.values()) for phase, held in self.by_phase.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -62,6 +66,7 @@ def plan_memory(
     *,
     blocks: int | None,
     device_type: str = "cpu",
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Return the plan of a training.
 
@@ -72,18 +77,28 @@ def plan_memory(
         val_batch: The batch of the validation.
         blocks: The number of blocks of the whole model if all are alike; None simulates it whole.
         device_type: The device to train on: "cpu" or "cuda".
+        ranks: The number of ranks. If there are several, Python code finds the fake tensors on the
+            CPU, because FSDP2 asks a GPU that it sees for its streams.
     """
     start = time.monotonic()
-    depths: tuple[int | None, ...] = (None,)
-    if blocks is not None and blocks > max(_DEPTHS):
-        depths = _DEPTHS
-    found = [_peaks(build, batch, val_batch, depth, device_type) for depth in depths]
-    peaks = found[0] if len(found) == 1 else extended(found[0], found[1], blocks or 0)
+
+    def peaks_at(depth: int | None) -> Peaks:
+        return _peaks(build, batch, val_batch, depth, device_type, ranks)
+
+    shallow, deep = _DEPTHS
+    if blocks is not None and blocks > deep:
+        with forked(lambda: peaks_at(shallow)) as result:
+            deeper = peaks_at(deep)
+            found = [result(), deeper]
+        peaks = extended(found[0], deeper, blocks)
+    else:
+        peaks = peaks_at(None)
+        found = [peaks]
     (phase, *_), held = peaks.highest
     return MemoryPlan(
         peak_bytes=round(sum(held)),
         peak_phase=phase,
-        by_category={name: round(n) for name, n in zip(CATEGORIES, held, strict=True)},
+        by_category=by_category(held),
         by_phase=peaks.by_phase(),
         held_bytes={name: peaks.most(name) for name in (WEIGHTS, SUBSPACE, OPTIMIZER)},
         blocks=peaks.blocks,
@@ -98,12 +113,10 @@ def _peaks(
     val_batch: Mapping[str, Any],
     depth: int | None,
     device_type: str,
+    ranks: int,
 ) -> Peaks:
     module, trainer = build(depth)
-    on_cpu = device_type == "cpu"
-    tracker = MemoryTracker(
-        granule=1 if on_cpu else _CUDA_GRANULE,
-        temporaries=kernel_temporaries.on_cpu if on_cpu else kernel_temporaries.on_cuda,
-    )
-    blocks = fake_fit(module, trainer, batch, val_batch, tracker, device_type=device_type)
+    tracker = tracker_on(device_type)
+    seen = device_type if ranks == 1 else "cpu"
+    blocks = fake_fit(module, trainer, batch, val_batch, tracker, device_type=seen)
     return peaks_of(tracker.events, blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,11 +33,18 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(min(sum(n for _, n in found), sizes[key]) for key, found in pieces.items())
 
 
+@cache
+def is_wrapper(kind: type) -> bool:
+    """Whether a class of tensors wraps others, as DTensor and torchao's quantised states do."""
+    return hasattr(kind, "__tensor_flatten__")
+
+
 def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
     if not isinstance(tensor, Tensor):
         return  # a DTensor's parts are its local tensor and its mesh
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
+    if is_wrapper(type(tensor)):
+        wrapper: Any = tensor
+        for name in wrapper.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(tensor, name))
     else:
         yield tensor

@@ -22,6 +22,7 @@ from lit_ft.storage.building import building
 from lit_ft.storage.cache_dir import user_cache, written_to_cache
 from lit_ft.storage.damage import damage, write_checksums
 from lit_ft.storage.write_errors import write_errors_name
+from lit_ft.terminal import stage
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,9 @@ def as_safetensors(name_or_path: str, gguf_file: str, *, revision: str | None = 
     with written_to_cache(), write_errors_name(folder), building(folder.parent) as work:
         finished = work / "model"
         finished.mkdir()
-        _dequantise(source, finished)
-        write_checksums(finished)
+        with stage("converting the GGUF file, once for all runs"):
+            _dequantise(source, finished)
+            write_checksums(finished)
         try:
             os.replace(finished, folder)
         except OSError:

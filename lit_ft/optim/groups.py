@@ -20,7 +20,8 @@ class GroupRule:
 
     Attributes:
         name: The group's name in learning-rate monitors and checkpoints.
-        match: The regular expression to search for in a parameter's name. An empty one matches all.
+        match: The regular expression to search for in a parameter's names: a tied weight has
+            several. An empty one matches all.
         min_ndim: The smallest number of dimensions that a parameter of the group may have.
         max_ndim: The largest number of dimensions that a parameter of the group may have; None sets
             no limit.
@@ -82,7 +83,8 @@ def parameter_groups(
     Args:
         named_parameters: The parameters with their names, as from `module.named_parameters()`.
             Frozen parameters are left out. A parameter with several names (a tied weight) counts
-            once, under its first name.
+            once, under its first name. With `remove_duplicate=False`, a rule may match any of its
+            names.
         rules: The rules in the order in which they are tried. The first rule that matches a
             parameter takes it.
 
@@ -95,10 +97,10 @@ def parameter_groups(
         ValueError: If two rules share a name, if a required rule takes no parameter, if a parameter
             fits no rule, or if no parameter is trainable.
     """
-    trainable: dict[Tensor, str] = {}
+    trainable: dict[Tensor, list[str]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            trainable.setdefault(parameter, name)
+            trainable.setdefault(parameter, []).append(name)
     if not trainable:
         raise ValueError(
             "There is nothing to optimize, since no parameter requires a gradient: unfreeze what "
@@ -108,12 +110,14 @@ def parameter_groups(
     if len(members) < len(rules):
         raise ValueError(f"Group rules must differ in name: {[rule.name for rule in rules]}.")
     left_over = []
-    for parameter, name in trainable.items():
-        rule = next((rule for rule in rules if rule.takes(name, parameter)), None)
+    for parameter, names in trainable.items():
+        rule = next(
+            (rule for rule in rules if any(rule.takes(name, parameter) for name in names)), None
+        )
         if rule is None:
-            left_over.append(f"{name} {tuple(parameter.shape)}")
+            left_over.append(f"{names[0]} {tuple(parameter.shape)}")
         else:
-            members[rule.name].append((name, parameter))
+            members[rule.name].append((names[0], parameter))
     for rule in rules:
         if rule.required and not members[rule.name]:
             raise ValueError(_took_nothing(rule, trainable))
@@ -158,11 +162,12 @@ def build_optimizer(
     return built
 
 
-def _took_nothing(rule: GroupRule, trainable: Mapping[Tensor, str]) -> str:
-    if any(rule.takes(name, parameter) for parameter, name in trainable.items()):
+def _took_nothing(rule: GroupRule, trainable: Mapping[Tensor, Sequence[str]]) -> str:
+    every_name = [name for names in trainable.values() for name in names]
+    if any(rule.takes(name, p) for p, names in trainable.items() for name in names):
         why = "earlier rules take all that it matches: put it before them"
     else:
-        names = difflib.get_close_matches(rule.match, trainable.values(), n=3, cutoff=0.0)
+        names = difflib.get_close_matches(rule.match, every_name, n=3, cutoff=0.0)
         limits = f"min_ndim={rule.min_ndim}, max_ndim={rule.max_ndim}"
         why = f"nothing matches {rule.match!r} with {limits}; the closest are {', '.join(names)}"
     return f"Group rule '{rule.name}' takes no parameter: {why}, or set required: false."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from lit_ft.optim.narrowed import narrowed
 from lit_ft.optim.row_chunked import without_hooks
 from lit_ft.tensors.finite import values
 from lit_ft.tensors.sharding import added_over_ranks, is_sharded
+
+_PART_BYTES = 2**26  # of gradients that are stepped at a time after backward
 
 
 class LayerwiseStep:
@@ -49,6 +52,12 @@ class LayerwiseStep:
         max_value: The largest absolute value of any gradient element of the parameters stepped
             during backward; None does not clip by value. With `max_norm` it applies to all
             parameters.
+        in_parts: The parameters that are stepped a few at a time even where that is after backward,
+            so that what a step needs exists for a few of them at a time.
+        companions: For a parameter that must not be stepped before other leaves of the same layer
+            have their gradients: these leaves. It waits for those that require a gradient.
+        around: A function that returns a context manager for a step of one or a few parameters,
+            given the optimizer, which is narrowed to them; None for none.
 
     Raises:
         Refusal: If the optimizer needs more than one parameter at a time.
@@ -65,6 +74,9 @@ class LayerwiseStep:
         *,
         max_norm: float | None = None,
         max_value: float | None = None,
+        in_parts: Iterable[Tensor] = (),
+        companions: Mapping[Tensor, Sequence[Tensor]] | None = None,
+        around: Callable[[Optimizer], AbstractContextManager[Any]] | None = None,
     ) -> None:
         kind = unwrapped(type(optimizer))
         check(Plan(kind.__name__, traits_of(kind), layerwise=True), parts=["layerwise"])
@@ -73,6 +85,11 @@ class LayerwiseStep:
         self.max_value = max_value
         self.grad_norm: Tensor | None = None
         self._large = [p for p in parameters if p.requires_grad]
+        self._in_parts = list(in_parts)
+        self._companions = companions or {}
+        self._belongs_to = {one: p for p, them in self._companions.items() for one in them}
+        self._missing: dict[Tensor, set[Tensor]] = {}  # the leaves that a parameter waits for
+        self._around = around or (lambda _: nullcontext())
         self._step_without_hooks = without_hooks(type(optimizer).step)
         self._steps_now = False
         self.steps = 0  # optimizer steps so far, for messages
@@ -141,16 +158,22 @@ class LayerwiseStep:
                 self._steps_now = all(p.grad is None for p in self._large)
                 self._stepped.clear()
                 self._extremes.clear()
+                self._missing.clear()
                 self._so_far = self.grad_norm = None
+                self._watch_companions()
                 try:
                     result = closure()
                 finally:
                     self._steps_now = False
                 self._stop_if_not_finite()
+                self._step_in_parts()
                 return result
 
             return run
 
+        closures = [*args[1:], *kwargs.values()]
+        if all(closure is None for closure in closures):
+            self._step_in_parts()
         return (args[0], *map(armed, args[1:])), {k: armed(v) for k, v in kwargs.items()}
 
     def _free(self, optimizer: Optimizer, *_: Any) -> None:
@@ -171,8 +194,44 @@ class LayerwiseStep:
             if self.grad_norm is None:  # else it has been looked at
                 self._keep_finite(parameter)
             self._clip([parameter])
-            self._step(parameter)
-            parameter.grad = None
+            companions = self._companions.get(parameter, ())
+            waits_for = {one for one in companions if one.requires_grad and one.grad is None}
+            if waits_for:
+                self._missing[parameter] = waits_for
+            else:
+                self._step_with_companions(parameter)
+
+    def _watch_companions(self) -> None:
+        """Add a hook to each companion that requires a gradient for the first time."""
+        for one in [one for one in self._belongs_to if one.requires_grad]:
+            parameter = self._belongs_to.pop(one)
+
+            def on_gradient(companion: Tensor, parameter: Tensor = parameter) -> None:
+                missing = self._missing.get(parameter)
+                if self._steps_now and missing is not None:
+                    missing.discard(companion)
+                    if not missing:
+                        self._step_with_companions(parameter)
+
+            self._handles.append(one.register_post_accumulate_grad_hook(on_gradient))  # type: ignore[no-untyped-call]
+
+    def _step_with_companions(self, parameter: Tensor) -> None:
+        self._missing.pop(parameter, None)
+        for one in self._companions.get(parameter, ()):
+            if one.grad is not None and self._so_far is not None:
+                one.grad.masked_fill_(~self._so_far.isfinite(), 0)
+        self._step(parameter)
+
+    def _step_in_parts(self) -> None:
+        part: list[Tensor] = []
+        for parameter in self._in_parts:
+            if parameter.grad is not None:
+                part.append(parameter)
+            if sum(p.grad.nbytes for p in part if p.grad is not None) >= _PART_BYTES:
+                self._step(*part)
+                part.clear()
+        if part:
+            self._step(*part)
 
     def _keep_finite(self, parameter: Tensor) -> None:
         """Replace the gradient by zeros if it or an earlier one of this pass is not finite."""
@@ -205,9 +264,9 @@ class LayerwiseStep:
         if self.max_value is not None:
             clip_grad_value_(parameters, self.max_value)
 
-    def _step(self, parameter: Tensor) -> None:
+    def _step(self, *parameters: Tensor) -> None:
         before = _numbers(self.optimizer)
-        with narrowed(self.optimizer, parameter):
+        with narrowed(self.optimizer, *parameters), self._around(self.optimizer):
             self._step_without_hooks(self.optimizer)
         for group, numbers in zip(self.optimizer.param_groups, before, strict=True):
             for key, value in numbers.items():
@@ -217,6 +276,8 @@ class LayerwiseStep:
                         "each parameter that is stepped by itself: step it after backward, without "
                         "layerwise updates."
                     )
+        for parameter in parameters:
+            parameter.grad = None
 
     def _note_once(self, parameter: Tensor, seen: Container[Tensor]) -> None:
         if parameter in seen:

@@ -8,18 +8,24 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lit_ft.run.command_line import understood
-from lit_ft.run.config import names_near, null_choices, resolved
+from lit_ft.run.config import choices_near, names_near, null_choices, resolved
 from lit_ft.run.hidden import in_quotes, references, without_secrets
 from lit_ft.run.hydra_trust import compositions
 from lit_ft.run.implied import with_implied
 
-CONF = Path(__file__).parents[2] / "conf"
+_PACKAGE = Path(__file__).parents[1]
+
+# A wheel holds these files inside the package: see setup.py.
+ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
+"""The folder that holds `conf/` and `benchmarks/`."""
+
+CONF = ROOT / "conf"
 
 _ADVICE = "To append to your config use +"
 
@@ -80,12 +86,22 @@ def said_by_hydra(
         arguments: The arguments that Hydra was given.
         config_dir: The folder that holds train.yaml.
     """
-    lines = [line for line in why_unreadable(error).splitlines() if not line.startswith(_ADVICE)]
+    said = _missing_choice(error, config_dir) or why_unreadable(error)
+    lines = [line for line in said.splitlines() if not line.startswith(_ADVICE)]
     near = names_near(arguments, config_dir=config_dir).rstrip()
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     if cause is not None and not near:
         lines.append(str(cause))
     return "\n".join([*lines, *filter(None, [near])])
+
+
+def _missing_choice(error: BaseException, config_dir: Path) -> str:
+    """Return a line on a choice that is not there; empty if the error is another one."""
+    if not isinstance(error, MissingConfigException) or error.missing_cfg_file is None:
+        return ""
+    group, _, name = error.missing_cfg_file.rpartition("/")
+    near = choices_near(group, name, config_dir=config_dir)
+    return near and f"{group}={name}: there is no such choice. {near}"
 
 
 def why_unreadable(error: BaseException) -> str:

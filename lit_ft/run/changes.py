@@ -12,6 +12,7 @@ from typing import Any
 
 from lit_ft.optim.schedules import OBEYED as OBEYED_OPTIONS
 from lit_ft.run.redaction import MASK
+from lit_ft.run.repeats import repeated
 
 
 class Outcome(Enum):
@@ -62,22 +63,6 @@ _OUTCOMES: tuple[tuple[Outcome, str], ...] = (
     (Outcome.UNLISTED, "*"),
 )
 
-# Settings that repeat others, which are listed once.
-_REPEATS = {
-    "module.model": "model",
-    "module.adapter": "adapter",
-    "module.optimizer": "optim",
-    "module.groups": "groups",
-    "module.schedule": "schedule",
-    "module.loss": "loss",
-    "callbacks.galore": "galore",
-    "callbacks.subspace_refresh": "galore.refresh",
-    "module.seed": "seed",
-    "model.seed": "seed",
-    "data.seed": "seed",
-    "galore.seed": "seed",
-}
-
 
 @dataclass(frozen=True)
 class Change:
@@ -111,7 +96,7 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     found: dict[str, Change] = {}
     differing = differences(was, now, defaults=True)
     for path, before, after in sorted(differing, key=lambda each: each[0].count(".")):
-        setting = _repeated(path)
+        setting = repeated(path)
         if not any(f"{setting}.".startswith(f"{known}.") for known in found):
             found[setting] = Change(path, before, after, _outcome(setting, before, after))
     return [change for change in found.values() if change.outcome is not Outcome.UNLISTED]
@@ -153,14 +138,6 @@ def _outcome(setting: str, was: Any, now: Any) -> Outcome:
         for outcome, patterns in _OUTCOMES
         if any(fnmatchcase(setting, pattern) for pattern in patterns.split())
     )
-
-
-def _repeated(path: str) -> str:
-    """Return the setting that `path` repeats, or else `path` itself."""
-    for place, source in _REPEATS.items():
-        if path == place or path.startswith(f"{place}."):
-            path = source + path.removeprefix(place)
-    return path
 
 
 def _precision_of_weights(precision: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ft.run.other_trainers import BY_NAME
+from lit_ft.run.override import name_of
 
 # Setting names of earlier versions, and what to type instead. If the replacement has no "=", the
 # value that the user typed is added to it.
@@ -174,7 +175,7 @@ def also_chosen(
         overrides: The command-line arguments of this run, from Hydra's `hydra.overrides.task`.
         config_dir: The folder that holds train.yaml.
     """
-    named = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    named = set(map(name_of, overrides))
     own = _entries(Path(config_dir) / "train.yaml")
     # In Hydra, the last file of the list that overrides a group decides.
     files = [(group, Path(config_dir) / group / f"{choices.get(group)}.yaml") for group in own]

@@ -23,6 +23,7 @@ from lit_ft.run.config import choices_near, names_near, null_choices
 from lit_ft.run.hidden import in_grammar
 from lit_ft.run.implied import with_default_callbacks
 from lit_ft.run.other_trainers import BY_NAME
+from lit_ft.run.override import bare_name_of
 from lit_ft.run.translation import translated
 from lit_ft.run.trust import TRUST
 
@@ -50,7 +51,7 @@ class Setting:
     @property
     def name(self) -> str:
         """The name that is set, such as `optim.lr` for `++optim.lr=1`."""
-        return self.argument.lstrip("+~").partition("=")[0].partition("@")[0]
+        return bare_name_of(self.argument)
 
 
 def settings_of_file(

@@ -18,6 +18,7 @@ _WARNINGS = (
     "`torch.jit.script",  # torch calls itself
     "`is_gradient_checkpointing` is deprecated",  # peft calls transformers
     "PiSSA changes the base weights",  # the export is for the original weights
+    "Accessing the data pointer of FakeTensor",  # bitsandbytes, while a run is planned
     ".*does not have many workers",  # tokenised data is read from a memory map
     ".*sync_dist=True",  # the module logs values that are the same on all ranks
     "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder

@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lit_ft.run.summary import RunSummary
+from lit_ft.storage.disk import disk_bytes
 from lit_ft.storage.json_file import read_json
 from lit_ft.terminal.console import console, format_bytes, format_duration
 from lit_ft.terminal.pairs import pairs
@@ -88,7 +89,8 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     """Return lines with the commands that a user may want next, each after what it does."""
     folder = shlex.quote(str(run_dir))
     steps, checkpoint = summary.get("steps") or 0, summary.get("checkpoint_path")
-    saving = (summary.get("config") or {}).get("checkpoint") or {}
+    config = summary.get("config") or {}
+    saving = config.get("checkpoint") or {}
     goes_on = checkpoint is not None and saving.get("save_optimizer", True)
     export, resume = f"python -m lit_ft.export {folder}", f"python train.py run_dir={folder}"
     commands = {}
@@ -98,7 +100,7 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
         if checkpoint is not None:
             commands["export"] = export
     elif steps:
-        if summary.get("export_path") is not None:
+        if summary.get("export_path") is not None and not _is_adapter_alone(config):
             commands["chat"] = f"python -m lit_ft.chat {folder}"
         if goes_on:
             commands["train on"] = f"{resume} resume=auto {_twice_as_long(summary, steps)}"
@@ -107,6 +109,12 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
         if _holds_others(run_dir / "checkpoints" / "best.ckpt", checkpoint):
             commands["export"] = f"{export} --checkpoint best"
     return [f"  {what:<9} {command}" for what, command in commands.items()]
+
+
+def _is_adapter_alone(config: Mapping[str, Any]) -> bool:
+    """Whether what the run exports is an adapter, with which nobody can chat."""
+    export = (config.get("callbacks") or {}).get("export") or {}
+    return bool(config.get("adapter")) and not export.get("merge", True)
 
 
 def _holds_others(best: Path, last: str | None) -> bool:
@@ -137,9 +145,7 @@ def _results(summary: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
         "time": _time(summary.get("seconds") or {}),
         "tokens/s": _number(summary.get("tokens_per_second"), ",.0f"),
         "step": _number(steps.get("median"), ".3f", " s (median)"),
-        "peak memory": None
-        if peak.get("value") is None
-        else f"{format_bytes(peak['value'])} ({peak.get('source')})",
+        "peak memory": _peak(peak, summary.get("planned_peak_bytes")),
         "optimizer state": None if state is None else format_bytes(state),
         "checkpoint": _place(summary.get("checkpoint_path"), whole_folder=True),
         "model": _place(summary.get("export_path")),
@@ -166,15 +172,26 @@ def _time(seconds: Mapping[str, float | None]) -> str | None:
     return f"{whole} ({', '.join(told)})" if told else whole
 
 
+def _peak(peak: Mapping[str, Any], planned: Mapping[str, Any] | None) -> str | None:
+    """Return the measured peak, and what was planned of the same kind of memory."""
+    if (value := peak.get("value")) is None:
+        return None
+    measured = f"{format_bytes(value)} ({peak.get('source')})"
+    if planned is None:
+        return measured
+    tensors = planned["value"]
+    if peak.get("source") == "cuda_allocated":
+        return f"{measured}, planned {format_bytes(tensors)}"
+    low, high = (tensors + planned[name] for name in ("outside_low", "outside_high"))
+    return f"{measured}, planned {format_bytes(low)} to {format_bytes(high)}"
+
+
 def _place(path: str | None, *, whole_folder: bool = False) -> str | None:
     """Return a path with its size on disk, or with that of the folder in which it is."""
     if path is None:
         return None
     place = Path(path).parent if whole_folder else Path(path)
-    files = [file.stat() for file in place.rglob("*") if file.is_file()]
-    # Checkpoints may share a file, which is on the disk once.
-    sizes = {(file.st_dev, file.st_ino): file.st_size for file in files}
-    size = format_bytes(sum(sizes.values()))
+    size = format_bytes(disk_bytes(place))  # checkpoints may share a file
     return f"{path} ({size} in {place.name}/)" if whole_folder else f"{path} ({size})"
 
 
@@ -193,5 +210,8 @@ def _samples(samples: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     same = [one for one in same if one["prompt"] == same[0]["prompt"]]
     if not same:
         return {}
-    rows = {"prompt": same[0]["prompt"], "answer before": same[0]["text"]}
+    # The checkpoint of a resumed run may lack the answer from before training.
+    step = same[0]["step"]
+    first = f"answer at step {step:,}" if step else "answer before"
+    rows = {"prompt": same[0]["prompt"], first: same[0]["text"]}
     return rows if len(same) == 1 else {**rows, "answer after": same[-1]["text"]}

@@ -12,6 +12,7 @@ from hydra.errors import CompactHydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ft.callbacks.pruning import is_pruned
 from lit_ft.callbacks.stop import SIGHUPException, ended_by_signals
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.redaction import redacted_text
@@ -26,7 +27,7 @@ def command_line_exits() -> Iterator[None]:
             codes for these signals. They end the block wherever it is, and its clean-up runs.
         CompactHydraException: If the run fails for a reason that the user can act on, such as a
             wrong setting. Hydra prints only the message, runs the rest of a sweep, and exits with
-            code 1. HYDRA_FULL_ERROR=1 adds the traceback.
+            code 1. HYDRA_FULL_ERROR=1 adds the traceback. A run that is pruned has not failed.
     """
     try:
         with ended_by_signals():
@@ -51,6 +52,9 @@ def command_line_exits() -> Iterator[None]:
         cause = unwrapped(error)
         said = redacted_text(message_on_command_line(cause))
         raise CompactHydraException(f"\n{type(cause).__name__}: {said}") from error
+    except Exception as error:
+        if not is_pruned(error):
+            raise
 
 
 def unwrapped(error: BaseException) -> BaseException:

@@ -26,9 +26,11 @@ from lit_ft.data.collate import Collator
 from lit_ft.distributed import TensorParallelStrategy
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
 from lit_ft.measure.fake_fit import STEPS
-from lit_ft.measure.fake_tensors import DependsOnData
+from lit_ft.measure.fake_tensors import without_fakes
+from lit_ft.measure.known_values import DependsOnData
 from lit_ft.measure.memory_plan import MemoryPlan, plan_memory
 from lit_ft.models.miniature import miniature, with_blocks
+from lit_ft.module import CausalLMModule
 from lit_ft.run.preview import settings_of_data
 
 # The callbacks that hold memory during a step. All others only watch, save or stop.
@@ -40,6 +42,12 @@ _IN_A_STEP = (
     StopOnNonFinite,
     SubspaceRefresh,
     WeightAveraging,
+)
+
+# A plan counts the memory of one device, and its fake tensors do not tell the host from it.
+NO_OFFLOADING = (
+    "There is no plan for offloading yet, which keeps weights and optimizer state in host memory: "
+    "plan with strategy=fsdp. What that takes is more than what offloading takes."
 )
 
 
@@ -55,13 +63,13 @@ def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
     """
     data = settings_of_data(config)
     source = instantiate(config["model"], _convert_="all")
-    if getattr(source, "quantization_config", None) is not None:
-        raise ValueError("There is no plan for quantised weights yet: plan with adapter=lora.")
     if "Paged" in str(config["optim"].get("_target_")):
         raise ValueError(
             "There is no plan for a paged optimizer, which keeps its state where there is room: "
             "plan with optim=adamw_8bit."
         )
+    if device_type != "cpu" and offloads(config["trainer"]):
+        raise ValueError(NO_OFFLOADING)
     whole = source.load_config()
     loss = instantiate(config["loss"], _convert_="all")
     if isinstance(loss, ChunkedCrossEntropy) and not _is_exact_for(loss, whole):
@@ -75,20 +83,23 @@ def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
             _batch(rows, length, packed=data["packing"]),
             _batch(val_rows, length, packed=False),
             blocks=whole.num_hidden_layers if _all_alike(whole) else None,
-            # FSDP2 asks a GPU that it sees for its streams.
-            device_type=device_type if ranks == 1 else "cpu",
+            device_type=device_type,
+            ranks=ranks,
         )
 
 
 def _built(
     config: Mapping[str, Any], source: Any, whole: Any, loss: Any, blocks: int | None
-) -> tuple[LightningModule, Trainer]:
+) -> tuple[CausalLMModule, Trainer]:
     """Return the module and the trainer of a fit of `STEPS` steps with so many blocks."""
     plain = {"model": None, "loss": None, "compile": False}
-    module = instantiate({**config["module"], **plain}, _convert_="all")
-    module.source = _Resized(source, whole if blocks is None else with_blocks(whole, blocks))
+    module: CausalLMModule = instantiate({**config["module"], **plain}, _convert_="all")
+    resized: Any = _Resized(source, whole if blocks is None else with_blocks(whole, blocks))
+    module.source = resized
     module.loss = loss
     module.skip_probes()
+    # On real tensors, which is faster: bitsandbytes computes its tables of codes once more.
+    vars(module)["try_optimizer"] = without_fakes(module.try_optimizer)
     settings = dict(config["trainer"])
     [strategy] = instantiate([settings.get("strategy", "auto")], _convert_="all")
     ranks = num_ranks(settings)
@@ -115,6 +126,7 @@ def _built(
         "val_check_interval": micro_batches,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
+        "inference_mode": False,  # it would hide from the tracker how operations are composed
     }
     settings.pop("default_root_dir", None)
     return module, instantiate(settings, _convert_="all")
@@ -185,7 +197,12 @@ class _Cluster(ClusterEnvironment):
 def _process_group(ranks: int) -> Iterator[None]:
     """Provide a process group whose other ranks do not exist, for more than one rank."""
     if ranks == 1:
-        yield
+        already = dist.is_initialized()
+        try:
+            yield
+        finally:
+            if dist.is_initialized() and not already:  # by FSDP2 on one device
+                dist.destroy_process_group()
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -262,3 +279,9 @@ def num_ranks(trainer: Mapping[str, Any]) -> int:
     """Return the number of ranks that a trainer's settings ask for."""
     devices = trainer.get("devices", 1)
     return (devices if isinstance(devices, int) else 1) * (trainer.get("num_nodes") or 1)
+
+
+def offloads(trainer: Mapping[str, Any]) -> bool:
+    """Return whether a trainer keeps weights and optimizer state in host memory."""
+    strategy = trainer.get("strategy")
+    return isinstance(strategy, Mapping) and bool(strategy.get("cpu_offload"))

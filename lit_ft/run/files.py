@@ -22,13 +22,27 @@ SETTINGS = "config.yaml"
 SETTINGS_HEADER = "# Settings of lit_ft: python train.py --config FILE"
 """The first line of a file of settings that lit_ft has written."""
 
+PLAN, PLAN_PICTURE = "plan.json", "plan.html"
+"""The memory plan of the run, in figures and as a picture."""
+
+MEMORY_PICTURE = "memory.html"
+"""The picture of the memory that the first steps took; see `lit_ft.callbacks.MemoryMonitor`."""
+
 _LOGS = (
     "tensorboard/events.out.tfevents*",
     "tensorboard/hparams.yaml",
     "csv/version_*/metrics.csv",
     "csv/version_*/hparams.yaml",
 )
-_TRACES = (SUMMARY, f"{RECORD}/*.yaml", f"{RECORD}/[0-9]*/*", *_LOGS)
+_TRACES = (
+    SUMMARY,
+    PLAN,
+    PLAN_PICTURE,
+    MEMORY_PICTURE,
+    f"{RECORD}/*.yaml",
+    f"{RECORD}/[0-9]*/*",
+    *_LOGS,
+)
 _RESULTS = (
     "checkpoints/last*.ckpt",
     "checkpoints/best.ckpt",
@@ -109,7 +123,7 @@ def remove_files(files: Iterable[Path]) -> None:
 
 def remove_left_overs_of_run(folder: Path) -> None:
     """Remove what killed runs have left of files that they were about to write."""
-    for name in (SUMMARY, SETTINGS, RECORD):
+    for name in (SUMMARY, PLAN, PLAN_PICTURE, MEMORY_PICTURE, SETTINGS, RECORD):
         remove(temporary_path(folder / name))
     for file in folder.glob(f".{SUMMARY}.rank*"):
         remove(file)

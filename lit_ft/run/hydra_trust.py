@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from lit_ft.run.override import name_of
 from lit_ft.run.trust import TRUST
 
 # What Hydra itself runs or passes on: as classes, as logging's factories, or as the environment.
@@ -57,7 +58,7 @@ def compositions(arguments: Sequence[str], *, config_dir: Path) -> list[Any]:
         return []  # Hydra does not compose these arguments
     typed: list[str] = options.overrides
     expected = _expected(typed, options, config_dir=config_dir)
-    searches = options.multirun or any(_key(one) == "hparams_search" for one in typed)
+    searches = options.multirun or any(name_of(one) == "hparams_search" for one in typed)
     found = []
     for settings, whole in _composed(typed, options, config_dir=config_dir):
         for name in _RUN_BY_HYDRA:
@@ -120,7 +121,7 @@ def _expected(typed: Sequence[str], options: Namespace, *, config_dir: Path) -> 
     """Return what is composed without the files that the command line chooses."""
     # A sweep's values are compared one by one, and only a file may have begun them.
     values = "hydra.sweeper.params"
-    own = [one for one in typed if _key(one).startswith("hydra") and values not in one]
+    own = [one for one in typed if name_of(one).startswith("hydra") and values not in one]
     if not (config_dir / "local" / "default.yaml").is_file():
         own.append("~local")  # another folder might bring it
     others = [_main(options, config_dir), options.config_dir]  # may hold a launcher that is chosen
@@ -155,7 +156,9 @@ def _main(options: Namespace, config_dir: Path) -> Path:
 def _ensure_harmless(tried: Iterable[tuple[str, str]]) -> None:
     """Raise ValueError if the values that a file lets a sweep try change more than the run."""
     for key, value in tried:
-        if _key(key.strip()).startswith("hydra") or any(one in f"{key}={value}" for one in TRUST):
+        if name_of(key.strip()).startswith("hydra") or any(
+            one in f"{key}={value}" for one in TRUST
+        ):
             why = f"since it sets {key}"
             raise _set_by_file("hydra.sweeper.params", why)
 
@@ -201,8 +204,3 @@ def _without_sweeps(settings: Sequence[str]) -> Iterator[list[str]]:
         return  # no sweep, or one without jobs
     for turn in range(max(map(len, choices))):
         yield [several[min(turn, len(several) - 1)] for several in choices]
-
-
-def _key(argument: str) -> str:
-    """Return the name that an argument sets, such as `hydra/launcher`."""
-    return argument.lstrip("+~").partition("=")[0]

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from lit_ft.run.override import name_of
+
 _STEPS, _EPOCHS = "trainer.max_steps", "trainer.max_epochs"
 
 LENGTH = {_STEPS, _EPOCHS}
@@ -31,7 +33,7 @@ def with_implied(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
         config_dir: The folder that holds train.yaml.
     """
     whole = [with_default_callbacks(one, config_dir=config_dir) for one in arguments]
-    settings = {_name(one): one.partition("=")[2] for one in whole if not one.startswith("-")}
+    settings = {name_of(one): one.partition("=")[2] for one in whole if not one.startswith("-")}
     files = [
         _of_choice(settings.get(group, default), config_dir / group)
         for group, default in (("experiment", "null"), ("local", "default"))
@@ -102,7 +104,3 @@ def _of_trainer(file: Path) -> dict[str, Any]:
 
 def _is_setting(argument: str) -> bool:
     return "=" in argument and not argument.startswith("-")
-
-
-def _name(argument: str) -> str:
-    return argument.lstrip("+~").partition("=")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ from lit_ft.run.failures import (
     remedies_for_out_of_memory,
     start_loggers,
 )
+from lit_ft.run.memory_check import MemoryCheck
 from lit_ft.run.model_card import write_cards_of_run
 from lit_ft.run.recorder import OpensFolder, Recorder
 from lit_ft.run.resume import compare_with_checkpoint
 from lit_ft.run.summary import RunSummary
 from lit_ft.run.tensorboard import show_end, show_start
+from lit_ft.run.trial import callbacks_of_trial
 
 _SAVING = (ModelCheckpoint, ExportHF)
 
@@ -57,6 +59,7 @@ def fine_tune(
     validate_only: bool = False,
     facts: Mapping[str, str] | None = None,
     hparams: Mapping[str, Any] | None = None,
+    memory: MemoryCheck | None = None,
 ) -> float:
     """Run the job and return the validation loss at its end.
 
@@ -73,6 +76,7 @@ def fine_tune(
             `resume` if that is given.
         facts: What `StartTable` and TensorBoard show of the run, keyed by what it is about.
         hparams: What TensorBoard compares the run by, keyed by name.
+        memory: The check of the memory plan, which has begun; None for no plan.
 
     Returns:
         The validation loss at the end.
@@ -98,7 +102,9 @@ def fine_tune(
     rows = _rows_per_step(datamodule, trainer)
     datamodule.max_val_examples = _enough_validation(datamodule, trainer, rows)
     recorder = Recorder(summary, optimizer_name(module), None if datamodule.streaming else rows)
-    callbacks_of(trainer).extend([OpensFolder(summary), recorder])
+    callbacks_of(trainer).extend([OpensFolder(summary), recorder, *callbacks_of_trial()])
+    if memory is not None:
+        callbacks_of(trainer).append(memory)
     callbacks_of(trainer).sort(key=_turn)
     if not validate_only and not any(isinstance(one, _SAVING) for one in callbacks_of(trainer)):
         rank_zero_warn(
@@ -141,6 +147,7 @@ def fine_tune(
     )
     if not validate_only:
         write_cards_of_run(trainer, module, summary.fields)
+        summary.note_disk()
         results = ("val_loss", "val_perplexity", "train_loss", "tokens_per_second")
         show_end(trainer, hparams or {}, {name: summary.fields[name] for name in results})
     if (samples := find_callback(trainer, SampleGenerations)) is not None:
@@ -188,6 +195,15 @@ def sensible_precision(accelerator: str, strategy: object = "auto") -> str:
     return "32-true"
 
 
+def saves_checkpoints(callbacks: Iterable[Callback]) -> bool:
+    """Return whether a callback saves checkpoints, so that Lightning must add none of its own.
+
+    Lightning's own is added where there is no other. It would save after each epoch, and when an
+    error ends the run, although a run without callbacks is said to save nothing.
+    """
+    return any(isinstance(one, ModelCheckpoint) for one in callbacks)
+
+
 def _shards_weights(strategy: object) -> bool:
     if isinstance(strategy, str) and strategy in StrategyRegistry:
         strategy = StrategyRegistry.get(strategy)
@@ -208,9 +224,10 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """Return a callback's place: three come before all others, and `StopOnSignal` comes last."""
-    places = ((AutoBatchSize, 0), (StopOnNonFinite, 1), (OpensFolder, 2), (StopOnSignal, 4))
-    return next((place for kind, place in places if isinstance(callback, kind)), 3)
+    """Return a callback's place: four come before all others, and `StopOnSignal` comes last."""
+    first = (AutoBatchSize, StopOnNonFinite, OpensFolder, MemoryCheck)
+    places = (*((kind, place) for place, kind in enumerate(first)), (StopOnSignal, 5))
+    return next((place for kind, place in places if isinstance(callback, kind)), 4)
 
 
 def _length_of_no_step(trainer: Trainer) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -151,6 +151,8 @@ def _said(error: Exception, arguments: list[str]) -> str:
         return (
             f"{error}\n\nSet the environment variable {_FULL_ERROR}=1 for a complete stack trace."
         )
+    if isinstance(error, MissingConfigException):  # an OSError too, but not of the machine
+        return said_by_hydra(error, arguments)
     of_machine = error if isinstance(error, OSError) else error.__cause__
     if isinstance(of_machine, OSError):  # Hydra makes the folder, and opens the log in it
         said = message_on_command_line(of_machine)

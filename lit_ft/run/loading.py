@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lit_ft.terminal import display
+from lit_ft.terminal import display, stage
 
 
 def let_waiting_threads_sleep() -> None:
@@ -21,6 +22,26 @@ def let_waiting_threads_sleep() -> None:
     reads this once, when torch loads it.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Show that libraries load in this block, and keep the garbage collector from what they make.
+
+    They make a million objects, which stay. The collector would go through all of them several
+    times while they load, at each of its full rounds later on, and again before the process ends,
+    where it takes a second.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with stage("loading libraries"):
+            yield
+    finally:
+        if not gc.get_freeze_count():  # a later job of a sweep may have left what is to be freed
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

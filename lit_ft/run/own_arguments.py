@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from lit_ft.run.files import SUMMARY
 from lit_ft.run.implied import LENGTH
+from lit_ft.run.override import bare_name_of
 from lit_ft.run.record import FOLDER, OVERRIDES, numbered
 from lit_ft.run.redaction import OWN_VARIABLES
 from lit_ft.run.trust import TRUST
@@ -33,13 +34,15 @@ def with_own_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         The arguments for Hydra, and those of the run that the command line does not repeat.
     """
-    given = {_name(one): one.partition("=")[2] for one in arguments if not one.startswith("-")}
+    given = {
+        bare_name_of(one): one.partition("=")[2] for one in arguments if not one.startswith("-")
+    }
     swept = any(one in ("-m", "--multirun") for one in arguments)
     if swept or given.get("resume") != "auto" or "run_dir" not in given:
         return list(arguments), []
     own = [one for one in _recorded(Path(given["run_dir"].strip("'\""))) if _is_of_run(one, given)]
     if not LENGTH.isdisjoint(given):  # another length, in steps or epochs, replaces the run's own
-        own = [one for one in own if _name(one) not in LENGTH]
+        own = [one for one in own if bare_name_of(one) not in LENGTH]
     # Hydra takes its settings in one piece: options stay in front of them.
     first = next(place for place, one in enumerate(arguments) if "=" in one and one[0] != "-")
     return [*arguments[:first], *own, *arguments[first:]], own
@@ -58,7 +61,7 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
         and not any(place.startswith("hydra") for place in places)
         and not any(trust in argument for trust in TRUST)
         and not _is_secret_of_file(argument)
-        and _name(argument) not in {*given, *OF_ONE_START}
+        and bare_name_of(argument) not in {*given, *OF_ONE_START}
     )
 
 
@@ -80,8 +83,3 @@ def _recorded(run_dir: Path) -> list[str]:
         if isinstance(found, list):
             return [one for one in found if isinstance(one, str)]
     return []
-
-
-def _name(argument: str) -> str:
-    """Return the name that an argument sets, such as `optim` for `optim=adamw` and `~optim`."""
-    return argument.lstrip("+~").partition("=")[0].partition("@")[0]

@@ -4,40 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
 from lit_ft.measure.cards import Card, card
-from lit_ft.measure.memory_plan import MemoryPlan
 from lit_ft.run.fake_run import num_ranks, plan_run
-from lit_ft.run.plan_verdict import Outside, Verdict, verdict
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run and the plan of its memory.
-
-    Attributes:
-        config: The resolved configuration.
-        plan: The plan of each device.
-        outside: The memory that a device needs in addition to tensors.
-        card: The card that the run is planned for; None for none.
-        facts: What is planned, keyed by what it is about.
-    """
-
-    config: dict[str, Any]
-    plan: MemoryPlan
-    outside: Outside
-    card: Card | None
-    facts: dict[str, str]
-
-    @property
-    def verdict(self) -> Verdict | None:
-        """Whether the run fits on the card; None without a card."""
-        return None if self.card is None else verdict(self.plan, self.outside, self.card)
+from lit_ft.run.planned_run import PlannedRun
 
 
 def planned(config: dict[str, Any]) -> PlannedRun:
@@ -72,19 +46,7 @@ def planned(config: dict[str, Any]) -> PlannedRun:
     if trainer["precision"] is None:
         trainer["precision"] = _precision(device_type, card, sharded=_shards(trainer))
     plan = plan_run(config, device_type=device_type)
-    data, micro_batches = config["data"], trainer["accumulate_grad_batches"]
-    geometry = f"{data['batch_size']} rows of {data['max_length']:,} tokens, all of them learnt"
-    if micro_batches > 1:
-        geometry = f"{micro_batches} micro-batches of {geometry}"
-    kind = "CPU" if on_cpu else (card.name if card and card.name else "GPU")
-    facts = {
-        "model": f"{_name(config)}, {plan.blocks} blocks",
-        "device": f"{ranks} × {kind}" if ranks > 1 else kind,
-        "precision": trainer["precision"],
-        "batch": geometry,
-    }
-    outside = Outside.of(plan, device_type=device_type, ranks=ranks)
-    return PlannedRun(config, plan, outside, card, facts)
+    return PlannedRun(config, plan, device_type, card, ranks)
 
 
 def card_of(config: Mapping[str, Any]) -> tuple[Card, int]:
@@ -133,8 +95,3 @@ def _precision(device_type: str, card: Card | None, *, sharded: bool) -> str:
 def _shards(trainer: Mapping[str, Any]) -> bool:
     strategy = trainer.get("strategy")
     return isinstance(strategy, Mapping) and "FSDP" in str(strategy.get("_target_"))
-
-
-def _name(config: Mapping[str, Any]) -> str:
-    model = config["model"]
-    return str(model.get("name") or model.get("name_or_path") or model.get("_target_"))

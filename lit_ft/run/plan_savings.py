@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lit_ft.run.arguments import composed
-from lit_ft.run.plan import PlannedRun, planned
+from lit_ft.run.override import name_of
+from lit_ft.run.plan import planned
+from lit_ft.run.planned_run import PlannedRun
 from lit_ft.terminal.console import format_bytes
 from lit_ft.terminal.display import stage
 
@@ -43,14 +45,18 @@ def _others(config: Mapping[str, Any]) -> Iterator[list[str]]:
         yield ["data.batch_size=1", f"trainer.accumulate_grad_batches={rows * micro_batches}"]
     if not any("LayerwiseUpdate" in one["_target_"] for one in trainer["callbacks"] or []):
         yield ["update=layerwise", "trainer.gradient_clip_val=null"]
+    elif trainer["gradient_clip_val"]:
+        yield ["trainer.gradient_clip_val=null"]
     if config.get("adapter") is None:
         if config.get("galore") is None or "8bit" not in config["optim"]["_target_"].lower():
             yield ["optim=galore_subspace_8bit"]
-        yield ["adapter=lora", "optim=adamw"]
+        yield ["adapter=lora", "optim=adamw_lora"]
+    elif config["model"].get("quantization_config") is None:
+        yield ["adapter=qlora"]
 
 
 def replaced(arguments: Sequence[str], settings: Sequence[str]) -> list[str]:
     """Return the arguments with settings in place of those of the same names."""
     names = {setting.partition("=")[0] for setting in settings}
-    kept = [one for one in arguments if one.partition("=")[0].lstrip("+~") not in names]
+    kept = [one for one in arguments if name_of(one) not in names]
     return [*kept, *settings]

@@ -8,19 +8,12 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from lit_ft.measure.cards import Card
+from lit_ft.measure.live_memory import USES
 from lit_ft.measure.memory_plan import MemoryPlan
 from lit_ft.run.plan_verdict import Outside, verdict
 from lit_ft.terminal.console import format_bytes
 from lit_ft.terminal.pairs import pairs
 
-_USES = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "subspace": "subspaces",
-    "activations": "activations",
-    "temporaries": "temporaries",
-}
 _SIZES = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB of the cards that are common
 _STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "bold red"}
 
@@ -45,10 +38,10 @@ def shown_plan(
     for category, size in held:
         if size:
             share = f"{size / plan.peak_bytes:.0%}"
-            table.add_row(_USES[category], format_bytes(size), share)
+            table.add_row(USES[category], format_bytes(size), share)
     table.add_row("peak", format_bytes(plan.peak_bytes), plan.peak_phase, style="bold")
     yield table
-    phases = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.by_phase.items())
+    phases = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.peak_by_phase.items())
     yield pairs(
         {
             "phases": phases,

@@ -9,6 +9,8 @@ from lit_ft.measure.cards import Card
 from lit_ft.measure.memory_plan import MemoryPlan
 
 _GIB = 1 << 30
+MOST_TOO_MUCH = 0.04
+"""The largest share by which a plan has been above what the same run takes; see docs/memory.md."""
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -43,3 +45,14 @@ def verdict(plan: MemoryPlan, outside: Outside, card: Card) -> Verdict:
     if plan.peak_bytes + outside.high <= card.memory_bytes:
         return "fits"
     return "tight" if plan.peak_bytes + outside.low <= card.memory_bytes else "does not fit"
+
+
+def cannot_fit(nbytes: int, outside: Outside, card: Card) -> bool:
+    """Return whether planned bytes exceed a card by more than the error of plans.
+
+    Args:
+        nbytes: The planned bytes of tensors.
+        outside: The memory that the device needs in addition to tensors.
+        card: The card that they have to fit on.
+    """
+    return nbytes / (1 + MOST_TOO_MUCH) + outside.low > card.memory_bytes

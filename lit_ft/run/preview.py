@@ -11,6 +11,7 @@ from typing import Any
 from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerBase
 
+from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.data.encoding import Encoder, load_chat_template
 from lit_ft.data.sources import parse
@@ -70,7 +71,9 @@ class Preview:
             for one in fields(Encoder)
             if one.name in self.settings
         }
-        self.encoder = Encoder(self.tokenizer, **{**encoding, "bad_rows": "skip"})
+        self.encoder = Encoder(
+            self.tokenizer, **{**encoding, "bad_rows": "skip", "worded": message_on_command_line}
+        )
         format = self.settings.get("format")
         choices = source_choices(
             self.settings.get("path"),

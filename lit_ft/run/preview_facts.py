@@ -9,6 +9,7 @@ from lit_ft.data import notes
 from lit_ft.data.encoded import EncodedRow
 from lit_ft.data.survey import Survey, filled_by_batching, filled_by_packing
 from lit_ft.run.preview import Preview, Speed
+from lit_ft.terminal.console import format_count
 
 
 def fate(row: EncodedRow, max_length: int) -> str:
@@ -17,7 +18,7 @@ def fate(row: EncodedRow, max_length: int) -> str:
         return "bad: training cannot use it"
     if row.overlong:
         return f"left out: {row.row_tokens:,} tokens, more than data.max_length={max_length:,}"
-    counts = f"{row.num_tokens:,} tokens, {row.num_targets:,} learnt"
+    counts = f"{format_count(row.num_tokens, 'token')}, {row.num_targets:,} learnt"
     if row.truncated:
         counts += f"; {row.row_tokens - row.num_tokens:,} more tokens are cut off"
     return counts if row.num_targets else f"left out: {counts}"
@@ -63,7 +64,7 @@ def _batches(preview: Preview, survey: Survey, speed: Speed | None) -> Iterator[
     whole = survey.scale
     tokens = survey.report.tokens * (whole or 1)
     about = "about " if (whole or 1) > 1 else ""
-    what = "an epoch" if whole else f"{survey.num_rows:,} rows"
+    what = "an epoch" if whole else format_count(survey.num_rows, "row")
     if speed is None:
         yield what, f"{about}{tokens:,.0f} tokens; no run of this model has measured its speed yet"
         return

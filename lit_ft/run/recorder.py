@@ -13,6 +13,7 @@ from lit_ft.callbacks._support.trainer import find_callback, source_name
 from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.measure.model_size import model_size
 from lit_ft.run.ending import BestSteps, why_fit_ended
+from lit_ft.run.history import History
 from lit_ft.run.summary import RunSummary
 
 _OF_TRAINING = ("tokens", "tokens_per_second", "step_seconds", "train_loss", "peak_bytes")
@@ -53,10 +54,10 @@ class Recorder(Callback):
     """Records the measurements of a run in its summary, even if the run fails.
 
     It saves in a checkpoint what a resumed run cannot measure: the validation loss at the start of
-    the run, and the steps of the best scores of early stopping. It also saves what
-    `lit_ft.run.resume.compare_with_checkpoint` compares: the configuration with secrets redacted,
-    the name of the optimizer, the rows of a step, and whether the checkpoint lies inside an epoch
-    or at the end of the run.
+    the run, the losses so far, and the steps of the best scores of early stopping. It also saves
+    what `lit_ft.run.resume.compare_with_checkpoint` compares: the configuration with secrets
+    redacted, the name of the optimizer, the rows of a step, and whether the checkpoint lies inside
+    an epoch or at the end of the run.
 
     Args:
         summary: The summary to fill in.
@@ -75,6 +76,8 @@ class Recorder(Callback):
         self.ready = False
         self.validated_at: int | None = None
         self.best_steps = BestSteps()
+        self.history = History()
+        self._noted_at: int | None = None
         self._trainer: Trainer | None = None  # once it trains
         self._first_step: int | None = None
 
@@ -86,6 +89,7 @@ class Recorder(Callback):
             "config": self.summary.fields["config"],
             "optimizer": self.optimizer,
             "best_steps": dict(self.best_steps.of),
+            "history": self.history.state_dict(**_so_far(trainer)),
             "rows_per_step": self.rows_per_step,
             "inside_epoch": trainer is not None and not trainer.is_last_batch,
             "finished": trainer is not None
@@ -93,9 +97,11 @@ class Recorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the validation loss at the start of the run."""
+        """Take over the validation loss at the start of the run, and the losses since then."""
         self.summary.update(initial_val_loss=state_dict["initial_val_loss"])
         self.best_steps.of = dict(state_dict.get("best_steps", {}))
+        if "history" in state_dict:
+            self.history.load_state_dict(state_dict["history"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the size of the model, once."""
@@ -108,10 +114,24 @@ class Recorder(Callback):
         # As MemoryMonitor does. Otherwise the peak would be that of a sweep's largest run so far.
         reset_peak(trainer.strategy.root_device)
         self.best_steps.start(trainer)
+        if trainer.ckpt_path is not None and self.summary.earlier is not None:
+            earlier = self.summary.earlier.get("history", {})
+            self.history.add_earlier(earlier, until=trainer.global_step)
+            self.summary.update(history=self.history.curves)
         self.summary.write()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the training loss when the speed is logged, since the device has then finished."""
+        throughput = find_callback(trainer, ThroughputMonitor)
+        if throughput is not None and throughput.logged_at == trainer.global_step:
+            self._note_train_loss(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step of a validation during training, and that of a new best score."""
+        """Note the loss and the step of a validation, and the step of a new best score."""
+        if not trainer.sanity_checking:
+            self._note(trainer, "val")
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.validated_at = trainer.global_step
         self.best_steps.note(trainer)
@@ -122,6 +142,7 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the measurements of training."""
+        self._note_train_loss(trainer)
         self._record(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,6 +163,19 @@ class Recorder(Callback):
         """Record the measurements of a failed run."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._record(trainer)
+
+    def _note_train_loss(self, trainer: Trainer) -> None:
+        """Note the training loss, once a step: a step may have several batches."""
+        if trainer.global_step not in (self._noted_at, self._first_step):
+            self._noted_at = trainer.global_step
+            self._note(trainer, "train")
+
+    def _note(self, trainer: Trainer, curve: str) -> None:
+        loss = trainer.callback_metrics.get(f"{curve}_loss")
+        if loss is not None:
+            point = {"step": trainer.global_step, **_so_far(trainer)}
+            self.history.note(curve, float(loss), **point)
+            self.summary.update(history=self.history.curves)
 
     def _loaded(self, module: LightningModule) -> None:
         if self.ready:
@@ -204,3 +238,13 @@ class Recorder(Callback):
         if checkpoint is not None:
             fields["checkpoint_path"] = checkpoint.last_model_path or None
         self.summary.update(**fields)
+
+
+def _so_far(trainer: Trainer | None) -> dict[str, Any]:
+    """Return the tokens and the seconds of training in this start; None where nothing counts."""
+    if trainer is None:
+        return {"tokens": 0, "seconds": 0.0}
+    throughput = find_callback(trainer, ThroughputMonitor)
+    if throughput is None:
+        return {"tokens": None, "seconds": None}
+    return {"tokens": throughput.tokens_so_far, "seconds": throughput.training_seconds}

@@ -27,6 +27,7 @@ from lit_ft.run.config_file import Compose
 from lit_ft.run.files import SETTINGS, SETTINGS_HEADER, is_settings_file
 from lit_ft.run.hidden import OWN_REFERENCE, in_grammar
 from lit_ft.run.hydra_trust import composer_of_job
+from lit_ft.run.override import name_of
 from lit_ft.run.own_arguments import OF_ONE_START
 from lit_ft.run.redaction import redacted
 from lit_ft.run.trust import TRUST
@@ -120,7 +121,7 @@ def _typed(arguments: Sequence[str], conf: Path) -> dict[str, Any]:
     """Return the choices that the command makes, keyed by group; None if it leaves one out."""
     made: dict[str, Any] = {}
     for argument in arguments:
-        group = argument.lstrip("+~").partition("=")[0]
+        group = name_of(argument)
         if (conf / group).is_dir() and group != "hparams_search":
             override = OverridesParser.create().parse_override(argument)
             made[group] = None if argument.startswith("~") else override.value()

@@ -63,6 +63,7 @@ class Checkpoint:
 class Plan:
     """The settings under `plan`."""
 
+    check: bool = True
     gpu: str | int | None = None
 
 

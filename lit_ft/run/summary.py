@@ -14,6 +14,7 @@ from typing import Any, Self
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ft.callbacks.pruning import is_pruned
 from lit_ft.callbacks.stop import SIGHUPException
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.distributed.ranks import process_rank
@@ -24,6 +25,7 @@ from lit_ft.run.files import SUMMARY, read_summary
 from lit_ft.run.first_error import add_to_summary, end_of_another, follows_another
 from lit_ft.run.folder import RunFolder
 from lit_ft.run.redaction import redacted
+from lit_ft.storage.disk import disk_bytes
 from lit_ft.storage.json_file import as_plain, write_json
 
 log = logging.getLogger(__name__)
@@ -82,19 +84,27 @@ class RunSummary:
             "val_perplexity": None,
             "val_loss_by_source": None,
             "train_loss": None,
+            "history": {"train": [], "val": []},
             "seconds": {"total": None, "load": None, "train": None},
             "tokens_per_second": None,
             "step_seconds": {"median": None, "p95": None, "max": None},
             "peak_bytes": {"value": None, "source": None},
+            "planned_peak_bytes": None,
             "optimizer_state_bytes": None,
             "checkpoint_path": None,
             "export_path": None,
+            "disk_bytes": {"checkpoints": None, "export": None},
         }
 
     @property
     def path(self) -> Path:
         """The place of the file, which changes once `open` is called."""
         return self.run_dir / SUMMARY if self.folder is None else self.folder.summary
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run may write all of its results to its folder; see `RunFolder`."""
+        return self.folder is None or self.folder.is_open
 
     def open(self) -> None:
         """Make this run the one of its folder; see `lit_ft.run.folder.RunFolder.open`."""
@@ -115,6 +125,15 @@ class RunSummary:
         began = datetime.now(UTC).isoformat(timespec="seconds")
         this = {"began": began, "arguments": list(arguments), "resume": resume and str(resume)}
         self.fields["starts"] = [*earlier, this]
+
+    @rank_zero_only
+    def note_disk(self) -> None:
+        """Record what the checkpoints and the exported model take of the disk."""
+        checkpoint, export = (self.fields[f"{name}_path"] for name in ("checkpoint", "export"))
+        self.fields["disk_bytes"] = {
+            "checkpoints": None if checkpoint is None else disk_bytes(Path(checkpoint).parent),
+            "export": None if export is None else disk_bytes(Path(export)),
+        }
 
     def update(self, **fields: Any) -> None:
         """Set fields of the summary; their names must be in the schema."""
@@ -147,7 +166,7 @@ class RunSummary:
         self.update(status=status)
         if error is not None:
             self.update(ended=_ended_by(error, status, self.fields["steps"]))
-        if error is not None and status != "interrupted":
+        if error is not None and status not in ("interrupted", "pruned"):
             lines = traceback.format_exception(error, limit=-5)
             self.update(
                 error={
@@ -197,9 +216,14 @@ def as_written(value: Any) -> Any:
 
 
 def status_of(error: BaseException | None) -> str:
-    """Return the status that `error` gives: completed, interrupted, out_of_memory or failed."""
+    """Return the status of a run that `error` has ended.
+
+    It is completed, interrupted, pruned, out_of_memory or failed.
+    """
     if error is None:
         return "completed"
+    if is_pruned(error):
+        return "pruned"
     # Lightning turns Ctrl-C into SystemExit(1) and a SIGTERM into SIGTERMException.
     if isinstance(error, (KeyboardInterrupt, SIGTERMException)) or isinstance(
         error.__context__, KeyboardInterrupt
@@ -211,6 +235,8 @@ def status_of(error: BaseException | None) -> str:
 def _ended_by(error: BaseException, status: str, steps: int) -> str:
     """Return the sentence for a run that an error or a signal ended after `steps` steps."""
     place = f"at step {steps}" if steps else "before the first step"
+    if status == "pruned":
+        return f"pruned: {error}"
     if status == "out_of_memory":
         return f"out of memory {place}"
     if status == "failed":

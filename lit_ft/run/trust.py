@@ -12,6 +12,8 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from lit_ft.run.override import name_of
+
 KINDS = (
     "lightning.fabric.plugins.environments.cluster_environment.ClusterEnvironment",
     "lightning.fabric.plugins.io.checkpoint_io.CheckpointIO",
@@ -98,7 +100,7 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
         ValueError: If the configuration trusts a package, or code of a model, that the command
             line does not name.
     """
-    named = {argument.partition("=")[0].lstrip("+~") for argument in arguments}
+    named = set(map(name_of, arguments))
     trusted = config.get("trusted_packages")
     if trusted and "trusted_packages" not in named:
         raise ValueError(

@@ -1,8 +1,9 @@
-"""The part of the command line that the verbs share which take the arguments of train.py."""
+"""The parts of the command line that the verbs share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -33,3 +34,18 @@ def parser_of_settings(
         help="take settings from a YAML file, as train.py does",
     )
     return parser
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """Return a type of arguments, for argparse: whole numbers of at least `minimum`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = minimum - 1
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}")
+        return number
+
+    return read

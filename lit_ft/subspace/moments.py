@@ -125,10 +125,10 @@ def _squares(square: Tensor, rotation: Tensor) -> Tensor:
 def _turn_pair(
     state: dict[str, Any], first: str, second: str, betas: tuple[float, ...], rotation: Tensor
 ) -> None:
-    # A few rows at a time, because the moments of an embedding are large.
+    # A few rows at a time, because it takes six times their memory, and embeddings have many.
     held = {k: local(v) if isinstance(v, Tensor) else v for k, v in state.items()}
     shape = tuple(held[first].shape)
-    for rows in row_blocks(held[first]):
+    for rows in row_blocks(held[first], at_most=2**22):
         _turn_rows(rows_of(held, shape, rows), first, second, betas, rotation)
 
 

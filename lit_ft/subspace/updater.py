@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -62,6 +63,8 @@ class SubspaceUpdater:
         seed: The seed of random bases and of stochastic rounding.
         all_reduce: A function that averages tensors over the data-parallel ranks, in place; None
             for one process.
+        releases_deltas: Whether the deltas have memory only while they are stepped. Nothing else
+            may then write to them in training.
 
     Raises:
         ValueError: If the scale or the interval is invalid, or if `refresh` is adaptive and the
@@ -78,12 +81,14 @@ class SubspaceUpdater:
         compiled: bool = False,
         seed: int = 0,
         all_reduce: Callable[[Sequence[Tensor]], None] | None = None,
+        releases_deltas: bool = False,
     ) -> None:
         check_settings(scale=scale)
         self.layers = dict(layers)
         self.scale = scale
         self.seed = seed
         self.all_reduce = all_reduce
+        self.releases_deltas = releases_deltas
         self.step = 0
         self.stats = SubspaceStats(self.layers)
         self.tracker = BasisTracker(
@@ -97,6 +102,8 @@ class SubspaceUpdater:
         )
         self._by_delta: dict[Tensor, str] = {}
         self._indices = {name: index for index, name in enumerate(self.layers)}
+        self._in_parts: set[Tensor] = set()
+        self._finished: set[str] = set()  # the layers that have been folded in this step
         self._attached = False
 
     def reschedule(self, refresh: Refresh) -> None:
@@ -129,8 +136,10 @@ class SubspaceUpdater:
                 )
         # Not earlier: sharding a model replaces the parameters that `inject` has made.
         self._by_delta = {layer.delta: name for name, layer in self.layers.items()}
+        self._finished.clear()
         self._attached = True
         self.tracker.prepare(self.step)
+        self._release(self.layers.values())
         return optimizer.register_step_post_hook(self._after_step)
 
     def begin_accumulation(self) -> None:
@@ -143,7 +152,8 @@ class SubspaceUpdater:
     def before_step(self, optimizer: Optimizer, *, skips_overflow: bool = False) -> None:
         """Check the gradients, and move the bases that are computed from whole gradients.
 
-        Call it when the gradients are complete. If a grad scaler scales them, unscale them first.
+        Deltas that were released get their memory. Call it when the gradients are complete. If a
+        grad scaler scales them, unscale them first.
 
         Args:
             optimizer: The optimizer whose step comes next.
@@ -159,6 +169,8 @@ class SubspaceUpdater:
                 {name: layer.delta.grad for _, name, layer in self._stepped(optimizer)}, self.step
             )
         for group, name, layer in self._stepped(optimizer):
+            if layer.delta not in self._in_parts:
+                layer.store_delta()
             gradient, layer.weight.grad = layer.weight.grad, None
             if self.tracker.basis_input(name, self.step) is not BasisInput.GRADIENT:
                 continue  # any gradient is there only because a callback unfroze the model
@@ -173,19 +185,46 @@ class SubspaceUpdater:
             assert layer.delta.grad is not None
             layer.delta.grad.copy_(gradient.to(layer.basis.dtype) @ layer.basis.T)
 
-    @_without_autocast
-    @torch.no_grad()
+    def step_in_parts(self, deltas: Iterable[Tensor]) -> None:
+        """Expect that these deltas are always stepped a few at a time, inside of `stepping`."""
+        self._in_parts = set(deltas)
+
+    @contextmanager
+    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+        """Let the optimizer step a few layers inside the block, ahead of the others.
+
+        The optimizer must be narrowed to their deltas; see `lit_ft.optim.narrowed`. At the end of
+        the block, the layers are folded and their bases move, as at the end of a whole step. The
+        whole step comes later, and leaves these layers as they are.
+        """
+        for _, _, layer in self._stepped(optimizer):
+            layer.store_delta()
+        yield
+        self._finish(optimizer)
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         # After an overflow, a grad scaler still calls a fused optimizer, which skips the step.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and overflow.item():
             self.begin_accumulation()
+            self._release(self.layers.values())
             return
-        stepped = self._stepped(optimizer)
-        if not stepped:  # a training step without a loss
+        self._finish(optimizer)
+        if not self._finished:  # a training step without a loss
             return
         if self.step == 0:
             self._warn_of_idle_layers()
+        self.tracker.advance(self.step)
+        self.stats.end_step()
+        self.step += 1
+        self._finished.clear()
+        self.tracker.prepare(self.step)
+
+    @_without_autocast
+    @torch.no_grad()
+    def _finish(self, optimizer: Optimizer) -> None:
+        """Fold the layers that have just been stepped, and move their bases if they are due."""
+        stepped = self._stepped(optimizer)
         self.tracker.reduce_basis_inputs(layer for _, _, layer in stepped)
         for group, name, layer in stepped:
             scale = self.scale
@@ -197,11 +236,14 @@ class SubspaceUpdater:
                 decay=group["lr"] * group.get("weight_decay", 0.0),
                 rounding_key=(self.seed, self.step, self._indices[name]),
             )
+            self._release([layer])
             self.tracker.move_if_due(optimizer, group, name, step=self.step)
-        self.tracker.advance(self.step)
-        self.stats.end_step()
-        self.step += 1
-        self.tracker.prepare(self.step)
+            self._finished.add(name)
+
+    def _release(self, layers: Iterable[SubspaceLayer]) -> None:
+        if self.releases_deltas:
+            for layer in layers:
+                layer.release_delta()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs in addition to the layers' own tensors."""
@@ -218,8 +260,10 @@ class SubspaceUpdater:
     def stop(self) -> None:
         """Stop computing sketches, and make the weights trainable in place of the deltas."""
         self._attached = False
+        self._in_parts.clear()
         self.stats.await_snapshot(None)
         for layer in self.layers.values():
+            layer.store_delta()
             layer.basis.requires_grad_(False)
             if layer.delta.requires_grad:  # else frozen, or stopped before
                 layer.weight.requires_grad_(True)
@@ -245,7 +289,7 @@ class SubspaceUpdater:
         idle = [
             name
             for name, layer in self.layers.items()
-            if layer.delta.requires_grad and layer.delta.grad is None
+            if layer.delta.requires_grad and name not in self._finished
         ]
         if idle:
             log.warning(

@@ -16,15 +16,20 @@ _ON_CPU, _ELSEWHERE = 2**20, 2**24
 _BLOCK = 256
 
 
-def row_blocks(matrix: Tensor) -> list[slice]:
+def row_blocks(matrix: Tensor, *, at_most: int = _ELSEWHERE) -> list[slice]:
     """Split the rows of `matrix` [m, ...] into pieces of about 2^20 elements (2^24 on a GPU).
 
     A small matrix is one piece. Every piece but the last holds whole blocks of 256 elements.
+
+    Args:
+        matrix: The matrix to split.
+        at_most: The largest number of elements of a piece on any device.
     """
-    if matrix.ndim == 0 or matrix.numel() <= _elements(matrix.device):
+    elements = min(_elements(matrix.device), at_most)
+    if matrix.ndim == 0 or matrix.numel() <= elements:
         return [slice(None)]
     rows, columns = len(matrix), matrix.numel() // len(matrix)
-    size = rows_per_block(columns, matrix.device)
+    size = _rows(columns, elements)
     # A short remainder joins the last piece: bitsandbytes treats the state of tiny tensors apart.
     starts = range(0, max(rows - size // 2, 1), size)
     return [slice(start, start + size) for start in starts[:-1]] + [slice(starts[-1], rows)]
@@ -32,8 +37,7 @@ def row_blocks(matrix: Tensor) -> list[slice]:
 
 def rows_per_block(columns: int, device: torch.device) -> int:
     """Return how many rows of `columns` elements make up one piece on `device`."""
-    step = _BLOCK // gcd(_BLOCK, columns)
-    return max(_elements(device) // columns // step, 1) * step
+    return _rows(columns, _elements(device))
 
 
 def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> dict[str, Any]:
@@ -76,6 +80,11 @@ def put_rows(
             state[key] = value
         elif (place := state[key][taken]).data_ptr() != value.data_ptr():
             place.copy_(value)
+
+
+def _rows(columns: int, elements: int) -> int:
+    step = _BLOCK // gcd(_BLOCK, columns)
+    return max(elements // columns // step, 1) * step
 
 
 def _elements(device: torch.device) -> int:

@@ -35,8 +35,9 @@ def fsdp_root(model: nn.Module) -> FSDPModule | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return a view of this rank's part of `tensor`, or of all of it if it is not sharded."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    """Return this rank's part of `tensor`, or all of it if it is not sharded; it has no history."""
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held.detach() if held.requires_grad else held
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

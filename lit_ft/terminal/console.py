@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 from rich.console import Console
+
+from lit_ft.terminal.held_signals import held_signals
+
+
+class _Holds(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[AbstractContextManager[None]] = []
+
+
+class _Console(Console):
+    """A console that no signal interrupts between the start of a text and its last byte."""
+
+    _holds = _Holds()
+
+    def __enter__(self) -> Console:
+        hold = held_signals()
+        hold.__enter__()
+        self._holds.stack.append(hold)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self._holds.stack.pop().__exit__(None, None, None)
 
 
 @cache
 def console() -> Console:
     """Return the console of this process, which prints to standard output as it is at the time."""
-    return Console()
+    return _Console()
 
 
 def separator() -> str:
@@ -36,6 +64,15 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number and what it counts, as in "1 row" and "5,423 rows".
+
+    >>> format_count(1, "row"), format_count(5423, "row")
+    ('1 row', '5,423 rows')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_bytes(nbytes: float) -> str:

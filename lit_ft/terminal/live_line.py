@@ -17,6 +17,7 @@ from rich.text import Text
 
 from lit_ft.terminal.console import console, format_duration
 from lit_ft.terminal.display import Display
+from lit_ft.terminal.held_signals import held_signals
 
 
 @dataclass
@@ -52,12 +53,12 @@ class LiveLine(Display):
     def stage(self, name: str) -> Iterator[None]:
         """Show in this block what is being done, and for how long."""
         one = _Stage(name)
-        self._stages.append(one)
-        self._update()
         try:
+            self._stages.append(one)
+            self._update()
             yield
         finally:
-            self._stages.remove(one)
+            self._stages = [other for other in self._stages if other is not one]
             self._update()
 
     def detail(self, text: str) -> None:
@@ -91,13 +92,15 @@ class LiveLine(Display):
                 transient=True,
                 redirect_stderr=sys.stderr.isatty(),
             )
-            self._live.start()
+            with held_signals():
+                self._live.start()
 
     def close(self) -> None:
         """Remove the line, and show the cursor again."""
-        live, self._live = self._live, None
-        if live is not None:
-            live.stop()
+        with held_signals():
+            live, self._live = self._live, None
+            if live is not None:
+                live.stop()
 
     def _leave_to_parent(self) -> None:
         """Forget what is shown: that is what the parent does."""

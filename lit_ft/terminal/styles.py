@@ -23,12 +23,17 @@ def use_style(style: Style) -> None:
             and "off" shows nothing. "auto" is "rich" if standard output is such a terminal, and
             "plain" otherwise.
     """
-    if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
+    if not is_first_rank():
         style = "off"
     kind = {"rich": LiveLine, "plain": PlainLines, "off": Display}[resolved(style)]
     console().quiet = kind is Display
     if type(display()) is not kind:
         set_display(kind())
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the first rank of its run, as its launcher has set it."""
+    return all(os.environ.get(rank, "0") == "0" for rank in _RANKS)
 
 
 def use_live_line() -> None:

@@ -28,6 +28,7 @@ JOB = [
     "data.max_val_examples=1",  # what is measured lies between two validations
     "callbacks=none",
     "logger=none",
+    "plan.check=false",
     "+callbacks.probe._target_=tests.callbacks.test_layerwise_memory.Probe",
     "trusted_packages=[tests]",
 ]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lit_ft.callbacks import SampleGenerations, samples
+from lit_ft.callbacks import LastCheckpoint, SampleGenerations, samples
 from lit_ft.callbacks.samples import as_markdown, generate
 
 CHAT = (
@@ -74,14 +74,14 @@ class Plain(LightningModule):
         return DataLoader(torch.arange(64).view(8, 8) % 27, batch_size=2, shuffle=True)
 
 
-def fit(tmp_path, callback, module=None, logger=False, **options):
+def fit(tmp_path, callback, module=None, logger=False, max_steps=4, others=(), **options):
     trainer = Trainer(
         accelerator="cpu",
-        callbacks=[] if callback is None else [callback],
-        max_steps=4,
+        callbacks=[*([] if callback is None else [callback]), *others],
+        max_steps=max_steps,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(others),
         logger=logger,
         default_root_dir=tmp_path,
     )
@@ -112,6 +112,21 @@ def test_samples_come_before_during_and_after(tmp_path):
     before_and_after = SampleGenerations(["abc"], max_new_tokens=4)
     fit(tmp_path, before_and_after)
     assert [g["step"] for g in before_and_after.generations] == [0, 4]
+
+
+@pytest.mark.parametrize(("prompts", "first_step"), [(["abc", "d"], 0), (["abc", "e"], 4)])
+def test_a_resumed_run_has_the_answers_from_before_training(tmp_path, prompts, first_step):
+    """It generates its own at its first step only if it asks something else."""
+    saved = SampleGenerations(["abc", "d"], every_n_steps=3, max_new_tokens=4)
+    fit(tmp_path, saved, others=[LastCheckpoint(tmp_path)])
+    resumed = SampleGenerations(prompts, max_new_tokens=4)
+    fit(tmp_path, resumed, max_steps=6, ckpt_path=tmp_path / "last.ckpt")
+    first, last = resumed.generations[:2], resumed.generations[2:]
+    assert [g["step"] for g in first] == [first_step] * 2
+    assert [g["step"] for g in last] == [6, 6]
+    assert [g["prompt"] for g in first] == [g["prompt"] for g in last] == prompts
+    if first_step == 0:
+        assert first == saved.generations[:2]
 
 
 def test_a_batch_of_prompts_answers_as_one_by_one():

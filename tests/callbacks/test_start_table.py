@@ -10,11 +10,19 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomIterableDataset
 from lightning.pytorch.utilities import rank_zero_only
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_ft.callbacks import BestCheckpoint, GaLore, LastCheckpoint, LayerwiseUpdate, StartTable
+from lit_ft.callbacks import (
+    BestCheckpoint,
+    ExportHF,
+    GaLore,
+    LastCheckpoint,
+    LayerwiseUpdate,
+    StartTable,
+)
 from lit_ft.callbacks.start_table import described_model, optimizer_table
 from lit_ft.subspace import inject
 
@@ -68,10 +76,9 @@ def fit(
         limit_val_batches=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
         logger=False,
         default_root_dir=tmp_path,
-        **options,
+        **{"enable_checkpointing": bool(callbacks), **options},
     )
     trainer.fit(module, datamodule=data or Data())
 
@@ -83,7 +90,7 @@ def test_the_table_is_printed_once_before_training(tmp_path, capfd):
         assert out.count("AdamW") == 1
         assert out.count("matrices") == 1
         assert "64 examples" in out
-        assert "1 steps × 2 rows = 2 rows" in out
+        assert "1 step × 2 rows = 2 rows" in out
         assert (", 1.56% of all" in out) == (not sanity)  # it comes before the loader
         assert "val [small]" in out  # brackets are text, not markup
 
@@ -136,6 +143,23 @@ def test_what_the_run_takes_on_disk_is_shown_and_a_full_disk_is_named(
     assert taken <= int(told.split()[1])
 
 
+class Adapted(BoringModel):
+    """An adapter of 8 KB on a layer of 4 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+        self.model = get_peft_model(layers, LoraConfig(r=1, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("merge, told", [(True, "export 4 MiB"), (False, "export 8 KiB")])
+def test_an_adapter_that_is_not_merged_takes_little_disk(tmp_path, capfd, merge, told):
+    export = ExportHF(tmp_path / "export", merge=merge)
+    export.on_fit_end = lambda *_: None
+    fit(tmp_path, Adapted(), callbacks=[export], enable_checkpointing=False)
+    assert told in " ".join(capfd.readouterr().out.split())
+
+
 def test_ranks_that_print_nothing_load_the_data_with_the_one_that_prints(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(StartTable, "on_sanity_check_end", lambda *_: asked.append("done"))
@@ -167,7 +191,7 @@ def test_the_method_is_shown_with_what_the_run_says_of_itself(tmp_path, capfd):
     assert "model BoringModel, 66 parameters, all trained, float32, 264 B" in lines
     assert "device CPU, 32-true" in lines
     assert "update layerwise, in the backward pass" in lines
-    told = "GaLore rank 1, 64 weights of 1 layers through 2 parameters (3.1%), Oja("
+    told = "GaLore rank 1, 64 weights of 1 layer through 2 parameters (3.1%), Oja("
     assert told in " ".join(lines)
 
 

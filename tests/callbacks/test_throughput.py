@@ -109,7 +109,7 @@ def test_training_alone_is_timed_with_its_wait_for_data(clock, tmp_path):
     fit(clock, tmp_path, [Slow(clock), monitor, Slow(clock), saves])
     # Two epochs of 8 batches; the wait for data after a validation, a save, an epoch included.
     assert monitor.step_seconds == {"median": 1.5, "p95": 1.5, "max": 1.5}
-    assert monitor.training_seconds == pytest.approx(10 * (DATA + STEP))
+    assert monitor.training_seconds == pytest.approx(12 * (DATA + STEP))
     assert monitor.tokens_per_second == pytest.approx(TOKENS / (DATA + STEP))
     assert monitor.tokens == 12 * TOKENS
 
@@ -118,7 +118,7 @@ def test_an_optimizer_step_is_all_its_batches(clock, tmp_path):
     monitor = ThroughputMonitor(skip_steps=1)
     fit(clock, tmp_path, [monitor], max_steps=4, accumulate_grad_batches=4)
     assert monitor.step_seconds["median"] == 4 * (DATA + STEP)
-    assert monitor.training_seconds == 3 * 4 * (DATA + STEP)
+    assert monitor.training_seconds == 4 * 4 * (DATA + STEP)
     assert monitor.tokens == 4 * 4 * TOKENS
     assert monitor.tokens_per_second == pytest.approx(TOKENS / (DATA + STEP))
 
@@ -196,3 +196,16 @@ def test_tokens_of_all_ranks_are_summed(clock, tmp_path):
     with path.open() as file:
         row = next(csv.DictReader(file))
     assert float(row["throughput/tokens_per_second"]) == pytest.approx(2 * TOKENS / (DATA + STEP))
+
+
+def test_tokens_are_known_between_logs_too(clock):
+    class Notes(Callback):
+        def on_train_batch_end(self, *_):
+            known.append((monitor.tokens_so_far, monitor.tokens, monitor.logged_at))
+
+    known = []
+    monitor, module = ThroughputMonitor(every_n_steps=3, skip_steps=1), Plain(clock)
+    options = {"accelerator": "cpu", "max_steps": 4, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(callbacks=[Notes(), monitor], enable_progress_bar=False, **options)
+    trainer.fit(module, module.loader())
+    assert known == [(6, 0, None), (12, 0, None), (18, 18, 3), (24, 18, 3)]

@@ -25,3 +25,10 @@ def test_looking_at_data_waits_for_no_library_of_training() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
     assert lit_ft.__all__
+
+
+def test_a_comparison_loads_no_library_of_training_and_what_draws_only_to_draw() -> None:
+    heavy = "torch", "lightning", "transformers", "altair", "vl_convert"
+    code = f"import sys, lit_ft.compare; print([n for n in {heavy} if n in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

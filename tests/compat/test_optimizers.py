@@ -8,7 +8,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, RAdam, RMSprop
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from lit_ft.compat.optimizers import TABLE, Traits, traits_of
-from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, stochastically_rounded
+from lit_ft.optim import Apollo, MuonAdamW, RowwiseAdamW8bit, Scale, SinkGD, stochastically_rounded
 from lit_ft.optim.adafactor import Adafactor, RelativeStepAdafactor
 from lit_ft.optim.galore_torch import GaLoreTorchAdafactor
 
@@ -49,7 +49,7 @@ def test_rows_that_are_stepped_alone_step_the_same(kind):
     torch.testing.assert_close(part, whole[:12], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", [Muon, TransformersAdafactor, torch.optim.Adafactor])
+@pytest.mark.parametrize("kind", [Muon, SinkGD, TransformersAdafactor, torch.optim.Adafactor])
 def test_those_that_see_the_whole_matrix_are_trusted_with_no_part_of_it(kind):
     assert not traits_of(kind).rowwise
     weight, gradients = case()
@@ -65,6 +65,9 @@ def test_those_that_see_the_whole_matrix_are_trusted_with_no_part_of_it(kind):
         (SGD, {"momentum": 0.9}, True),
         (Muon, {"weight_decay": 0.0}, True),
         (bnb.optim.Lion8bit, {"lr": 1e-2}, True),
+        (Scale, {"momentum": 0.9}, True),
+        (SinkGD, {}, True),
+        (Apollo, {"rank": 4}, True),
         (Adafactor, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}, True),
         (RelativeStepAdafactor, {}, False),
         (torch.optim.Adafactor, {"weight_decay": 0.0}, False),
@@ -134,6 +137,9 @@ def test_an_unknown_optimizer_goes_wherever_a_parameter_is_stepped_alone():
         (TransformersAdafactor, False, True),
         (Adafactor, True, True),
         (RelativeStepAdafactor, True, True),
+        (Apollo, True, True),
+        (Scale, True, True),
+        (SinkGD, True, True),
     ],
 )
 def test_who_steps_a_part_of_the_rows_and_who_one_parameter(kind, sharded, per_parameter):

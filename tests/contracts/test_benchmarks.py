@@ -6,6 +6,9 @@ import ast
 import json
 import math
 import re
+import tomllib
+import zipfile
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,9 +16,17 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from support.composed import composed
+from support.gpu_cells import GROUPS, settings_of
 from support.own_process import OwnProcess
+from support.pack import keep_libraries, needed
+from support.recommended_table import CARDS, MODELS, PAGE, with_table
 from support.results import append_json_line, read_json_lines, write_json
+
+from lit_ft.run.settings import admit
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
@@ -88,11 +99,9 @@ def test_an_object_of_its_own_process_keeps_its_state():
 
 
 def settings() -> list[list[str]]:
-    import one_gpu
     import quality
 
-    of_quality = [method["overrides"] for method in quality.METHODS.values()]
-    return [*of_quality, *one_gpu.METHODS.values()]
+    return [method["overrides"] for method in quality.METHODS.values()]
 
 
 @pytest.mark.parametrize("overrides", settings(), ids=" ".join)
@@ -101,9 +110,81 @@ def test_methods_compose(overrides):
     assert composed(*overrides)["module"]
 
 
+ON_A_GPU = [cell for group in GROUPS.values() for cell in group]
+
+
+@cache
+def published_shape(name: str) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    return composed(f"model={name}")["model"]["config"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "tiny"), [*((cell, False) for cell in ON_A_GPU), (ON_A_GPU[0], True)]
+)
+def test_a_cell_on_a_gpu_has_a_published_shape_and_settings_that_are_admitted(cell, tiny):
+    GlobalHydra.instance().clear()
+    arguments = settings_of(cell, device="cpu" if tiny else "cuda", tiny=tiny)
+    config = composed(*arguments)
+    admit(config, config, arguments)
+    model = config["model"]
+    published = published_shape(model["name"])
+    made = {"model_type": model["model_type"], **model["config"]}
+    assert tiny or {name: made[name] for name in published} == published
+    instantiate(model, _convert_="all").check()
+
+
+def test_each_stage_on_a_gpu_is_a_command_that_its_script_accepts(tmp_path):
+    import on_gpu
+    import one_gpu
+    import optimizer_step
+
+    parsers = {"one_gpu.py": one_gpu._parser(), "optimizer_step.py": optimizer_step._parser()}
+    for device, tiny in (("cuda", False), ("cpu", True)):
+        for stage in on_gpu.stages(tmp_path, device=device, tiny=tiny).values():
+            [file] = [Path(one) for one in stage.command if one.endswith(".py")]
+            assert (BENCHMARKS.parent / file).is_file()
+            if file.name in parsers:
+                parsed = parsers[file.name].parse_args(stage.command[1:])
+                assert (parsed.device, parsed.output) == (device, tmp_path)
+
+
+def test_all_that_lit_ft_needs_is_packed_apart_from_torch():
+    found = needed("3.12", {"numpy"})
+    listed = tomllib.loads((BENCHMARKS.parent / "pyproject.toml").read_text())["project"]
+    wanted = {canonicalize_name(Requirement(one).name) for one in listed["dependencies"]}
+    assert wanted - found.keys() == {"torch"}
+    assert "antlr4-python3-runtime" in found  # what hydra-core needs
+    assert not any(name.startswith(("numpy", "nvidia", "triton")) for name in found)
+
+
+def test_bitsandbytes_is_packed_for_the_wanted_versions_of_cuda_alone(tmp_path):
+    kept = ["bitsandbytes/__init__.py", "bitsandbytes/libbitsandbytes_cpu.so"]
+    kept += ["bitsandbytes/libbitsandbytes_cuda130.so"]
+    wheel = tmp_path / "bitsandbytes-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in (*kept, "bitsandbytes/libbitsandbytes_cuda128.so"):
+            archive.writestr(name, name)
+    keep_libraries(wheel, ["130"])
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.namelist() == kept
+        assert [archive.read(name).decode() for name in kept] == kept
+
+
 def result(name: str) -> Any:
     [record] = records(BENCHMARKS / "results" / name)
     return record
+
+
+def test_each_recommended_way_fits_and_the_docs_have_the_table_of_them():
+    models = result("recommended.json")["models"]
+    assert models.keys() <= MODELS.keys()
+    for found in (one for cards in models.values() for one in cards):
+        for recipe in found["recipes"]:
+            taken = recipe["peak_bytes"] + recipe["outside_bytes"]["high"]
+            assert taken <= found["card"]["memory_bytes"]
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_table(page, models) == page
 
 
 def of_the_trainer() -> list[str]:
@@ -147,6 +228,20 @@ def of_layerwise_steps() -> list[str]:
     return [f"{pair['ratio']:.2f}" for pair in result("layerwise.json")["pairs"].values()]
 
 
+def of_memory_plans() -> list[str]:
+    found = result("memory_plan.json")
+    errors = (found["lowest_error"], found["highest_error"])
+    count = f"{found['number']} runs"
+    median = f"{found['median_of_absolute_errors']:.3%}"
+    return [count, median, *(f"{error:+.2%}" for error in errors), str(len(found["misses"]))]
+
+
+def of_recommendations() -> list[str]:
+    by_card = dict(zip(CARDS, result("recommended.json")["models"]["llama_3_1_8b"], strict=True))
+    best = [by_card[card]["recipes"][0] for card in ("12GB", "24GB")]
+    return [f"{recipe['peak_bytes'] / 2**30:.1f} GiB" for recipe in best]
+
+
 def of_steps() -> list[str]:
     sizes = result("optimizer_step.json")["sizes"].values()
     found = [size["galore_subspace, every 4"] for size in sizes]
@@ -180,7 +275,9 @@ def of_quality() -> list[str]:
         ("communication.json", of_collectives),
         ("encoding.json", of_encoding),
         ("layerwise.json", of_layerwise_steps),
+        ("memory_plan.md", of_memory_plans),
         ("optimizer_step.json", of_steps),
+        ("recommended.json", of_recommendations),
         ("optimizer_step_cuda.json", of_steps_on_a_gpu),
         ("quality.jsonl", of_quality),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.gpu_cells import packed_tokenizer
 from torch import nn
 
 from lit_ft.subspace import inject
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 OPTIMS = sorted(path.stem for path in CONF.glob("optim/*.yaml"))
 ADAPTERS = sorted({path.stem for path in CONF.glob("adapter/*.yaml")} - {"qlora"})  # random weights
 STRATEGIES = ("auto", "ddp", "fsdp", "fsdp_offload", "single_gpu", "single_gpu_offload")
-TINY = ["model=tiny", *(each for each in ANYWHERE if each != SAMPLES)]
+TINY = ["model=tiny", *packed_tokenizer(), *(each for each in ANYWHERE if each != SAMPLES)]
 PLAINLY = ["optim.lr=2e-3", "trainer.max_steps=8"]  # a fall that bfloat16 logits show
 EXPORTS = ["callbacks=default", "~callbacks.samples"]
 

@@ -29,6 +29,8 @@ ELSEWHERE = {
 NEEDS = {  # groups that one optimizer alone understands
     "optim/groups/muon_matrices": "optim=muon",
     "optim/groups/galore_matrices": "optim=galore_torch",
+    "optim/groups/hidden_matrices": "optim=sinkgd",
+    "optim/groups/scale_matrices": "optim=scale",
 }
 
 

@@ -21,6 +21,8 @@ JOB = [
 REFUSED = {
     "adafactor": r"(?i)adafactor",  # its step is a share of the weight's size
     "adamw_8bit_paged": r"(?i)paged",  # its state lies where no move of a basis reaches it
+    "apollo": r"random subspaces of its own.*optim=adamw galore=online",
+    "apollo_mini": r"random subspaces of its own.*optim=adamw galore=online",
     "galore_torch": r"projects whole matrices itself.*galore=none",
     "galore_torch_adafactor": r"projects whole matrices itself.*galore=none",
 }

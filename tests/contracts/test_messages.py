@@ -7,7 +7,16 @@ from pathlib import Path
 import lit_ft
 
 ROOT = Path(lit_ft.__file__).parent
-SERVES_THE_COMMAND_LINE = ("run", "compat", "chat.py", "export.py", "plan.py", "preview.py")
+SERVES_THE_COMMAND_LINE = (
+    "run",
+    "compat",
+    "comparison",  # of settings of the command line
+    "chat.py",
+    "compare.py",
+    "export.py",
+    "plan.py",
+    "preview.py",
+)
 SETTING = re.compile(
     r"\b(optim|strategy|update|adapter|galore)="
     r"|(?<![.`\w])(trainer|data|module|model|optim|schedule|checkpoint)\.[a-z_]+(?![\w.(\[])"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lit_ft.compat.refusal import Refusal
 from lit_ft.data import formats
 from lit_ft.data.conversation import Conversation, chat_of
 from lit_ft.data.formats import available, detect
@@ -14,6 +15,7 @@ from lit_ft.data.formats.chat import Chat
 from lit_ft.data.formats.prompt_completion import PromptCompletion
 from lit_ft.data.formats.segments import Segments
 from lit_ft.data.formats.text import Text
+from lit_ft.run.arguments import composed
 
 CHAT = [
     {"role": "system", "content": " be brief\n"},
@@ -203,3 +205,12 @@ def test_of_two_columns_of_messages_the_other_is_not_read_without_a_word() -> No
     row = {"messages": None, "conversations": CHAT}  # as in a table of both
     assert Chat().parse(row).messages == CHAT
     assert Chat().unread(row) == []
+
+
+def test_unknown_columns_are_answered_with_names_that_the_command_line_takes() -> None:
+    with pytest.raises(Refusal) as refused:
+        detect({"question": "q", "answer": "a"})
+    said = refused.value.on_command_line
+    assert "prompt_completion: {prompt, completion}" in said
+    settings = said.partition("as in ")[2].rstrip(".").split()
+    assert composed(settings)["data"]["format"]["prompt"] == "question"

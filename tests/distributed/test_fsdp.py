@@ -66,6 +66,15 @@ def test_two_ranks_train_what_one_does(options, tied, folder, tmp_path, on_both)
         assert both[0][0][name].equal(both[1][0][name])
 
 
+def test_tracked_steps_train_the_same_weights_bit_for_bit(folder, tmp_path, on_both):
+    options = {"projector": "oja", "layerwise": True, "accumulate": 2, "steps": 3, "sharded": True}
+    model = folder / "tied_True"
+    plain = on_both(train, model, tmp_path / "plain", **options)
+    tracked = on_both(train, model, tmp_path / "tracked", tracked_steps=2, **options)
+    for (weights, *_), (expected, *_) in zip(tracked, plain, strict=True):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
 def test_a_scaled_embedding_in_a_subspace_trains_as_on_one(tmp_path, on_both):
     torch.manual_seed(0)
     config = AutoConfig.for_model("gemma3_text", **LLAMA, head_dim=8)  # its weights are tied

@@ -124,6 +124,8 @@ def test_settings_are_saved_without_a_run_and_a_file_of_them_is_run(
     ("arguments", "said"),
     [
         (["lerning_rate=1"], "Did you mean learning_rate?"),
+        (["optim=adamm"], "optim=adamm: there is no such choice. Did you mean adamw or adamw_"),
+        (["optim=galore_8bit"], "type optim=adamw_8bit galore=iteration instead"),
         (["trainer.max_step=1"], "adds what is not listed: +trainer.max_step=1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory."),
         (["--nowhere"], "--nowhere: there is no 'nowhere'."),
@@ -142,4 +144,5 @@ def test_an_unknown_name_is_answered_without_hydras_advice(
         launch.launch(main)
     assert said in str(stopped.value.code)
     assert "append" not in str(stopped.value.code)
+    assert "search path" not in str(stopped.value.code)
     assert "is not in struct" not in str(stopped.value.code)

@@ -171,3 +171,11 @@ def test_an_option_that_the_optimizer_lacks_is_refused() -> None:
         build_optimizer(Rprop, TiedModel().named_parameters(), rules)
     # No decay is what Rprop does anyway.
     assert len(build_optimizer(Rprop, TiedModel().named_parameters()).param_groups) == 2
+
+
+def test_a_rule_may_match_any_name_of_a_tied_weight() -> None:
+    rules = [GroupRule("head", match="lm_head"), GroupRule("rest")]
+    named = TiedModel().named_parameters(remove_duplicate=False)
+    assert names(parameter_groups(named, rules))["head"] == ["embed_tokens.weight"]
+    with pytest.raises(ValueError, match="'head' takes no parameter"):
+        parameter_groups(TiedModel().named_parameters(), rules)

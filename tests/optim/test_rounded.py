@@ -15,8 +15,11 @@ from torch.optim import SGD, AdamW, Optimizer
 from transformers import get_constant_schedule_with_warmup
 
 from lit_ft.optim import (
+    Apollo,
     MuonAdamW,
     RowwiseAdamW8bit,
+    Scale,
+    SinkGD,
     WarmupSchedule,
     narrowed,
     stochastically_rounded,
@@ -33,6 +36,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw_8bit": partial(bnb.optim.AdamW8bit, lr=1e-2),
     "adamw_8bit_torchao": partial(RowwiseAdamW8bit, lr=1e-2),
     "lion_8bit": partial(bnb.optim.Lion8bit, lr=1e-2),
+    "scale": partial(Scale, lr=1e-2, momentum=0.9),
+    "apollo": partial(Apollo, lr=1e-2, rank=8, refresh_every=2),
+    "sinkgd": partial(SinkGD, lr=1e-2),
 }
 
 

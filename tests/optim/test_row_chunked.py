@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lit_ft.compat.optimizers import traits_of
-from lit_ft.optim import MuonAdamW, RowwiseAdamW8bit, row_chunked, stochastically_rounded
+from lit_ft.optim import (
+    Apollo,
+    MuonAdamW,
+    RowwiseAdamW8bit,
+    Scale,
+    SinkGD,
+    row_chunked,
+    stochastically_rounded,
+)
 from lit_ft.optim.adafactor import RelativeStepAdafactor
 from lit_ft.subspace.moments import rotate_moments
 from lit_ft.tensors import row_blocks as row_blocks
@@ -34,8 +42,12 @@ ROUNDED: dict[str, Callable[..., Optimizer]] = {
     "rmsprop": partial(RMSprop, lr=1e-2),
     "muon": partial(MuonAdamW, lr=1e-2),
     "adafactor": RelativeStepAdafactor,
+    "scale_columns": partial(Scale, lr=1e-2, momentum=0.9, dim=-2),
+    "apollo": partial(Apollo, lr=1e-2, rank=8),
+    "sinkgd": partial(SinkGD, lr=1e-2),
     **{f"{name}_8bit": factory for name, factory in EIGHT_BIT.items()},
 }
+WHOLE = ("muon", "adafactor", "scale_columns", "apollo", "sinkgd")
 
 
 @pytest.fixture
@@ -77,7 +89,7 @@ def test_rounded_steps_in_pieces_keep_the_state(name: str, monkeypatch: pytest.M
     in_pieces, its_state = steps(ROUNDED[name], torch.bfloat16)
     assert its_state.keys() == state.keys()
     assert its_state["times_rounded"] == 4
-    if name in ("muon", "adafactor"):  # they look at the whole matrix, so it is one piece
+    if name in WHOLE:  # they look at the whole matrix, so it is one piece
         torch.testing.assert_close(in_pieces, weight, rtol=0, atol=0)
     # Other random bits, the same expectation: weights differ by a bfloat16 step a rounding.
     torch.testing.assert_close(in_pieces, weight, rtol=4 * 2**-7, atol=2**-6)

@@ -56,6 +56,16 @@ def test_the_box_shows_what_came_of_the_run(tmp_path):
     assert max(len(line) for line in text.splitlines() if line[0] in "╭│╰") <= 100
 
 
+@pytest.mark.parametrize(
+    ("source", "planned"), [("process_rss", "3.00 GiB to 4.00 GiB"), ("cuda_allocated", "2.00 GiB")]
+)
+def test_the_box_shows_the_planned_peak_of_what_was_measured(source, planned, tmp_path):
+    plan = {"value": 2 * 2**30, "outside_low": 2**30, "outside_high": 2 * 2**30}
+    summary = {"peak_bytes": {"value": 3 * 2**30, "source": source}, "planned_peak_bytes": plan}
+    text = text_of(end_panel(SUMMARY | summary, tmp_path))
+    assert f"3.00 GiB ({source}), planned {planned} " in text
+
+
 def test_the_box_shows_the_first_prompt_before_and_after(tmp_path):
     samples = [
         {"step": 0, "prompt": "p", "text": "[bold]before"},
@@ -67,6 +77,13 @@ def test_the_box_shows_the_first_prompt_before_and_after(tmp_path):
     assert "[bold]before" in text
     assert "after" in text
     assert "other" not in text
+
+
+def test_an_answer_from_the_middle_of_training_is_not_called_the_one_before(tmp_path):
+    samples = [{"step": step, "prompt": "p", "text": "a"} for step in (1200, 2400)]
+    text = text_of(end_panel({**SUMMARY, "samples": samples}, tmp_path))
+    assert "answer at step 1,200" in text
+    assert "answer before" not in text
 
 
 def test_the_box_shows_no_nulls(tmp_path):
@@ -93,6 +110,11 @@ def test_the_size_on_disk_is_that_of_the_files(tmp_path):
         ({"status": "interrupted", "steps": 0, "checkpoint_path": None}, []),
         ({"steps": 0}, []),  # it has validated only
         ({"config": {"checkpoint": {"save_optimizer": False}}}, ["chat", "export"]),
+        ({"config": {"adapter": {"r": 8}}}, ["chat", "train on", "export"]),
+        (
+            {"config": {"adapter": {"r": 8}, "callbacks": {"export": {"merge": False}}}},
+            ["train on", "export"],
+        ),
     ],
 )
 def test_the_next_commands_are_those_that_work(tmp_path, changes, expected):

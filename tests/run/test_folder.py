@@ -32,7 +32,14 @@ def trained(tmp_path: Path) -> Path:
         folder.begin(None)
         logging.getLogger().error("of the first start")
         write(folder.summary, json.dumps({"steps": 10}))
-    for name in ("checkpoints/last.ckpt", "export/config.json", EVENTS + "1"):
+    for name in (
+        "checkpoints/last.ckpt",
+        "export/config.json",
+        "memory.html",
+        "plan.html",
+        "plan.json",
+        EVENTS + "1",
+    ):
         write(run / name, name)
     return run
 
@@ -42,6 +49,9 @@ def test_a_new_folder_is_open_at_once(trained: Path) -> None:
         ".hydra/overrides.yaml",
         "checkpoints/last.ckpt",
         "export/config.json",
+        "memory.html",
+        "plan.html",
+        "plan.json",
         "summary.json",
         EVENTS + "1",
         "train.log",

@@ -10,6 +10,7 @@ from pathlib import Path
 import train
 
 TINY = [
+    "plan.check=false",  # a plan takes longer than a tiny run; tests/run/test_memory_check.py plans
     "model=tiny",
     "model.config.hidden_size=32",
     "logger=none",

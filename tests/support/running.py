@@ -14,6 +14,9 @@ import train
 
 CONF = Path(train.__file__).parent / "conf"
 
+# Without a plan, which takes longer than a tiny run: tests/run/test_memory_check.py plans.
+ALWAYS = ["~local", "plan.check=false"]
+
 SAMPLES = "+callbacks.samples.max_new_tokens=4"
 
 ANYWHERE = [
@@ -33,7 +36,7 @@ def run_job(run_dir: Path, *overrides: str) -> dict:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(
-            "train", [f"run_dir={run_dir}", "~local", *overrides], return_hydra_config=True
+            "train", [f"run_dir={run_dir}", *ALWAYS, *overrides], return_hydra_config=True
         )
     with open_dict(config):
         config.hydra.runtime.output_dir = str(run_dir)
@@ -62,13 +65,16 @@ KEYS = [
     "val_perplexity",
     "val_loss_by_source",
     "train_loss",
+    "history",
     "seconds",
     "tokens_per_second",
     "step_seconds",
     "peak_bytes",
+    "planned_peak_bytes",
     "optimizer_state_bytes",
     "checkpoint_path",
     "export_path",
+    "disk_bytes",
     "checksum",
 ]
 

@@ -13,7 +13,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_ft import CausalLMModule
-from lit_ft.callbacks import AtomicCheckpointIO, ExportHF, GaLore, LastCheckpoint, LayerwiseUpdate
+from lit_ft.callbacks import (
+    AtomicCheckpointIO,
+    ExportHF,
+    GaLore,
+    LastCheckpoint,
+    LayerwiseUpdate,
+    MemoryMonitor,
+)
 from lit_ft.distributed import FSDP2Strategy
 from lit_ft.models import Pretrained
 from lit_ft.optim import RowwiseAdamW8bit
@@ -100,11 +107,14 @@ def train(
     cpu_offload=False,
     parts=True,
     replicas=1,
+    tracked_steps=0,
     **options,
 ):
     """Train on one process or on all ranks; return the whole weights and what the ranks held."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     callbacks = [LastCheckpoint(Path(run_dir) / "checkpoints", every_n_steps=100)]
+    monitor = MemoryMonitor(tracked_steps=tracked_steps)
+    callbacks.append(monitor)
     if projector is not None:
         callbacks.append(GaLore(rank=4, projector=PROJECTORS[projector]))
     if layerwise:
@@ -141,6 +151,8 @@ def train(
     held = {n: type(p).__name__ for n, p in module.named_parameters()}
     weights = {n: full_tensor(p.detach()).clone() for n, p in module.model.state_dict().items()}
     loss = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    loss.pop("peak GiB", None)
+    assert bool(monitor.peaks) == bool(tracked_steps)
     return weights, held, loss
 
 

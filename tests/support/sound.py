@@ -169,6 +169,28 @@ BASES: dict[tuple[str, ...], dict[str, Check]] = {
         "optim.ns_steps": whole(1),
         "optim.nesterov": flag,
     },
+    ("optim=scale",): {
+        **ADAM,
+        "optim.momentum": decay,
+        "optim.dim": one_of(-1, -2),
+        "optim.fused": maybe(flag),
+    },
+    ("optim=apollo",): {
+        **ADAM,
+        "optim.rank": whole(1),
+        "optim.scale": number(0, above=True),
+        "optim.per": one_of("channel", "tensor"),
+        "optim.refresh_every": whole(1),
+        "optim.growth": number(1),
+        "optim.seed": lambda v: type(v) is int,
+        "optim.fused": maybe(flag),
+    },
+    ("optim=sinkgd",): {
+        **ADAM,
+        "optim.scale": number(0, above=True),
+        "optim.iterations": whole(1),
+        "optim.fused": maybe(flag),
+    },
     ("optim=galore_torch",): {
         **ADAM,
         "optim.rank": whole(1),

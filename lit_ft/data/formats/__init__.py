@@ -62,10 +62,14 @@ def available() -> tuple[type[Format], ...]:
 
 def named(name: str) -> Format:
     """Return the format called `name`, with its default columns; raise ValueError if unknown."""
-    kinds = {kind.__module__.rpartition(".")[2]: kind for kind in available()}
+    kinds = {_name(kind): kind for kind in available()}
     if name not in kinds:
         raise ValueError(f"format={name}: there is no such format. There are: {', '.join(kinds)}.")
     return kinds[name]()
+
+
+def _name(kind: type[Format]) -> str:
+    return kind.__module__.rpartition(".")[2]
 
 
 def detect(row: Row) -> Format:
@@ -78,7 +82,7 @@ def detect(row: Row) -> Format:
     for candidate in formats:
         if candidate.matches(row):
             return candidate
-    wanted = "; ".join(f"{type(one).__name__.lower()}: {one.wants}" for one in formats)
+    wanted = "; ".join(f"{_name(type(one))}: {one.wants}" for one in formats)
     raise Refusal(
         f"no format fits a row with the keys {sorted(map(str, row))}. Known formats are {wanted}",
         Remedy("rename the keys"),

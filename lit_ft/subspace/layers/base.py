@@ -19,9 +19,10 @@ Sides = Literal["right", "left", "std"]
 class SubspaceLayer(nn.Module):
     """A layer whose frozen weight W moves by α S P, where only S is trained.
 
-    `delta` is the parameter S [rows, r], which is zero whenever the model runs. `basis` is the
-    buffer P [r, cols]. Its rows are orthonormal, except under the projector `Online`. The gradient
-    of `delta` is the weight's gradient in the coordinates of P.
+    `delta` is the parameter S [rows, r], which is zero whenever the model runs. It may then share
+    one zero in memory, see `release_delta`. `basis` is the buffer P [r, cols]. Its rows are
+    orthonormal, except under the projector `Online`. The gradient of `delta` is the weight's
+    gradient in the coordinates of P.
 
     If `basis.requires_grad`, a backward pass leaves the sketch H [r, cols] in `basis.grad`. If
     `energy.requires_grad`, it leaves two gradient energies in `energy.grad` [2]: the energy that P
@@ -98,6 +99,7 @@ class SubspaceLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        self.store_delta()  # what is loaded is copied into it
         saved = state_dict.get(f"{prefix}basis")
         if saved is not None and saved.shape != self.basis.shape:
             raise ValueError(
@@ -116,6 +118,18 @@ class SubspaceLayer(nn.Module):
     def rank(self) -> int:
         """The rank r: the number of rows of the basis."""
         return self.basis.shape[0]
+
+    def store_delta(self) -> None:
+        """Give `delta` memory for all its elements, which are zero, so that it can be stepped."""
+        if not self.delta.is_contiguous():
+            self.delta.data = torch.zeros_like(
+                self.delta.data, memory_format=torch.contiguous_format
+            )
+
+    def release_delta(self) -> None:
+        """Free the memory of `delta` while it is zero: all its elements become one number."""
+        if not is_sharded(self.delta):
+            self.delta.data = self.delta.new_zeros(()).expand(self.delta.shape)
 
     def clear_basis_input(self) -> None:
         """Clear what backward passes have left in `grad` to move or measure the basis."""
@@ -157,6 +171,7 @@ class SubspaceLayer(nn.Module):
             bits = random_bits(block, weight.device, generator=generator)
             own = bits[first + held.start - begin :][: len(step)]
             weight[held] = round_moved(weight[held], step, own, keep=1 - decay)
+            del step, bits, own  # before the next block's are made
         self.delta.zero_()
 
     @property

@@ -101,7 +101,8 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     LAPACK chooses the signs itself. For a small diagonal element, round-off would decide its sign.
     """
     columns, triangle = torch.linalg.qr(matrix)
-    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(matrix.dtype)
+    diagonal = triangle.diagonal()
+    signs = torch.ones_like(diagonal).copysign(diagonal)
     return columns * signs, triangle * signs.unsqueeze(1)
 
 
