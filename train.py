@@ -11,6 +11,7 @@ from lit_ft.run.background_plan import BackgroundPlan, wants_plan
 from lit_ft.run.launch import launch, reported_by_hydra
 from lit_ft.run.loading import ended_at_once_by_signals, loading_libraries
 from lit_ft.run.redaction import redact_output, redacted
+from lit_ft.run.supervised import end_with_starter
 from lit_ft.terminal import stage, use_style
 
 
@@ -23,6 +24,7 @@ def main(cfg: DictConfig) -> float:
 
 def _job(cfg: DictConfig) -> float:
     """Build the objects that the configuration names, and run the job with them."""
+    end_with_starter()
     redact_output()  # on a cluster, this function is all that runs of this file
 
     run = HydraConfig.get()

@@ -24,27 +24,26 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from lit_ft.comparison.cells import Cell
 from lit_ft.comparison.comparison import compare
 from lit_ft.comparison.files import write_report
-from lit_ft.comparison.grid import grid_of
+from lit_ft.comparison.grid import Grid
 from lit_ft.comparison.pictures import MISSING, can_draw
+from lit_ft.comparison.request import request_of
 from lit_ft.comparison.runs import gather
+from lit_ft.comparison.side_by_side import shares_of
 from lit_ft.comparison.text import terminal_table
 from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.arguments import CONF, UNREADABLE, composed, why_unreadable
-from lit_ft.run.command_line import understood
+from lit_ft.run.arguments import UNREADABLE, why_unreadable
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.loading import loading_libraries
-from lit_ft.run.override import name_of
 from lit_ft.run.redaction import redacted_text
 from lit_ft.run.verb_parser import parser_of_settings
-from lit_ft.terminal import stage, use_live_line
+from lit_ft.terminal import display, stage, use_live_line
 from lit_ft.terminal.console import console, format_duration, printable
-
-_FOLDER = Path("runs/compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         output = options.output
         if settings:
-            trained, own = _trained(settings)
+            trained, own = _trained(settings, options.jobs)
             folders, output = [*trained, *folders], output or own
         runs, damaged = gather(folders)
         comparison = compare(runs, damaged)
@@ -91,54 +90,75 @@ def _is_setting(argument: str) -> bool:
     return ("=" in argument or argument.startswith("~")) and not Path(argument).exists()
 
 
-def _trained(arguments: Sequence[str]) -> tuple[list[Path], Path]:
+def _trained(arguments: Sequence[str], jobs: int) -> tuple[list[Path], Path]:
     """Train what the arguments ask for; return the folders of the runs, and that of them all."""
-    typed = understood(arguments, config_dir=CONF).arguments
-    folder = next((one.partition("=")[2] for one in typed if name_of(one) == "run_dir"), None)
+    request = request_of(arguments)
+    grid = request.grid
     if find_spec("optuna") is None:
         raise ValueError(
             "Optuna, which ends runs at a bad learning rate, is not installed: `pip install optuna`"
         )
-    grid = grid_of([one for one in typed if name_of(one) != "run_dir"])
     # Imported here, because to compare what is there takes no training.
     with loading_libraries():
+        import torch
+
         from lit_ft.comparison.sweep import Sweep
         from lit_ft.run.settings import admit
 
-        for method in grid.methods:
-            config = composed(method)
-            admit(config, config, method)
-    shown = _Shown(len(grid.methods) * (max(3, len(grid.rates)) + len(grid.seeds) - 1))
-    sweep = Sweep(grid, Path(folder or _FOLDER), shown.train)
-    sweep.run()
+        shown = _Shown(grid)
+        sweep = Sweep(grid, request.folder, shown.train)
+        for method in sweep.methods:
+            admit(method.config, method.config, method.arguments)
+    with stage("training"):
+        sweep.run(shares_of(jobs, gpus=torch.cuda.device_count()))
     return [cell.folder for cell in sweep.cells], sweep.folder
 
 
 class _Shown:
-    """Trains runs and shows them.
+    """Trains runs, and shows which ones they are and what came of them.
 
     Args:
-        about: The number of runs, as far as it is known.
+        grid: The grid of what is trained.
     """
 
-    def __init__(self, about: int) -> None:
-        self.about = about
-        self._number = 0
+    def __init__(self, grid: Grid) -> None:
+        rates = len(grid.rates) or (3 if grid.tune else 1)
+        self._about = len(grid.methods) * (rates + len(grid.seeds) - 1)
+        self._begun = 0
+        self._running: list[str] = []
 
-    def train(self, cell: Cell, environment: Mapping[str, str]) -> Mapping[str, Any]:
+    def train(
+        self, cell: Cell, environment: Mapping[str, str], stopped: Event
+    ) -> Mapping[str, Any]:
         """Train a run, and print its result."""
-        self._number += 1
+        self._begun += 1
+        self._running.append(cell.name)
+        self._show()
         began = time.monotonic()
-        with stage(f"run {self._number} of about {max(self.about, self._number)}: {cell.name}"):
-            summary = cell.run(environment)
+        try:
+            summary = cell.run(environment, stopped)
+        finally:
+            self._running.remove(cell.name)
+            self._show()
         loss = summary.get("val_loss")
         result = summary["ended"] if loss is None else f"held-out loss {loss:.4f}"
         _say(f"{cell.name}: {result}  {format_duration(time.monotonic() - began)}")
         return summary
 
+    def _show(self) -> None:
+        begun, about = self._begun, max(self._begun, self._about)
+        others = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
+        display().detail(f"run {begun} of about {about}: {''.join(self._running[-1:])}{others}")
+
 
 def _say(text: str) -> None:
     console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, and is {text}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         "--multirun",
         action="store_true",
         help="is accepted, as train.py needs it: a comparison is a sweep",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_jobs,
+        default=1,
+        metavar="N",
+        help="runs that train at a time, each with a GPU or a part of the cores of its own (1)",
     )
     parser.add_argument(
         "--output",

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.tiers import mark_tier, unit_tier
 
 # xdist's controller reads this file too: what takes seconds to import, fixtures import.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# No test is timed: another program may have the cores.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,6 +3,7 @@
 from lit_ft.callbacks.batch_size import AutoBatchSize
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lit_ft.callbacks.export import ExportHF
+from lit_ft.callbacks.forgetting import Forgetting
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate
 from lit_ft.callbacks.learning_rate import LearningRateMonitor
@@ -22,6 +23,7 @@ __all__ = [
     "AutoBatchSize",
     "BestCheckpoint",
     "ExportHF",
+    "Forgetting",
     "GaLore",
     "LastCheckpoint",
     "LayerwiseUpdate",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +11,10 @@ from jinja2 import TemplateError
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lit_ft.callbacks._support.evaluating import evaluating
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.protocols import OffersPrompts
 from lit_ft.compat.ranges import Count, WholeNumber
@@ -183,15 +181,7 @@ def generate(
     ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
     ones = [torch.ones_like(row) for row in rows]
     mask = pad_sequence(ones, batch_first=True, padding_side="left")
-    with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(torch.no_grad())
-        if (root := fsdp_root(model)) is not None:
-            stack.callback(root.reshard)  # as a backward pass would do
-        if "torch._dynamo" in sys.modules:
-            # Otherwise every new length would be compiled for a single use.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with evaluating(model):
         answers: Tensor = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -203,7 +193,7 @@ def generate(
             use_cache=True,
             eos_token_id=ends or None,
             pad_token_id=padding,
-            synced_gpus=root is not None,
+            synced_gpus=fsdp_root(model) is not None,
         )
     new = answers[:, ids.shape[1] :]
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
@@ -244,15 +234,3 @@ def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # The template has written the special tokens.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Set eval mode in the block, then restore the mode of each module, which may be eval too."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -8,17 +8,22 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from lit_ft.run.arguments import PATHS, ROOT
 from lit_ft.run.files import read_summary
+from lit_ft.run.supervised import environment_of_supervised
 
 _FINISHED = ("completed", "pruned", "failed", "out_of_memory")
+_PATIENCE = 0.5  # seconds between two looks at whether to stop
 _LONGEST = 80  # characters of the part of a folder's name that people read
 
 
@@ -44,31 +49,39 @@ class Cell:
             return None
         return summary if summary is not None and summary["status"] in _FINISHED else None
 
-    def run(self, environment: Mapping[str, str]) -> Mapping[str, Any]:
+    def run(self, environment: Mapping[str, str], stopped: Event) -> Mapping[str, Any]:
         """Train in a process of its own, and return the summary.
+
+        The process ends with this one, however that ends.
 
         Args:
             environment: The variables to set in addition to those of this process.
+            stopped: The event that ends the process.
 
         Raises:
-            ValueError: If the run has not even begun.
+            ValueError: If the run did not finish.
         """
         command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
         command += [f"run_dir={self.folder}", "overwrite=true", "ui=off"]
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            output, _ = process.communicate()
-        finally:
-            process.terminate()
-            process.wait()
+        with tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment_of_supervised(), **environment},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                while process.poll() is None and not stopped.is_set():
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=_PATIENCE)
+            finally:
+                process.terminate()
+                process.wait()
+            output.seek(0)
+            said = output.read().strip()
         if (summary := self.finished()) is None:
-            raise ValueError(f"A run of the comparison did not finish: {output.strip()}")
+            raise ValueError(f"A run of the comparison did not finish: {said}")
         return summary
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,13 +25,48 @@ class Grid:
         methods: The arguments of each method, without its learning rate and its seed.
         swept: The names of the settings in which the methods differ.
         rates: The learning rates to try with every method; empty to find rates for each.
-        seeds: The seeds. The first one finds the learning rate.
+        seeds: The seeds. The first one finds the learning rate; empty for those of `compare.seeds`.
+        tune: Whether to find rates; otherwise each method trains at that of its own choice.
     """
 
     methods: tuple[tuple[str, ...], ...]
     swept: frozenset[str]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    tune: bool = True
+
+
+def in_full(grid: Grid, section: Mapping[str, Any]) -> Grid:
+    """Return the grid with what the settings under `compare` say.
+
+    Args:
+        grid: The grid of the arguments. Each of its methods is taken with each of the section's.
+        section: The settings.
+
+    Raises:
+        ValueError: If a method holds a quotation mark that does not end.
+    """
+    listed = [settings_in(text) for text in section["methods"]] or [()]
+    one_alone = ("compare.methods=[]",) if section["methods"] else ()
+    return replace(
+        grid,
+        methods=tuple((*own, *method, *one_alone) for method in listed for own in grid.methods),
+        swept=grid.swept | {name_of(one) for method in listed for one in method},
+        seeds=grid.seeds or tuple(section["seeds"]),
+        tune=section["tune"],
+    )
+
+
+def settings_in(text: str) -> tuple[str, ...]:
+    """Return the settings of a text such as `optim=adamw update=whole`.
+
+    Raises:
+        ValueError: If a quotation mark does not end.
+    """
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
 
 
 def grid_of(arguments: Sequence[str]) -> Grid:
@@ -47,7 +83,7 @@ def grid_of(arguments: Sequence[str]) -> Grid:
         methods=tuple(dict.fromkeys(tuple(method) for method in methods)),
         swept=frozenset(name_of(str(one.input_line)) for one in own if one.is_sweep_override()),
         rates=tuple(_read(float, one) for one in _values(overrides, LEARNING_RATE)),
-        seeds=tuple(_read(int, one) for one in _values(overrides, SEED)) or (0,),
+        seeds=tuple(_read(int, one) for one in _values(overrides, SEED)),
     )
 
 

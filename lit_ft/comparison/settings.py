@@ -20,6 +20,7 @@ _IGNORED = (
     "overwrite",
     "ui",
     "plan",
+    "compare",
     "trusted_packages",
     "logger",
     "trainer.logger",

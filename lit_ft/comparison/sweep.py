@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 from lit_ft.comparison.cells import Cell, cell_of, files_of
@@ -33,31 +36,45 @@ class Sweep:
         grid: The grid of what is compared.
         folder: The folder of the comparison.
         train: The function that trains a cell that has not finished, with variables to set in the
-            environment, and returns its summary.
+            environment, and returns its summary. It stops when the event is set.
 
     Attributes:
+        methods: The methods, each with its configuration.
         cells: The runs so far, in the order in which they were needed.
+
+    Raises:
+        ValueError: If an argument is wrong.
     """
 
     grid: Grid
     folder: Path
-    train: Callable[[Cell, Mapping[str, str]], Mapping[str, Any]]
+    train: Callable[[Cell, Mapping[str, str], Event], Mapping[str, Any]]
     cells: list[Cell] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Train all that has not finished.
+    def __post_init__(self) -> None:
+        self.methods = [_method(arguments) for arguments in self.grid.methods]
+        self._stopped = Event()
+        self._shares: SimpleQueue[Mapping[str, str]] = SimpleQueue()
 
-        Raises:
-            ValueError: If a setting is wrong, before anything is trained.
+    def run(self, shares: Sequence[Mapping[str, str]] = ({},)) -> None:
+        """Train all that has not finished, several methods at a time.
+
+        Args:
+            shares: The variables to set for each of the runs at a time.
         """
-        for method in [self._method(arguments) for arguments in self.grid.methods]:
-            self._run_method(method)
+        for share in shares:
+            self._shares.put(share)
+        with ThreadPoolExecutor(len(shares)) as pool:
+            running = [pool.submit(self._run_method, method) for method in self.methods]
+            try:
+                for done in as_completed(running):
+                    done.result()
+            except BaseException:
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def _method(self, arguments: Sequence[str]) -> _Method:
-        config = composed([*arguments, "run_dir=RUN_DIR"])
-        return _Method(_arguments_of(arguments, config), config, files_of(config))
-
-    def _run_method(self, method: _Method) -> None:
+    def _run_method(self, method: Method) -> None:
         first, *others = self.grid.seeds
         if method.start is None:
             for seed in self.grid.seeds:
@@ -72,7 +89,8 @@ class Sweep:
                 raise NoRateHelpsError
             return _loss(summary)
 
-        best = best_rate(loss_at, start=method.start, given=self.grid.rates)
+        given = self.grid.rates or (() if self.grid.tune else (method.start,))
+        best = best_rate(loss_at, start=method.start, given=given)
         if best is not None:
             for seed in others:
                 self._summary(self._cell(method, best, seed))
@@ -96,16 +114,22 @@ class Sweep:
         self, cell: Cell, environment: Mapping[str, str] | None = None
     ) -> Mapping[str, Any]:
         self.cells.append(cell)
-        return cell.finished() or self.train(cell, environment or {})
+        if (summary := cell.finished()) is not None:
+            return summary
+        share = self._shares.get()
+        try:
+            return self.train(cell, {**share, **(environment or {})}, self._stopped)
+        finally:
+            self._shares.put(share)
 
-    def _cell(self, method: _Method, rate: float | None, seed: int) -> Cell:
+    def _cell(self, method: Method, rate: float | None, seed: int) -> Cell:
         choices = [one for one in method.arguments if name_of(one) in self.grid.swept]
         own = (
             [f"{SEED}={seed}"] if rate is None else [f"{LEARNING_RATE}={rate:g}", f"{SEED}={seed}"]
         )
         arguments = [*method.arguments, *own]
         settings = {
-            "config": method.config,
+            "config": {name: one for name, one in method.config.items() if name != "compare"},
             "arguments": sorted(arguments),
             "files": method.files,
         }
@@ -113,7 +137,15 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class _Method:
+class Method:
+    """A method to train.
+
+    Attributes:
+        arguments: The arguments of its runs, without a learning rate and a seed.
+        config: The configuration of its runs, as plain values.
+        files: The sizes and times of the files that its runs read.
+    """
+
     arguments: Sequence[str]
     config: Mapping[str, Any]
     files: Mapping[str, Any]
@@ -125,10 +157,17 @@ class _Method:
         return None if rate is None else float(rate)
 
 
+def _method(arguments: Sequence[str]) -> Method:
+    config = composed([*arguments, "run_dir=RUN_DIR"])
+    return Method(_arguments_of(arguments, config), config, files_of(config))
+
+
 def _arguments_of(method: Sequence[str], config: Mapping[str, Any]) -> list[str]:
     """Return the arguments of a method, with those that make a run one of a comparison."""
     given = {name_of(one) for one in method}
     own = [f"~callbacks.{name}" for name in _NOT_NEEDED if name in (config["callbacks"] or {})]
+    if config["callbacks"] and "forgetting" not in config["callbacks"]:
+        own.append("+callbacks.forgetting._target_=lit_ft.callbacks.Forgetting")
     if "logger" not in given:
         own.append("logger=none")
     if "trainer.val_check_interval" not in given:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from lit_ft.compat.cores import usable_cores
 from lit_ft.data.rows import WHOLE, Part
 from lit_ft.data.sources import Source
 
@@ -35,7 +36,7 @@ def parts_of(source: Source) -> list[Part]:
     may_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if rows is None or not may_fork:
         return [WHOLE]
-    count = max(1, min(_num_cores(), rows // ROWS_PER_PROCESS))
+    count = max(1, min(usable_cores(), rows // ROWS_PER_PROCESS))
     firsts = [rows * number // count for number in range(count)]
     return [Part(first, last) for first, last in zip(firsts, [*firsts[1:], None], strict=True)]
 
@@ -160,10 +161,3 @@ def _one_thread_each() -> Iterator[None]:
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
-
-
-def _num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

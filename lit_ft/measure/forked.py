@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lit_ft.compat.cores import usable_cores
+
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ def forked(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
     Args:
         function: The function, whose result can be pickled.
     """
-    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
+    if sys.platform != "linux" or usable_cores() < 2:
         yield function
         return
     context = multiprocessing.get_context("fork")

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_ft.callbacks import ExportHF, LastCheckpoint, ThroughputMonitor
+from lit_ft.callbacks import ExportHF, Forgetting, LastCheckpoint, ThroughputMonitor
 from lit_ft.callbacks._support.trainer import find_callback, source_name
 from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.measure.model_size import model_size
@@ -16,7 +16,14 @@ from lit_ft.run.ending import BestSteps, why_fit_ended
 from lit_ft.run.history import History
 from lit_ft.run.summary import RunSummary
 
-_OF_TRAINING = ("tokens", "tokens_per_second", "step_seconds", "train_loss", "peak_bytes")
+_OF_TRAINING = (
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "train_loss",
+    "forgetting",
+    "peak_bytes",
+)
 
 
 class OpensFolder(Callback):
@@ -218,7 +225,7 @@ class Recorder(Callback):
         )
         earlier = self.summary.earlier
         if earlier is not None and earlier["steps"] == trainer.global_step:
-            self.summary.update(**{name: earlier[name] for name in _OF_TRAINING})
+            self.summary.update(**{name: earlier.get(name) for name in _OF_TRAINING})
             self.summary.fields["seconds"]["train"] = earlier["seconds"]["train"]
 
     def _record(self, trainer: Trainer) -> None:
@@ -234,6 +241,13 @@ class Recorder(Callback):
             fields["tokens_per_second"] = throughput.tokens_per_second
             fields["step_seconds"] = throughput.step_seconds
             self.summary.fields["seconds"]["train"] = throughput.training_seconds
+        forgetting = find_callback(trainer, Forgetting)
+        if forgetting is not None and forgetting.increase is not None:
+            fields["forgetting"] = {
+                "before": forgetting.before,
+                "after": forgetting.after,
+                "value": forgetting.increase,
+            }
         checkpoint = find_callback(trainer, LastCheckpoint)
         if checkpoint is not None:
             fields["checkpoint_path"] = checkpoint.last_model_path or None

@@ -39,6 +39,7 @@ class Job:
     trainer: Made
     checkpoint: dict[str, Any]
     plan: dict[str, Any]
+    compare: dict[str, Any]
     model: Made
     optim: Made
     loss: Made | None = None
@@ -68,6 +69,16 @@ class Plan:
 
 
 @dataclass
+class Compare:
+    """The settings under `compare`, which `python -m lit_ft.compare` alone reads."""
+
+    methods: list[str]
+    quick: list[str]
+    seeds: list[Annotated[int, Interval(ge=0, lt=2**32)]]
+    tune: bool = True
+
+
+@dataclass
 class Galore:
     """The names under `galore`; the callbacks that read them say what they admit."""
 
@@ -79,7 +90,13 @@ class Galore:
     refresh: Any = None
 
 
-_SECTIONS = {"": Job, "checkpoint": Checkpoint, "galore": Galore, "plan": Plan}
+_SECTIONS = {
+    "": Job,
+    "checkpoint": Checkpoint,
+    "compare": Compare,
+    "galore": Galore,
+    "plan": Plan,
+}
 
 
 @dataclass(frozen=True)
@@ -140,12 +157,22 @@ def admit(
     looked_into = config if parts is None else {name: config[name] for name in parts}
     refuse_untrusted(looked_into, also=trusted_packages(config, arguments))
     refuse_without_class(config)
+    _refuse_comparison(config)
     told: dict[str, str] = {}
     for setting in settings_of(config, written, parts=parts):
         if setting.name not in told and setting.fault:
             told[setting.name] = setting.fault
     if told:
         raise ValueError("\n".join(told.values()))
+
+
+def _refuse_comparison(config: Mapping[str, Any]) -> None:
+    section = config.get("compare")
+    if isinstance(section, Mapping) and section.get("methods"):
+        raise ValueError(
+            "compare.methods lists the methods of a comparison, and a run has one: "
+            "`python -m lit_ft.compare` takes the same arguments, and trains all of them."
+        )
 
 
 def settings_of(

@@ -84,6 +84,7 @@ class RunSummary:
             "val_perplexity": None,
             "val_loss_by_source": None,
             "train_loss": None,
+            "forgetting": None,
             "history": {"train": [], "val": []},
             "seconds": {"total": None, "load": None, "train": None},
             "tokens_per_second": None,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
 
-from lit_ft.comparison.grid import grid_of
+from lit_ft.comparison.grid import grid_of, in_full
 from lit_ft.comparison.sweep import Sweep
 from lit_ft.run.trial import callbacks_of_trial
 from lit_ft.storage.json_file import write_json
@@ -29,7 +30,7 @@ class Trainer:
         self.trained: list[tuple[str, ...]] = []
         self.steps = 0
 
-    def __call__(self, cell: Any, environment: dict[str, str]) -> dict[str, Any]:
+    def __call__(self, cell: Any, environment: dict[str, str], stopped: Event) -> dict[str, Any]:
         if self.lives <= 0:
             raise Killed
         self.lives -= 1
@@ -62,8 +63,9 @@ class Trainer:
         return summary
 
 
-def swept(folder, trainer, *arguments):
-    sweep = Sweep(grid_of([*SMALL, *arguments]), folder, trainer)
+def swept(folder, trainer, *arguments, tune=True):
+    section = {"methods": [], "seeds": [0], "tune": tune}
+    sweep = Sweep(in_full(grid_of([*SMALL, *arguments]), section), folder, trainer)
     sweep.run()
     return sweep
 
@@ -151,6 +153,45 @@ def test_an_optimizer_with_a_rate_of_its_own_trains_once_with_each_seed(tmp_path
     swept(tmp_path, trainer, "optim=adafactor", "seed=3,4")
     assert [cell[-1] for cell in trainer.trained] == ["seed=3", "seed=4"]
     assert not any("optim.lr" in one for cell in trainer.trained for one in cell)
+
+
+def test_without_tuning_a_method_trains_at_its_own_rate(tmp_path, monkeypatch):
+    trainer = Trainer(monkeypatch)
+    swept(tmp_path, trainer, *ARGUMENTS, tune=False)
+    for seed in (0, 1, 2):
+        assert rates(trainer.trained, "adamw", seed) == [1e-4]
+        assert rates(trainer.trained, "sgd", seed) == [0.03]
+
+
+def test_methods_train_side_by_side_each_with_a_share_of_its_own(tmp_path):
+    both, seen = Barrier(2, timeout=60), []
+
+    def train(cell, environment, stopped):
+        both.wait()  # one alone would wait for ever
+        seen.append(environment["SHARE"])
+        return {"status": "completed", "val_loss": 1.0}
+
+    section = {"methods": [], "seeds": [0], "tune": False}
+    grid = in_full(grid_of([*SMALL, "optim=adamw,adafactor"]), section)
+    Sweep(grid, tmp_path, train).run([{"SHARE": "one"}, {"SHARE": "other"}])
+    assert sorted(seen) == ["one", "other"]
+
+
+def test_a_run_that_fails_to_begin_stops_those_beside_it(tmp_path):
+    begun = Event()
+
+    def train(cell, environment, stopped):
+        if "optim=adamw" in cell.arguments:
+            begun.wait(60)
+            raise ValueError("no disk")
+        begun.set()
+        assert stopped.wait(60)
+        return {"status": "interrupted", "val_loss": None}
+
+    section = {"methods": [], "seeds": [0], "tune": False}
+    grid = in_full(grid_of([*SMALL, "optim=adamw,adafactor"]), section)
+    with pytest.raises(ValueError, match="no disk"):
+        Sweep(grid, tmp_path, train).run([{}, {}])
 
 
 def test_the_runs_keep_nothing_but_their_figures(tmp_path, monkeypatch):

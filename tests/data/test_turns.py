@@ -43,9 +43,7 @@ QUOTES = "{% if m['role'] == 'tool' %}{{ m['content'] | tojson }}{% else %}" + P
 SHOUTS = "{{ m['content'] | upper }}"
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=12)
-whole = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+whole = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lit_ft.subspace.moments import change_of_basis, rotated
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 5), rank=st.integers(1, 5))
 def test_other_coordinates_of_the_same_span_leave_the_momentum_alone(seed, rows, rank):
     """Law 5: the lifted momentum exactly, the squares where they have one value a row."""

@@ -138,9 +138,7 @@ def encoded(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], folder: Pat
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=st.one_of(chats(), alpacas(), prompts(), segments(), plain()))
 def test_every_text_of_a_row_is_there_and_the_answers_are_learnt(
     case: Case, tokenizer: PreTrainedTokenizerFast, tmp_path: Path

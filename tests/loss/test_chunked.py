@@ -12,7 +12,7 @@ from tests.support.allocations import LargestTensor
 from tests.support.tiny_model import tiny_model
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**16),
     shape=st.tuples(st.integers(1, 3), st.integers(2, 12)),

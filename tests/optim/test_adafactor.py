@@ -48,7 +48,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=st.lists(st.integers(1, 9), max_size=4),
     options=options(),

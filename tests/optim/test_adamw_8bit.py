@@ -28,7 +28,7 @@ def steps(optimizer: Optimizer, weight: Tensor, numbers: range) -> None:
         optimizer.step()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shape=st.lists(st.integers(1, 700), min_size=1, max_size=3))
 def test_blocks_end_with_their_rows(shape: list[int]) -> None:
     weight = torch.empty(shape, device="meta")

@@ -50,7 +50,7 @@ def reference(
     return moved
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),

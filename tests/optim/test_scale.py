@@ -23,7 +23,7 @@ def reference(gradients: list[Tensor], *, rate: float, momentum: float, by_colum
     return moved
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),

@@ -22,7 +22,7 @@ def sr_sinkhorn(gradient: Tensor, iterations: int) -> Tensor:
     return x
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),

@@ -31,9 +31,7 @@ def same(path: Path) -> bool:
     )
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_noticed_or_changes_nothing(
     saved: Path, tmp_path: Path, place: float, bit: int
@@ -56,7 +54,7 @@ def test_bits_of_the_weights_are_all_noticed(saved: Path, tmp_path: Path) -> Non
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_truncated_file_is_noticed(saved: Path, tmp_path: Path, share: float) -> None:
     content = saved.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])

@@ -23,7 +23,7 @@ def explicit(rows, cols, basis):
     return torch.stack([(gradients @ projection).square().sum(), gradients.square().sum()])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 10**6),
     samples=st.integers(0, 3),

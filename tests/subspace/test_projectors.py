@@ -28,7 +28,7 @@ def move(rule, basis, gradient):
 
 
 @pytest.mark.parametrize("rule", ORTHONORMAL)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), num_tokens=st.integers(0, 9))
 def test_orthonormal_bases_stay_so_whatever_the_rank_of_the_gradient(rule, seed, num_tokens):
     basis, gradient = basis_and_gradient(seed, num_tokens)
@@ -67,7 +67,7 @@ def test_power_iteration_takes_each_row_to_a_singular_vector(seed):
     assert (basis @ own.T).diag()[:3].abs().min() > 0.999
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6))
 def test_principal_rows_that_are_so_already_stay_with_their_signs(seed):
     rows, _ = basis_and_gradient(seed, 1)

@@ -13,7 +13,7 @@ from lit_ft.subspace.stats import overlap, squared_update
 from tests.support.subspace_run import Run, assert_equal, batches
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 5), cols=st.integers(5, 9))
 def test_overlap_is_of_the_spans_whatever_their_bases(seed, rank, cols):
     torch.manual_seed(seed)

@@ -65,6 +65,7 @@ KEYS = [
     "val_perplexity",
     "val_loss_by_source",
     "train_loss",
+    "forgetting",
     "history",
     "seconds",
     "tokens_per_second",

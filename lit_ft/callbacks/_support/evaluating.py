@@ -1,0 +1,48 @@
+"""Look at a model in the middle of its training, and leave no trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lit_ft.tensors.sharding import fsdp_root
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Set eval mode without gradients in the block, then restore modes and the random state.
+
+    The mode of each module is restored by itself, since some may be in eval mode during training. A
+    sharded model gives back the memory of its whole weights, as a backward pass would do. A
+    compiled one runs as it is written: otherwise every new length would be compiled for a single
+    use.
+
+    Args:
+        model: The model.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(torch.no_grad())
+        if (root := fsdp_root(model)) is not None:
+            stack.callback(root.reshard)
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
