@@ -414,7 +414,7 @@ def _sharded_adapters(plan: Plan) -> Refusal | None:
     if plan.quantised:
         return Refusal("Quantised weights cannot be sharded", *others)
     if adapter.kind != "LoraConfig":
-        return Refusal(f"LoRA works on sharded weights, and {adapter.kind} does not", *others)
+        return Refusal("Of peft's adapters, LoRA alone works on sharded weights", *others)
     if adapter.init not in _START_SHARDED:
         return Refusal(
             f"init_lora_weights={adapter.init} starts from whole weights, and no rank has one "

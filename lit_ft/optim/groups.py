@@ -70,7 +70,7 @@ class GroupRule:
 
 DECAY_MATRICES = (
     GroupRule("no_decay", max_ndim=1, required=False, options={"weight_decay": 0.0}),
-    GroupRule("decay", min_ndim=2),
+    GroupRule("decay", min_ndim=2, required=False),
 )
 """Weight decay for matrices only: norms, biases and scales are not pulled towards zero."""
 

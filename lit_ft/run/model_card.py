@@ -25,7 +25,10 @@ from lit_ft.run.redaction import redacted
 _PLACE = re.compile(r"(?<![^=\[,{:'\" ])(?:~[^/,]*)?/(?!/)(?:[^/,\[\]{}'\"]+/)*(?=[^/,])")
 
 
-_OF_ADAPTERS = ("r", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights")
+_OF_ADAPTERS = (
+    *("r", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights"),
+    *("randlora_alpha", "oft_block_size"),
+)
 
 
 @rank_zero_only

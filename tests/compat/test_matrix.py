@@ -32,7 +32,7 @@ from tests.support.matrix import (
 from tests.support.ranks import WORLD
 from tests.support.sharded_training import batches, save_llama
 
-STEPS = 10  # two moves of every basis, and a start
+STEPS = 5  # two moves of every basis, and a start
 # Settings that the cover tells apart as on and off alone; where they are on, they take turns.
 ON = {
     "clip": [name for name in DIMENSIONS["clip"] if name != "none"],
@@ -115,7 +115,7 @@ def train(cell: Cell, folder: Path, run_dir: Path, *, alone: bool) -> dict:
     if "galore_torch" in cell.optim:
         overrides += ["optim.rank=4", "optim.update_proj_gap=2"]
     elif cell.galore != "none":
-        overrides += ["galore.rank=4", "galore.refresh.every=4"]
+        overrides += ["galore.rank=4", "galore.refresh.every=2"]
     if cell.update == "layerwise":
         overrides.append("callbacks.layerwise.min_grad_bytes=0")
     config = composed(*overrides)
@@ -178,18 +178,15 @@ def assert_alike(cell: Cell, ranks: list[dict], alone: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", DIMENSIONS["optim"])
-def test_each_optimizer_on_two_and_four_ranks(optim, folder, tmp_path, on_both, four_ranks):
+def test_each_optimizer_on_four_ranks(optim, folder, tmp_path, four_ranks):
+    """Weights that four ranks cut into parts of unlike sizes, which two do not."""
     ways = [
-        Cell(optim, galore, strategy, update, 2, clip)
-        for galore in ("none", "online")
-        for strategy in ("ddp", "fsdp")
-        for update, clip in (("whole", "norm"), ("layerwise", "value"))
+        Cell(optim, galore, "fsdp", update, 2, clip)
+        for galore, update, clip in (("none", "whole", "norm"), ("online", "layerwise", "value"))
     ]
     for cell in (way for way in ways if refusal(way) is None):
         alone = train(cell, folder, tmp_path, alone=True)
-        assert_alike(cell, on_both(train, cell, folder, tmp_path, alone=False), alone)
-        if cell.strategy == "fsdp":
-            assert_alike(cell, four_ranks(train, cell, folder, tmp_path, alone=False), alone)
+        assert_alike(cell, four_ranks(train, cell, folder, tmp_path, alone=False), alone)
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_a_callback_of_another_project_hears_of_its_own_part_alone(plan):
         ),
         (Plan(finds_batch_size=True, devices=2), "one device", "trainer.devices=1"),
         (Plan(compiled=True, parallel="fsdp"), "torch.compile", "module.compile=false"),
-        (Plan(parallel="fsdp", adapter=Adapter("VeraConfig")), "VeraConfig", "adapter=lora"),
+        (Plan(parallel="fsdp", adapter=Adapter("VeraConfig")), "LoRA alone works", "adapter=lora"),
         (
             Plan(parallel="fsdp", adapter=Adapter(options=frozenset({"modules_to_save"}))),
             "modules_to_save",

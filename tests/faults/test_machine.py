@@ -177,8 +177,10 @@ SHELL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("terminal", SHELL)
+@pytest.mark.parametrize(
+    ("terminal", "unbuffered"),
+    [*((terminal, "") for terminal in SHELL), ("broken pipe", "1"), ("full disk", "1")],
+)
 def test_no_terminal_fails_a_run(terminal, unbuffered, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     samples = [one for one in TINY if one != "~callbacks.samples"]

@@ -32,10 +32,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "strategy, number, status",
-    [("fsdp", signal.SIGTERM, 143), ("ddp", signal.SIGTERM, 143), ("ddp", signal.SIGINT, 130)],
+    ("rank", "strategy", "number", "status"),
+    [
+        (0, "fsdp", signal.SIGTERM, 143),
+        (1, "ddp", signal.SIGTERM, 143),
+        (1, "fsdp", signal.SIGINT, 130),
+    ],
 )
-@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_and_saves(rank, strategy, number, status, tmp_path):
     process = start(
         *TWO_RANKS, f"run_dir={tmp_path}", f"strategy={strategy}", "trainer.max_steps=4000"

@@ -76,11 +76,9 @@ BY_SVD = ("galore_svd", "adamw galore=paper")  # their gradients change after ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_every_optimizer_clips_and_accumulates(
-    optimizer: str, accumulate: int, tmp_path: Path
-) -> None:
-    options = [f"trainer.accumulate_grad_batches={accumulate}", "trainer.gradient_clip_val=0.5"]
+def test_every_optimizer_clips_and_accumulates(optimizer: str, tmp_path: Path) -> None:
+    options = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=5"]
+    options.append("trainer.gradient_clip_val=0.5")
     if optimizer in BY_SVD:
         with pytest.raises(Exception, match="gradient_clip_val=null"):
             run(tmp_path / "refused", optimizer, *options, *LAYERWISE)

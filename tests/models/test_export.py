@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
 from lit_ft.data.turns import end_tokens
 from lit_ft.models import Pretrained, add_adapter, export_model
 from lit_ft.models.export.chat import stop_at
+from tests.support.running import CONF
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -32,10 +35,22 @@ ADAPTERS = {
 }
 
 
+OTHERS = ["miss", "hira", "shira", "randlora", "oft", "vera"]  # as their files have them
+
+
+def config_of(kind):
+    if kind in ADAPTERS:
+        own = ADAPTERS[kind]
+        return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **own)
+    file = OmegaConf.load(CONF / "adapter" / f"{kind}.yaml")
+    small = {"oft_block_size": 4} if kind == "oft" else {"r": 4}
+    return instantiate(OmegaConf.merge({"seed": 3}, file, {"adapter": small}).adapter)
+
+
 def trained_adapter(folder, kind):
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     source = Pretrained(str(folder), quantization_config=quantised if kind[0] == "q" else None)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTERS[kind])
+    config = config_of(kind)
     model = add_adapter(source.load_model(torch.float32), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -45,7 +60,7 @@ def trained_adapter(folder, kind):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", [*ADAPTERS, *OTHERS])
 def test_merged_export_gives_the_trained_logits_and_leaves_the_model_alone(folder, kind, tmp_path):
     model = trained_adapter(folder, kind)
     with torch.no_grad():
@@ -71,7 +86,7 @@ def test_a_merge_copies_no_weight_on_the_device(folder, tmp_path, monkeypatch):
     assert copied == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind[0] != "q"])
+@pytest.mark.parametrize("kind", [*(k for k in ADAPTERS if k[0] != "q"), *OTHERS])
 def test_the_adapter_apart_fits_the_original_weights(folder, kind, tmp_path):
     model = trained_adapter(folder, kind)
     export_model(model, None, tmp_path / "out")

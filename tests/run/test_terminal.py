@@ -28,7 +28,7 @@ def replayed(written: list[tuple[float, bytes]], columns: int, rows: int) -> Scr
     return screen
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (120, 40), (200, 50)])
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (200, 50)])
 def test_one_line_shows_the_whole_run_and_what_was_said_stays(tmp_path, columns, rows):
     status, written = in_terminal(columns, rows, f"run_dir={tmp_path}/run", *RUN)
     screen = replayed(written, columns, rows)

@@ -6,12 +6,13 @@ import gc
 import multiprocessing
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -83,7 +84,20 @@ def _in_a_group(place: str, function: Callable[..., Any], *args: Any, **kwargs: 
         return function(*args, **kwargs)
     finally:
         dist.destroy_process_group()
-        gc.collect()  # what is left in cycles would keep the group, whose threads poll
+        for cached in _caches(len(sys.modules)):
+            cached.cache_clear()
+        gc.collect()
+
+
+@lru_cache(maxsize=1)
+def _caches(num_modules: int) -> list[Any]:
+    """Find the caches of torch that keep meshes, and so groups: the threads of each group poll."""
+    del num_modules  # a module that is imported later may have further ones
+    return [
+        one
+        for one in gc.get_objects()
+        if isinstance(one, type(_caches)) and str(one.__module__).startswith("torch.distributed")
+    ]
 
 
 def average(tensors):

@@ -41,7 +41,19 @@ TYPED = [
     *("0.9", "1.0", "2.0", "2.5", "-0.5", "1e30", "'4'", "'0.5'", "'true'", "'null'", "True"),
     *("[]", "[1,2]", "[0.9,0.95]", "[0.9,1.0]", "[0,0]", "[0.9]", "[a,b]", "[true,0.5]", "{}"),
     *("{a: 1}", "drop", "cut", "assistant", "refuse", "skip", "norm", "value", "warn", "bf16"),
-    *("match_adamw", "right", "std", "all", "min", "max", "lora_only", "nf4", "full"),
+    *(
+        "channel",
+        "tensor",
+        "match_adamw",
+        "right",
+        "std",
+        "all",
+        "min",
+        "max",
+        "lora_only",
+        "nf4",
+        "full",
+    ),
 ]
 
 
