@@ -20,30 +20,23 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event
-from typing import Any
 
-from lit_ft.comparison.cells import Cell
 from lit_ft.comparison.comparison import compare
 from lit_ft.comparison.files import write_report
-from lit_ft.comparison.grid import Grid
-from lit_ft.comparison.pictures import MISSING, can_draw
 from lit_ft.comparison.request import request_of
 from lit_ft.comparison.runs import gather
+from lit_ft.comparison.shown import ShownRuns, say, show
 from lit_ft.comparison.side_by_side import shares_of
-from lit_ft.comparison.text import terminal_table
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.arguments import UNREADABLE, why_unreadable
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.loading import loading_libraries
 from lit_ft.run.redaction import redacted_text
-from lit_ft.run.verb_parser import parser_of_settings
-from lit_ft.terminal import display, stage, use_live_line
-from lit_ft.terminal.console import console, format_duration, printable
+from lit_ft.run.verb_parser import parser_of_settings, whole_number
+from lit_ft.terminal import stage, use_live_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,19 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(redacted_text(message_on_command_line(error)))
     except KeyboardInterrupt:
-        _say("Stopped. The same command goes on with what is left.")
+        say("Stopped. The same command goes on with what is left.")
         sys.exit(128 + signal.SIGINT)
-    if comparison.rows:
-        console().print(terminal_table(comparison))
-    for one in comparison.without:
-        if one.run is None or not one.run.is_pruned:  # the table counts their rates
-            _say(f"{one.folder}: {one.status}: {one.reason}")
-    for warning in comparison.warnings:
-        _say(f"Warning: {warning}")
-    if not can_draw():
-        _say(MISSING)
-    for file in files:
-        _say(str(file))
+    show(comparison, files)
     if settings and not comparison.rows:  # a report on folders has done what it should
         sys.exit("No run has a result.")
 
@@ -103,62 +86,17 @@ def _trained(arguments: Sequence[str], jobs: int) -> tuple[list[Path], Path]:
         import torch
 
         from lit_ft.comparison.sweep import Sweep
+        from lit_ft.comparison.workers import Workers
         from lit_ft.run.settings import admit
 
-        shown = _Shown(grid)
-        sweep = Sweep(grid, request.folder, shown.train)
+        sweep = Sweep(grid, request.folder)
         for method in sweep.methods:
             admit(method.config, method.config, method.arguments)
+    rates = len(grid.rates) or (3 if grid.tune else 1)
+    shown = ShownRuns(about=len(grid.methods) * (rates + len(grid.seeds) - 1))
     with stage("training"):
-        sweep.run(shares_of(jobs, gpus=torch.cuda.device_count()))
+        sweep.run(Workers(shown.train, shares_of(jobs, gpus=torch.cuda.device_count())))
     return [cell.folder for cell in sweep.cells], sweep.folder
-
-
-class _Shown:
-    """Trains runs, and shows which ones they are and what came of them.
-
-    Args:
-        grid: The grid of what is trained.
-    """
-
-    def __init__(self, grid: Grid) -> None:
-        rates = len(grid.rates) or (3 if grid.tune else 1)
-        self._about = len(grid.methods) * (rates + len(grid.seeds) - 1)
-        self._begun = 0
-        self._running: list[str] = []
-
-    def train(
-        self, cell: Cell, environment: Mapping[str, str], stopped: Event
-    ) -> Mapping[str, Any]:
-        """Train a run, and print its result."""
-        self._begun += 1
-        self._running.append(cell.name)
-        self._show()
-        began = time.monotonic()
-        try:
-            summary = cell.run(environment, stopped)
-        finally:
-            self._running.remove(cell.name)
-            self._show()
-        loss = summary.get("val_loss")
-        result = summary["ended"] if loss is None else f"held-out loss {loss:.4f}"
-        _say(f"{cell.name}: {result}  {format_duration(time.monotonic() - began)}")
-        return summary
-
-    def _show(self) -> None:
-        begun, about = self._begun, max(self._begun, self._about)
-        others = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
-        display().detail(f"run {begun} of about {about}: {''.join(self._running[-1:])}{others}")
-
-
-def _say(text: str) -> None:
-    console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, and is {text}")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--jobs",
-        type=_jobs,
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="runs that train at a time, each with a GPU or a part of the cores of its own (1)",

@@ -38,6 +38,21 @@ def tier(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def signals_as_usual() -> Iterator[None]:
+    """Let signals end this process and those that it starts, under nohup and in the background too.
+
+    What a shell has chosen to ignore would be ignored by all of them.
+    """
+    import signal
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    earlier = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer of its own for each test, which may change it."""
     from tests.support.tokenizer import byte_level_tokenizer

@@ -10,6 +10,7 @@ import pytest
 
 from lit_ft.comparison.grid import grid_of, in_full
 from lit_ft.comparison.sweep import Sweep
+from lit_ft.comparison.workers import Workers
 from lit_ft.run.trial import callbacks_of_trial
 from lit_ft.storage.json_file import write_json
 
@@ -65,8 +66,8 @@ class Trainer:
 
 def swept(folder, trainer, *arguments, tune=True):
     section = {"methods": [], "seeds": [0], "tune": tune}
-    sweep = Sweep(in_full(grid_of([*SMALL, *arguments]), section), folder, trainer)
-    sweep.run()
+    sweep = Sweep(in_full(grid_of([*SMALL, *arguments]), section), folder)
+    sweep.run(Workers(trainer))
     return sweep
 
 
@@ -173,7 +174,7 @@ def test_methods_train_side_by_side_each_with_a_share_of_its_own(tmp_path):
 
     section = {"methods": [], "seeds": [0], "tune": False}
     grid = in_full(grid_of([*SMALL, "optim=adamw,adafactor"]), section)
-    Sweep(grid, tmp_path, train).run([{"SHARE": "one"}, {"SHARE": "other"}])
+    Sweep(grid, tmp_path).run(Workers(train, [{"SHARE": "one"}, {"SHARE": "other"}]))
     assert sorted(seen) == ["one", "other"]
 
 
@@ -191,7 +192,7 @@ def test_a_run_that_fails_to_begin_stops_those_beside_it(tmp_path):
     section = {"methods": [], "seeds": [0], "tune": False}
     grid = in_full(grid_of([*SMALL, "optim=adamw,adafactor"]), section)
     with pytest.raises(ValueError, match="no disk"):
-        Sweep(grid, tmp_path, train).run([{}, {}])
+        Sweep(grid, tmp_path).run(Workers(train, [{}, {}]))
 
 
 def test_the_runs_keep_nothing_but_their_figures(tmp_path, monkeypatch):

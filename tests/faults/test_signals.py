@@ -20,6 +20,8 @@ from tests.support.commands import TINY, signal_at, start
 from tests.support.running import run_job
 from tests.support.stopping import Fault, at, stopped
 
+pytestmark = pytest.mark.usefixtures("signals_as_usual")
+
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -128,15 +130,7 @@ def test_signals_have_their_usual_effect_after_the_run(job):
     assert [signal.getsignal(number) for number in STATUSES] == before
 
 
-@pytest.fixture
-def ctrl_c_ends():
-    """Let Ctrl-C end this process, also where a shell has put it into the background."""
-    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, earlier)
-
-
-def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path, ctrl_c_ends):
+def test_ctrl_c_after_the_last_step_ends_the_run(job, tmp_path):
     stopped(job, "run", "trainer.max_steps=1", *at("on_fit_end", 1))
     assert read_summary(tmp_path / "run")["status"] == "interrupted"
 

@@ -11,6 +11,8 @@ import pytest
 
 from lit_ft.run.loading import let_waiting_threads_sleep
 
+pytestmark = pytest.mark.usefixtures("signals_as_usual")
+
 # As an import that meets the exception in a callback of Python's own, and drops it.
 DROPS_EXCEPTIONS = """
 import time
