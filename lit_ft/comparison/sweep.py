@@ -16,7 +16,7 @@ from lit_ft.comparison.grid import Grid
 from lit_ft.comparison.rates import NoRateHelpsError, best_rate
 from lit_ft.comparison.settings import LEARNING_RATE, SEED
 from lit_ft.comparison.trainable import Trainable, trainable
-from lit_ft.comparison.trials import loss_of, pruned_against
+from lit_ft.comparison.trials import fails_before_training, loss_of, pruned_against
 from lit_ft.comparison.workers import Workers
 
 
@@ -60,7 +60,9 @@ class Sweep:
             with pruned_against(tried) as environment:
                 summary = workers.summary(self._cell(method, rate, first), environment)
             tried.append(summary)
-            if len(tried) == 1 and _fails_anyway(summary):
+            if len(tried) == 1 and (
+                fails_before_training(summary) or summary["status"] == "out_of_memory"
+            ):
                 raise NoRateHelpsError
             return loss_of(summary)
 
@@ -75,9 +77,3 @@ class Sweep:
         cell = method.cell([*at_rate, f"{SEED}={seed}"], self.grid.swept, self.folder)
         self.cells.append(cell)
         return cell
-
-
-def _fails_anyway(summary: Mapping[str, Any]) -> bool:
-    """Whether a run failed for a reason that has nothing to do with its learning rate."""
-    failed = summary["status"] == "failed" and not summary.get("steps")
-    return failed or bool(summary["status"] == "out_of_memory")

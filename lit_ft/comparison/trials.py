@@ -22,6 +22,11 @@ def loss_of(summary: Summary) -> float | None:
     return None if loss is None else float(loss)
 
 
+def fails_before_training(summary: Summary) -> bool:
+    """Whether a run failed before its first step, for a reason that memory does not give."""
+    return summary["status"] == "failed" and not summary.get("steps")
+
+
 def validations_of(summary: Summary) -> list[float]:
     """Return the validation losses during training, in their order."""
     history = summary.get("history") or {}

@@ -52,8 +52,17 @@ class Workers:
 
         An error ends the runs that are under way.
         """
+
+        def unless_stopped(thing: T) -> None:
+            if not self._stopped.is_set():
+                try:
+                    work(thing)
+                except BaseException:
+                    self._stopped.set()
+                    raise
+
         with ThreadPoolExecutor(self._number) as pool:
-            running = [pool.submit(work, thing) for thing in things]
+            running = [pool.submit(unless_stopped, thing) for thing in things]
             try:
                 for done in as_completed(running):
                     done.result()

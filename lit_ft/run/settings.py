@@ -157,22 +157,18 @@ def admit(
     looked_into = config if parts is None else {name: config[name] for name in parts}
     refuse_untrusted(looked_into, also=trusted_packages(config, arguments))
     refuse_without_class(config)
-    _refuse_comparison(config)
-    told: dict[str, str] = {}
-    for setting in settings_of(config, written, parts=parts):
-        if setting.name not in told and setting.fault:
-            told[setting.name] = setting.fault
-    if told:
-        raise ValueError("\n".join(told.values()))
-
-
-def _refuse_comparison(config: Mapping[str, Any]) -> None:
     section = config.get("compare")
     if isinstance(section, Mapping) and section.get("methods"):
         raise ValueError(
             "compare.methods lists the methods of a comparison, and a run has one: "
             "`python -m lit_ft.compare` takes the same arguments, and trains all of them."
         )
+    told: dict[str, str] = {}
+    for setting in settings_of(config, written, parts=parts):
+        if setting.name not in told and setting.fault:
+            told[setting.name] = setting.fault
+    if told:
+        raise ValueError("\n".join(told.values()))
 
 
 def settings_of(

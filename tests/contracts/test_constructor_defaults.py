@@ -17,11 +17,22 @@ from tests.support.running import CONF
 RATE = "a rate that fine-tunes: the library's is for training from scratch"
 RULE = "a rule says which parameters it is for; the defaults match them all"
 # File and path of a value (of all below it, if they share the reason): why it differs.
+LIKE_LORA = {
+    "task_type": "the only task here",
+    "target_modules": "all linear layers, as QLoRA found best",
+}
 DELIBERATE = {
-    "adapter/lora.yaml adapter.task_type": "the only task here",
+    **{
+        f"adapter/{name}.yaml adapter.{setting}": reason
+        for name in ("lora", "hira", "miss", "oft", "randlora", "shira", "vera")
+        for setting, reason in LIKE_LORA.items()
+    },
+    **{
+        f"adapter/{name}.yaml adapter.r": "the rank of adapter=lora, to compare with"
+        for name in ("hira", "miss", "shira")
+    },
     "adapter/lora.yaml adapter.r": "16 is what most comparisons use; peft starts from 8",
     "adapter/lora.yaml adapter.lora_alpha": "twice the rank, as most comparisons",
-    "adapter/lora.yaml adapter.target_modules": "all linear layers, as QLoRA found best",
     "adapter/qlora.yaml model.quantization_config": "the 4 bits of QLoRA's paper",
     "data/docstrings.yaml overlong": "half a function teaches a docstring of what is not seen",
     "data/docstrings.yaml max_val_examples": "a run of 40 steps shall not validate for longer",

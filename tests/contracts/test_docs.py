@@ -106,7 +106,9 @@ def first_of_a_sweep(argument: str) -> str:
     override = OverridesParser.create().parse_override(argument)
     if not override.is_sweep_override():
         return argument
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    value = override.value()
+    first = getattr(value, "start", None) or next(override.sweep_string_iterator())
+    return f"{override.get_key_element()}={first}"
 
 
 def arguments_of(command: str) -> list[str]:

@@ -24,6 +24,8 @@ ELSEWHERE = {
     "strategy/ddp": "tests/distributed trains it on two ranks",
     "logger/wandb": "below, offline",
     "hydra/launcher/slurm": "tests/run/test_slurm.py",
+    "hparams_search/galore": "tests/test_search.py",
+    "experiment/compare_methods": "tests/comparison/test_request.py",
 }
 
 NEEDS = {  # groups that one optimizer alone understands

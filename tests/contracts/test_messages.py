@@ -13,6 +13,7 @@ SERVES_THE_COMMAND_LINE = (
     "comparison",  # of settings of the command line
     "chat.py",
     "compare.py",
+    "search.py",
     "export.py",
     "plan.py",
     "preview.py",
