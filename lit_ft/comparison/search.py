@@ -6,8 +6,9 @@ under way, and goes on.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -62,7 +63,8 @@ class Search:
     def __init__(self, space: Space, folder: Path, *, seed: int) -> None:
         self.space = space
         self.folder = folder
-        self.study = _study(space, folder, seed)
+        self._asked = _asked(space)
+        self.study = _study(self._asked, folder, seed)
         self._lock = Lock()  # Hydra composes one configuration at a time
         self._earlier = list(self._finished())
 
@@ -96,7 +98,7 @@ class Search:
             trial.report(loss, number)
         trial.set_user_attr(_FOLDER, cell.folder.name)
         self.study.tell(trial, state=state_of(summary), values=loss_of(summary))
-        self.study.set_user_attr(_ASKED, _asked(self.space))
+        self.study.set_user_attr(_ASKED, self._asked)
         self._earlier.append(summary)
 
     def _cell(self, drawn: Mapping[str, Any]) -> Cell:
@@ -129,22 +131,24 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder}: another search is under way in it.") from error
 
 
-def _study(space: Space, folder: Path, seed: int) -> optuna.Study:
+def _study(asked: Mapping[str, Any], folder: Path, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(JournalFileBackend(os.fspath(folder / _FILE)))
     study = optuna.create_study(study_name=_NAME, storage=storage, load_if_exists=True)
-    asked = study.user_attrs.get(_ASKED)
-    if asked is None and study.get_trials(deepcopy=False):  # none has finished
+    earlier = study.user_attrs.get(_ASKED)
+    if earlier is None and study.get_trials(deepcopy=False):  # none has finished
         optuna.delete_study(study_name=_NAME, storage=storage)
         study = optuna.create_study(study_name=_NAME, storage=storage)
     # Another sequence of random numbers than that of the trials before.
     study.sampler = optuna.samplers.TPESampler(
         seed=seed + len(study.get_trials(deepcopy=False)), constant_liar=True
     )
-    if asked not in (None, _asked(space)):
+    if earlier not in (None, asked):
+        changed = ", ".join(name for name in asked if earlier.get(name) != asked[name])
         raise ValueError(
-            f"{folder} holds a search with other settings: repeat them, or take another run_dir. "
-            f"They were {_typed(asked['fixed'])}, and values of {', '.join(asked['searched'])}."
+            f"{folder} holds another search, which differs in its {changed}: take another run_dir. "
+            f"Its settings were {' '.join(earlier['settings']) or 'the defaults'}, and it searched "
+            f"{', '.join(earlier['values'])}."
         )
     return study
 
@@ -152,9 +156,9 @@ def _study(space: Space, folder: Path, seed: int) -> optuna.Study:
 def _asked(space: Space) -> dict[str, Any]:
     """Return what tells a search from another one, as plain values."""
     drawn = space.distributions.items()
-    searched = {name: distribution_to_json(one) for name, one in drawn}
-    return {"fixed": sorted(space.fixed), "searched": searched}
-
-
-def _typed(arguments: Sequence[str]) -> str:
-    return " ".join(arguments) or "no others"
+    files = trainable(next(space.corners())).files
+    return {
+        "settings": sorted(space.fixed),
+        "values": {name: distribution_to_json(one) for name, one in drawn},
+        "files": json.loads(json.dumps(files)),
+    }

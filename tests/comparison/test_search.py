@@ -114,8 +114,21 @@ def test_several_at_a_time_draw_different_values(tmp_path, monkeypatch):
 
 def test_other_values_in_the_same_folder_are_refused(tmp_path, monkeypatch):
     searched(tmp_path, Trainer(monkeypatch), 1)
-    with pytest.raises(ValueError, match="another run_dir.*values of optim.lr"):
+    with pytest.raises(ValueError, match="in its values: take another run_dir"):
         searched(tmp_path, Trainer(monkeypatch), 2, "optim.lr=0.1,0.2")
+    with pytest.raises(ValueError, match="in its settings: .*searched optim.lr"):
+        searched(tmp_path, Trainer(monkeypatch), 2, RATE, "seed=3")
+
+
+def test_other_rows_are_another_search(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    arguments = (RATE, f"data.path={file}")
+    for number in (1, 2):
+        file.write_text('{"prompt": "a", "response": "b"}\n' * number)
+        if number == 1:
+            searched(tmp_path / "s", Trainer(monkeypatch), 1, *arguments)
+    with pytest.raises(ValueError, match="in its files"):
+        searched(tmp_path / "s", Trainer(monkeypatch), 2, *arguments)
 
 
 def test_a_search_whose_first_trial_cannot_train_ends_at_once(tmp_path):

@@ -117,6 +117,8 @@ def test_it_trains(choice, tiny_folder, tmp_path):
     if choice.startswith("optim/"):  # as `python train.py optim=...` does, layerwise too
         short = ANYWHERE
     limit = ["trainer.max_steps=3", "data.max_val_examples=4"]
+    if choice in ("model/smollm2", "model/gguf"):
+        limit += ["data.max_length=160", "data.batch_size=1"]
     summary = run_job(
         tmp_path / "run", *overrides_for(choice, tiny_folder, tmp_path), *short, *limit
     )

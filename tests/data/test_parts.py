@@ -37,7 +37,7 @@ CHAT = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content
 @pytest.fixture(autouse=True)
 def cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(parts, "ROWS_PER_PROCESS", 4)
-    monkeypatch.setattr(parts, "_num_cores", lambda: 3)
+    monkeypatch.setattr(parts, "usable_cores", lambda: 3)
     monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "cache"))
 
 
@@ -92,7 +92,7 @@ def test_several_processes_write_the_table_that_one_writes(
     encoder = Encoder(tokenizer, 64, overlong="split", bad_rows=bad_rows)  # type: ignore[arg-type]
     several = encode_source(source, None, encoder).to_list()
     assert len({row["origin"] for row in several}) == 40 < len(several)
-    monkeypatch.setattr(parts, "_num_cores", lambda: 1)
+    monkeypatch.setattr(parts, "usable_cores", lambda: 1)
     monkeypatch.setenv("LIT_FT_CACHE", str(tmp_path / "other"))
     assert encode_source(source, None, encoder).to_list() == several
 
@@ -200,7 +200,7 @@ from lit_ft.data.sources import open_source
 from lit_ft.data.tables import encode_source
 from tests.support.tokenizer import byte_level_tokenizer
 
-parts.ROWS_PER_PROCESS, parts._num_cores = 4, lambda: 3
+parts.ROWS_PER_PROCESS, parts.usable_cores = 4, lambda: 3
 signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer's, which saves first
 encode_source(open_source(sys.argv[1]), None, Encoder(byte_level_tokenizer(), 64))
 """

@@ -29,7 +29,7 @@ JOB = [
     "data.max_length=96",
     "data.batch_size=2",
     "data.max_val_examples=2",
-    "trainer.max_steps=8",
+    "trainer.max_steps=6",
 ]
 
 LAYERWISE = ["update=layerwise", "callbacks.layerwise.min_grad_bytes=0"]
@@ -52,16 +52,28 @@ def test_every_optimizer_trains_the_same_weights(optimizer: str, tmp_path: Path)
     same(whole, run(tmp_path / "layerwise", optimizer, *options, *LAYERWISE))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "galore_subspace"])
+# The long tier clips and accumulates with every optimizer.
 @pytest.mark.parametrize(
-    "options",
+    ("optimizer", "options"),
     [
-        ["trainer.gradient_clip_val=0.5"],
-        ["trainer.gradient_clip_val=0.001", "+trainer.gradient_clip_algorithm=value"],
-        ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=4"],
-        ["trainer.gradient_clip_val=0.5", "module.activation_checkpointing=true"],
-        ["trainer.precision=bf16-true", "trainer.max_steps=5"],
-        ["trainer.precision=bf16-true", "trainer.gradient_clip_val=null", "trainer.max_steps=5"],
+        ("adamw_8bit", ["trainer.gradient_clip_val=0.5"]),
+        ("galore_subspace", ["trainer.gradient_clip_val=0.5"]),
+        (
+            "galore_subspace",
+            ["trainer.gradient_clip_val=0.001", "+trainer.gradient_clip_algorithm=value"],
+        ),
+        ("adamw", ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=4"]),
+        ("galore_subspace", ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=4"]),
+        ("adamw", ["trainer.gradient_clip_val=0.5", "module.activation_checkpointing=true"]),
+        ("adamw_8bit", ["trainer.precision=bf16-true", "trainer.max_steps=5"]),
+        (
+            "galore_subspace",
+            [
+                "trainer.precision=bf16-true",
+                "trainer.gradient_clip_val=null",
+                "trainer.max_steps=5",
+            ],
+        ),
     ],
 )
 def test_clipping_and_accumulation_compose(
@@ -91,7 +103,7 @@ def test_every_optimizer_clips_and_accumulates(optimizer: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("optimizer", "stop", "first", "then"),
     [
-        *(("adamw_8bit", stop, LAYERWISE, LAYERWISE) for stop in range(1, 6)),
+        *(("adamw_8bit", stop, LAYERWISE, LAYERWISE) for stop in (1, 4)),
         ("adamw", 2, LAYERWISE, []),
         ("muon", 3, [], LAYERWISE),
         ("adafactor", 4, LAYERWISE, []),

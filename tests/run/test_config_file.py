@@ -116,7 +116,7 @@ def lines(path: Path) -> set[str]:
 def test_each_line_has_the_comment_of_conf(tmp_path: Path) -> None:
     text = save(tmp_path / "my.yaml", "adapter=lora", "adapter.r=8", "~callbacks.samples")
     *_, choices, values = text.split("\n\n")
-    assert re.search(r"^adapter: lora +# none \(full fine-tuning\), lora, dora", choices, re.M)
+    assert re.search(r"^adapter: lora +# none \(full fine-tuning\), lora, qlora", choices, re.M)
     assert re.search(r"^# optim: adamw_lora ", choices, re.M)  # brought
     assert re.search(r"^adapter\.r: 8 +# rank of the two thin matrices$", values, re.M)
     assert re.search(r"^~callbacks\.samples:$", values, re.M)

@@ -11,7 +11,7 @@ import pytest
 from lit_ft.terminal import LiveLine, console
 from lit_ft.terminal.held_signals import held_signals
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("signals_as_usual")]
 
 
 class Interrupting(io.StringIO):
