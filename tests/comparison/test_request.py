@@ -30,6 +30,7 @@ def test_quick_adds_settings_that_the_command_line_overrides() -> None:
     for method in grid.methods:
         steps = [one for one in method if one.startswith("trainer.max_steps=")]
         assert len(steps) == 2 and steps[-1] == "trainer.max_steps=3"
+        assert [one for one in method if one.startswith("compare.")] == ["compare.methods=[]"]
     assert request_of(["experiment=compare_methods", "quick=false"]).grid.tune
 
 

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+import train
+from lit_ft.run.files import read_summary
 from lit_ft.run.supervised import environment_of_supervised
+from tests.support.commands import TINY
 
 CHILD = """
 import os, subprocess, sys, time
@@ -48,3 +51,20 @@ def test_others_go_on():
         child.wait(0.5)
     child.kill()
     child.wait()
+
+
+@pytest.mark.process
+def test_a_run_is_stopped_by_it_and_says_so(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, train.__file__, *TINY, f"run_dir={tmp_path}", "trainer.max_steps=5000"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment_of_supervised()},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.stdin.close()
+    assert process.wait(60) == 143
+    assert read_summary(tmp_path)["status"] == "interrupted"
