@@ -18,7 +18,6 @@ are listed with their reason, and what the runs do not have in common is a warni
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -28,14 +27,12 @@ from lit_ft.comparison.comparison import compare
 from lit_ft.comparison.files import write_report
 from lit_ft.comparison.request import request_of
 from lit_ft.comparison.runs import gather
-from lit_ft.comparison.shown import ShownRuns, say, show
+from lit_ft.comparison.shown import ShownRuns, show
 from lit_ft.comparison.side_by_side import shares_of
-from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.arguments import UNREADABLE, why_unreadable
+from lit_ft.comparison.verb import alone_in, errors_end_the_verb, parser_of_runs
+from lit_ft.run.arguments import path_exists
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.loading import loading_libraries
-from lit_ft.run.redaction import redacted_text
-from lit_ft.run.verb_parser import parser_of_settings, whole_number
 from lit_ft.terminal import stage, use_live_line
 
 
@@ -49,28 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = [*(f"--config={file}" for file in options.config), *settings]
     if not settings and not folders:
         sys.exit("Name what to compare: `optim=adamw,adamw_8bit`, or folders of runs: `runs/sweep`")
-    try:
+    with errors_end_the_verb():
         output = options.output
         if settings:
             trained, own = _trained(settings, options.jobs)
             folders, output = [*trained, *folders], output or own
-        runs, damaged = gather(folders)
-        comparison = compare(runs, damaged)
+        comparison = compare(*gather(folders))
         files = write_report(comparison, output or folders[0])
-    except UNREADABLE as error:
-        sys.exit(redacted_text(why_unreadable(error)))
-    except (ValueError, OSError) as error:
-        sys.exit(redacted_text(message_on_command_line(error)))
-    except KeyboardInterrupt:
-        say("Stopped. The same command goes on with what is left.")
-        sys.exit(128 + signal.SIGINT)
     show(comparison, files)
     if settings and not comparison.rows:  # a report on folders has done what it should
         sys.exit("No run has a result.")
 
 
 def _is_setting(argument: str) -> bool:
-    return ("=" in argument or argument.startswith("~")) and not Path(argument).exists()
+    return ("=" in argument or argument.startswith("~")) and not path_exists(argument)
 
 
 def _trained(arguments: Sequence[str], jobs: int) -> tuple[list[Path], Path]:
@@ -94,27 +83,14 @@ def _trained(arguments: Sequence[str], jobs: int) -> tuple[list[Path], Path]:
             admit(method.config, method.config, method.arguments)
     rates = len(grid.rates) or (3 if grid.tune else 1)
     shown = ShownRuns(about=len(grid.methods) * (rates + len(grid.seeds) - 1))
-    with stage("training"):
+    with alone_in(request.folder), stage("training"):
         sweep.run(Workers(shown.train, shares_of(jobs, gpus=torch.cuda.device_count())))
     return [cell.folder for cell in sweep.cells], sweep.folder
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of_settings(
+    parser = parser_of_runs(
         "python -m lit_ft.compare", __doc__, example="optim=adamw,sgd, or folders of runs"
-    )
-    parser.add_argument(
-        "-m",
-        "--multirun",
-        action="store_true",
-        help="is accepted, as train.py needs it: a comparison is a sweep",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="runs that train at a time, each with a GPU or a part of the cores of its own (1)",
     )
     parser.add_argument(
         "--output",

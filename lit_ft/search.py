@@ -1,7 +1,7 @@
 """Search for the best settings: `python -m lit_ft.search galore.rank=64,128 --trials 12`.
 
 It takes the arguments of a sweep of train.py, and trains one run after another, each with values
-that Optuna draws from what the earlier runs have shown (TPE). A setting has several values,
+that Optuna draws, looking at what the earlier runs have shown (TPE). A setting has several values,
 `galore.rank=64,128`, or a range, `optim.lr=tag(log,interval(1e-5,1e-3))`. `hparams_search=galore`
 takes them from conf/hparams_search. Runs that are worse than others after as many rows end early,
 and a run whose loss is not finite is a failed trial.
@@ -15,32 +15,29 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-
-from omegaconf import OmegaConf
 
 from lit_ft.comparison.comparison import compare
 from lit_ft.comparison.files import write_report
 from lit_ft.comparison.runs import gather
 from lit_ft.comparison.shown import ShownRuns, say, show
 from lit_ft.comparison.side_by_side import shares_of
-from lit_ft.compat.refusal import message_on_command_line
-from lit_ft.run.arguments import CONF, UNREADABLE, composed, why_unreadable
-from lit_ft.run.command_line import understood
-from lit_ft.run.config import choices_near
+from lit_ft.comparison.verb import (
+    alone_in,
+    errors_end_the_verb,
+    parser_of_runs,
+    settings_and_folder,
+)
+from lit_ft.run.arguments import composed
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.loading import loading_libraries
-from lit_ft.run.override import name_of
-from lit_ft.run.redaction import redacted_text
-from lit_ft.run.verb_parser import parser_of_settings, whole_number
+from lit_ft.run.verb_parser import whole_number
 from lit_ft.terminal import stage, use_live_line
 
 _FOLDER = Path("runs/search")
-_GROUP = "hparams_search"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,17 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     use_live_line()
     quieten_libraries()
     settings = [*(f"--config={file}" for file in options.config), *options.settings]
-    try:
+    with errors_end_the_verb():
         folder, best = _searched(settings, options)
         comparison = compare(*gather([folder]))
         show(comparison, write_report(comparison, folder))
-    except UNREADABLE as error:
-        sys.exit(redacted_text(why_unreadable(error)))
-    except (ValueError, OSError) as error:
-        sys.exit(redacted_text(message_on_command_line(error)))
-    except KeyboardInterrupt:
-        say("Stopped. The same command goes on with what is left.")
-        sys.exit(128 + signal.SIGINT)
     if best is None:
         sys.exit("No trial has a result.")
     say(best)
@@ -67,16 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _searched(arguments: Sequence[str], options: argparse.Namespace) -> tuple[Path, str | None]:
     """Train what is left; return the folder, and what to say of the best trial, if there is one."""
-    typed = understood(arguments, config_dir=CONF).arguments
-    folders = [one.partition("=")[2] for one in typed if name_of(one) == "run_dir"]
-    folder = Path(folders[-1]) if folders else _FOLDER
-    typed = [part for one in typed if name_of(one) != "run_dir" for part in _expanded(one)]
+    typed, folder = settings_and_folder(arguments, _FOLDER)
     if find_spec("optuna") is None:
         raise ValueError("Optuna, which searches, is not installed: `pip install optuna`")
     with loading_libraries():
         import torch
 
-        from lit_ft.comparison.search import Search, alone_in
+        from lit_ft.comparison.search import Search
         from lit_ft.comparison.space import settings_of, space_of
         from lit_ft.comparison.workers import Workers
         from lit_ft.run.settings import admit
@@ -98,42 +85,16 @@ def _searched(arguments: Sequence[str], options: argparse.Namespace) -> tuple[Pa
     return folder, f"Best: trial {best.number}, held-out loss {best.value:.4f}\n  {command}"
 
 
-def _expanded(argument: str) -> list[str]:
-    """Return the settings of a file of `hparams_search`, and another argument as it is."""
-    group, _, name = argument.partition("=")
-    if group != _GROUP:
-        return [argument]
-    file = CONF / _GROUP / f"{name}.yaml"
-    if not file.is_file():
-        near = choices_near(_GROUP, name, config_dir=CONF)
-        raise ValueError(f"{argument}: there is no such choice. {near}")
-    params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or {}
-    return [f"{name}={values}" for name, values in params.items()]
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of_settings(
+    parser = parser_of_runs(
         "python -m lit_ft.search", __doc__, example="optim.lr=1e-4,3e-4 or hparams_search=galore"
-    )
-    parser.add_argument(
-        "-m",
-        "--multirun",
-        action="store_true",
-        help="is accepted, as train.py needs it: a search is a sweep",
     )
     parser.add_argument(
         "--trials",
         type=whole_number(1),
         default=20,
         metavar="N",
-        help="number of trials, those included that the folder holds (20)",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="runs that train at a time, each with a GPU or a part of the cores of its own (1)",
+        help="trials in all, counting those in the folder (20)",
     )
     parser.add_argument(
         "--sampler-seed",

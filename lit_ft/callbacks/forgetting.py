@@ -12,9 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_ft.callbacks._support.evaluating import evaluating
+from lit_ft.callbacks._support.evaluating import evaluating, sharded_by
 from lit_ft.terminal import stage
 
+_NOT_MEASURED = "Forgetting is not measured"
+_ROWS = 64  # logits that are float32 at a time
 _TEXT = Path(__file__).parent / "_support" / "everyday.txt"
 
 
@@ -24,8 +26,8 @@ class Forgetting(Callback):
     A model that learns a narrow task gets worse at others; how much depends on the method and the
     learning rate. Every method sees the same tokens, so the differences are not those of a sample.
     Training is bit for bit the same as without this callback. It needs `pl_module.model`, which
-    returns `logits`, and `pl_module.tokenizer`; without them it warns and measures nothing. A
-    checkpoint keeps the loss from before training.
+    returns `logits`, and `pl_module.tokenizer`. Without them, and under FSDP1 and DeepSpeed, it
+    warns and measures nothing. A checkpoint keeps the loss from before training.
 
     Args:
         path: The path of a text file in UTF-8; None takes one of 770 English words on everyday
@@ -34,7 +36,7 @@ class Forgetting(Callback):
 
     Attributes:
         before: The mean loss of a token before training, in nats; None if it is not measured.
-        after: The same after training.
+        after: The mean loss of a token after training, in nats; None if it is not measured.
 
     Example:
         >>> import lightning as L
@@ -56,12 +58,13 @@ class Forgetting(Callback):
         return self.after - self.before
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss before training."""
-        return {"before": self.before}
+        """Return the loss before training, and what it is that of."""
+        return {"before": self.before, "text": self.text, "max_length": self.max_length}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the loss before training."""
-        self.before = state_dict["before"]
+        """Take over the loss before training, if it is that of the same tokens."""
+        if {**state_dict, "before": self.before} == self.state_dict():
+            self.before = state_dict["before"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop the measurements of an earlier fit, before a checkpoint brings those of this one."""
@@ -70,35 +73,47 @@ class Forgetting(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the loss, unless a checkpoint has brought it."""
-        if self.before is None:
+        if self.before is not None:
+            return
+        if trainer.global_step > 0:
+            rank_zero_warn(f"{_NOT_MEASURED}: the checkpoint has no loss on this text.")
+        elif (reason := _obstacle(trainer, pl_module)) is not None:
+            rank_zero_warn(f"{_NOT_MEASURED}: {reason}.")
+        else:
             self.before = self._loss(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the loss again, and log how much it has risen as `forgetting`."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the loss again, and log how much it has risen as `forgetting`.
+
+        The peak memory of the training has been read by now.
+        """
         if self.before is None:
             return
         self.after = self._loss(trainer, pl_module)
-        if self.increase is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics({"forgetting": self.increase}, step=trainer.global_step)
+        for logger in trainer.loggers:
+            logger.log_metrics({"forgetting": self.after - self.before}, step=trainer.global_step)
+            logger.save()
 
-    def _loss(self, trainer: Trainer, module: LightningModule) -> float | None:
-        model, tokenizer = (getattr(module, name, None) for name in ("model", "tokenizer"))
-        if model is None or tokenizer is None:
-            rank_zero_warn(
-                f"Forgetting is not measured: {type(module).__name__} has no `model` and "
-                "`tokenizer`."
-            )
-            return None
+    def _loss(self, trainer: Trainer, module: LightningModule) -> float:
         with stage("measuring forgetting"), trainer.precision_plugin.forward_context():
-            return loss_of_text(model, tokenizer, self.text, max_length=self.max_length)
+            return loss_of_text(
+                module.model, module.tokenizer, self.text, max_length=self.max_length
+            )
+
+
+def _obstacle(trainer: Trainer, module: LightningModule) -> str | None:
+    """Return why the loss cannot be measured; None if it can."""
+    model = getattr(module, "model", None)
+    if model is None or getattr(module, "tokenizer", None) is None:
+        return f"{type(module).__name__} has no `model` and `tokenizer`"
+    return sharded_by(trainer, model)
 
 
 def loss_of_text(model: Any, tokenizer: Any, text: str, *, max_length: int) -> float:
     """Return the mean loss of the tokens of a text, in nats.
 
-    The text is cut into pieces, and of each but the first token is predicted. The modes of the
-    model's modules and the random state are left unchanged.
+    The text is cut into pieces, and each token of a piece but its first is predicted. The modes of
+    the model's modules and the random state are left unchanged.
 
     Args:
         model: The model, which returns `logits`.
@@ -120,7 +135,8 @@ def loss_of_text(model: Any, tokenizer: Any, text: str, *, max_length: int) -> f
 
 def _losses(model: Any, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    return F.cross_entropy(logits.float(), ids[1:], reduction="none")
+    rows = zip(torch.split(logits, _ROWS), torch.split(ids[1:], _ROWS), strict=True)
+    return torch.cat([F.cross_entropy(row.float(), at, reduction="none") for row, at in rows])
 
 
 def _read(path: Path) -> str:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_ft.callbacks._support.evaluating import evaluating
+from lit_ft.callbacks._support.evaluating import evaluating, sharded_by
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.protocols import OffersPrompts
 from lit_ft.compat.ranges import Count, WholeNumber
@@ -24,7 +23,6 @@ from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
 from lit_ft.terminal import stage
 
 Prompt = str | Sequence[dict[str, str]]
-_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 class SampleGenerations(Callback):
@@ -208,13 +206,10 @@ def as_markdown(prompt: str, text: str) -> str:
 
 def _obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Return the reason why this run cannot generate, and give a warning; None if it can."""
-    reason = None
-    shared = is_model_sharded(getattr(pl_module, "model", None))
-    if isinstance(trainer.strategy, _SHARDED) and not shared:
-        reason = f"the model is sharded by {type(trainer.strategy).__name__}"
-    elif not hasattr(getattr(pl_module, "model", None), "generate"):
+    reason = sharded_by(trainer, getattr(pl_module, "model", None))
+    if reason is None and not hasattr(getattr(pl_module, "model", None), "generate"):
         reason = f"{type(pl_module).__name__}.model has no generate()"
-    elif getattr(pl_module, "tokenizer", None) is None:
+    if reason is None and getattr(pl_module, "tokenizer", None) is None:
         reason = f"{type(pl_module).__name__}.tokenizer is missing"
     if reason is not None:
         rank_zero_warn(f"No samples: {reason}.")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,22 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from lit_ft.run.arguments import PATHS, ROOT
-from lit_ft.run.files import read_summary
+from lit_ft.run.files import LOCK, read_summary
 from lit_ft.run.supervised import environment_of_supervised
 
 _FINISHED = ("completed", "pruned", "failed", "out_of_memory")
+_LAST_STEP = 60  # seconds that a run may take to end after a signal
+# What is known of a run that the system killed. It is not kept, so the run is tried again.
+_KILLED = {
+    "status": "failed",
+    "ended": "killed, as the system does when memory runs out",
+    "steps": 0,
+    "val_loss": None,
+}
 _PATIENCE = 0.5  # seconds between two looks at whether to stop
 _LONGEST = 80  # characters of the part of a folder's name that people read
 
@@ -59,8 +69,9 @@ class Cell:
             stopped: The event that ends the process.
 
         Raises:
-            ValueError: If the run did not finish.
+            ValueError: If the run did not finish, or if another one is going on in its folder.
         """
+        self._wait_for_earlier()
         command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
         command += [f"run_dir={self.folder}", "overwrite=true", "ui=off"]
         with tempfile.TemporaryFile("w+") as output:
@@ -80,9 +91,21 @@ class Cell:
                 process.wait()
             output.seek(0)
             said = output.read().strip()
-        if (summary := self.finished()) is None:
-            raise ValueError(f"A run of the comparison did not finish: {said}")
-        return summary
+        if (summary := self.finished()) is not None:
+            return summary
+        if process.returncode == -signal.SIGKILL:
+            return _KILLED
+        raise ValueError(f"A run did not finish: {said}")
+
+    def _wait_for_earlier(self) -> None:
+        """Wait until a run that a killed process has left behind has ended."""
+        lock = self.folder / LOCK
+        if lock.exists():
+            try:
+                with FileLock(lock, timeout=_LAST_STEP):
+                    pass
+            except Timeout as error:
+                raise ValueError(f"{self.folder}: another run is going on there.") from error
 
 
 def cell_of(name: str, arguments: Sequence[str], settings: Mapping[str, Any], folder: Path) -> Cell:

@@ -51,7 +51,9 @@ def in_full(grid: Grid, section: Mapping[str, Any]) -> Grid:
     owns = [tuple(x for x in own if not x.startswith("compare.")) for own in grid.methods]
     return replace(
         grid,
-        methods=tuple((*own, *method, *one_alone) for method in listed for own in owns),
+        methods=tuple(
+            dict.fromkeys((*own, *method, *one_alone) for method in listed for own in owns)
+        ),
         swept=grid.swept | {name_of(one) for method in listed for one in method},
         seeds=grid.seeds or tuple(section["seeds"]),
         tune=section["tune"],

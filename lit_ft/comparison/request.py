@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from lit_ft.comparison.grid import Grid, grid_of, in_full, settings_in
-from lit_ft.run.arguments import CONF, composed
-from lit_ft.run.command_line import understood
+from lit_ft.comparison.verb import settings_and_folder
+from lit_ft.run.arguments import composed
 from lit_ft.run.override import name_of
+from lit_ft.run.settings import Compare
+from lit_ft.run.types import allowed, as_typed
 
 _FOLDER = Path("runs/compare")
 _QUICK = {"quick=true": True, "quick=false": False}
@@ -42,10 +45,9 @@ def request_of(arguments: Sequence[str]) -> Request:
     quick = [one for one in arguments if name_of(one) == "quick"]
     if unknown := [one for one in quick if one not in _QUICK]:
         raise ValueError(f"{unknown[0]}: must be true or false.")
-    typed = understood([one for one in arguments if one not in quick], config_dir=CONF).arguments
-    folders = [one.partition("=")[2] for one in typed if name_of(one) == "run_dir"]
-    typed = [one for one in typed if name_of(one) != "run_dir"]
-    section = composed(grid_of(typed).methods[0])["compare"]
+    given = [one for one in arguments if one not in quick]
+    typed, folder = settings_and_folder(given, _FOLDER)
+    section = _section(typed)
     if quick and _QUICK[quick[-1]]:
         if not section["quick"]:
             raise ValueError(
@@ -53,6 +55,17 @@ def request_of(arguments: Sequence[str]) -> Request:
                 "`experiment=compare_methods` has it."
             )
         typed = [*(one for text in section["quick"] for one in settings_in(text)), *typed]
-        section = composed(grid_of(typed).methods[0])["compare"]
-    folder = Path(folders[-1]) if folders else _FOLDER
+        section = _section(typed)
     return Request(in_full(grid_of(typed), section), folder)
+
+
+def _section(arguments: Sequence[str]) -> Mapping[str, Any]:
+    """Return the settings under `compare`, which no run checks: each run has none of them."""
+    section: Mapping[str, Any] = composed(grid_of(arguments).methods[0])["compare"]
+    for name, type_of in get_type_hints(Compare, include_extras=True).items():
+        known = allowed(type_of)
+        if not known.admits(section[name]):
+            raise ValueError(f"compare.{name}={as_typed(section[name])}: must be {known.text}.")
+    if not section["seeds"]:
+        raise ValueError("compare.seeds is empty: give a seed, such as compare.seeds=[0].")
+    return section

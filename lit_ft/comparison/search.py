@@ -6,16 +6,16 @@ under way, and goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.distributions import distribution_to_json
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -33,6 +33,7 @@ from lit_ft.comparison.trials import (
 )
 from lit_ft.comparison.workers import Workers
 from lit_ft.run.files import read_summary
+from lit_ft.run.override import name_of
 
 _FILE = "study.journal"
 _NAME = "search"
@@ -93,7 +94,10 @@ class Search:
         with pruned_against([] if self._rows_differ() else earlier) as environment:
             summary = workers.summary(cell, environment)
         if not self._earlier and fails_before_training(summary):
-            raise ValueError(f"The first trial cannot train: {summary['ended']}")
+            raise ValueError(
+                f"The first trial cannot train: {summary['ended']}\n"
+                f"To try the same again, remove {cell.folder}"
+            )
         for number, loss in enumerate(validations_of(summary), 1):
             trial.report(loss, number)
         trial.set_user_attr(_FOLDER, cell.folder.name)
@@ -102,33 +106,19 @@ class Search:
         self._earlier.append(summary)
 
     def _cell(self, drawn: Mapping[str, Any]) -> Cell:
-        names = self.space.distributions.keys()
+        names = {name_of(name) for name in self.space.distributions}
         return trainable([*self.space.fixed, *settings_of(drawn)]).cell([], names, self.folder)
 
     def _rows_differ(self) -> bool:
-        return not _OF_ROWS.isdisjoint(self.space.distributions)
+        return not _OF_ROWS.isdisjoint(map(name_of, self.space.distributions))
 
     def _finished(self) -> Iterator[Summary]:
         for trial in self.study.get_trials():
             if _FOLDER in trial.user_attrs:
-                summary = read_summary(self.folder / trial.user_attrs[_FOLDER])
-                if summary is not None:
-                    yield summary
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder of a search in the block.
-
-    Raises:
-        ValueError: If another search holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"{folder}: another search is under way in it.") from error
+                with suppress(ValueError):  # a damaged one is another trial to train
+                    summary = read_summary(self.folder / trial.user_attrs[_FOLDER])
+                    if summary is not None:
+                        yield summary
 
 
 def _study(asked: Mapping[str, Any], folder: Path, seed: int) -> optuna.Study:
@@ -144,7 +134,7 @@ def _study(asked: Mapping[str, Any], folder: Path, seed: int) -> optuna.Study:
         seed=seed + len(study.get_trials(deepcopy=False)), constant_liar=True
     )
     if earlier not in (None, asked):
-        changed = ", ".join(name for name in asked if earlier.get(name) != asked[name])
+        changed = next(name for name in asked if earlier.get(name) != asked[name])
         raise ValueError(
             f"{folder} holds another search, which differs in its {changed}: take another run_dir. "
             f"Its settings were {' '.join(earlier['settings']) or 'the defaults'}, and it searched "
@@ -156,9 +146,11 @@ def _study(asked: Mapping[str, Any], folder: Path, seed: int) -> optuna.Study:
 def _asked(space: Space) -> dict[str, Any]:
     """Return what tells a search from another one, as plain values."""
     drawn = space.distributions.items()
-    files = trainable(next(space.corners())).files
+    methods = [trainable(corner) for corner in space.corners()]
+    configs = json.dumps([method.settings for method in methods], sort_keys=True, default=str)
     return {
         "settings": sorted(space.fixed),
         "values": {name: distribution_to_json(one) for name, one in drawn},
-        "files": json.loads(json.dumps(files)),
+        "files": json.loads(json.dumps([method.files for method in methods])),
+        "configuration": hashlib.sha256(configs.encode()).hexdigest(),
     }

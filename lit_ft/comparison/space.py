@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from lit_ft.run.override import name_of
-
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
@@ -21,7 +19,8 @@ class Space:
 
     Attributes:
         fixed: The arguments that all trials have.
-        distributions: What each setting that is searched is drawn from, keyed by its name.
+        distributions: What each setting that is searched is drawn from, keyed by its name as it is
+            typed, with the plus of a new one.
     """
 
     fixed: tuple[str, ...]
@@ -54,7 +53,7 @@ def space_of(arguments: Sequence[str]) -> Space:
         )
     return Space(
         fixed=tuple(str(one.input_line) for one in overrides if not one.is_sweep_override()),
-        distributions={name_of(str(one.input_line)): _distribution(one) for one in swept},
+        distributions={one.get_key_element(): _distribution(one) for one in swept},
     )
 
 

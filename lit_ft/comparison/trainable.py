@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ class Trainable:
         rate = self.config["optim"].get("lr")
         return None if rate is None else float(rate)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration without what a comparison alone reads."""
+        return {name: one for name, one in self.config.items() if name != "compare"}
+
     def cell(self, own: Sequence[str], named: Collection[str], folder: Path) -> Cell:
         """Return one of its runs.
 
@@ -47,7 +53,7 @@ class Trainable:
         choices = [one for one in self.arguments if name_of(one) in named]
         arguments = [*self.arguments, *own]
         settings = {
-            "config": {name: one for name, one in self.config.items() if name != "compare"},
+            "config": self.settings,
             "arguments": sorted(arguments),
             "files": self.files,
         }
@@ -57,8 +63,8 @@ class Trainable:
 def trainable(arguments: Sequence[str]) -> Trainable:
     """Return the method with these arguments of `train.py`.
 
-    Its runs validate four times, keep no weights, log nothing and measure forgetting, unless the
-    arguments say otherwise.
+    Its runs keep no weights and measure forgetting. Unless the arguments say otherwise, they log
+    nothing, and validate about four times.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -81,9 +87,11 @@ def _further(arguments: Sequence[str], config: Mapping[str, Any]) -> Iterator[st
 
 def _rungs(trainer: Mapping[str, Any]) -> Iterator[str]:
     """Yield the setting with which a run validates a few times, after equal numbers of rows."""
+    epochs = trainer["max_epochs"]
     if trainer["max_steps"] >= _RUNGS:
         micro_batches = trainer["max_steps"] * trainer["accumulate_grad_batches"]
-        yield f"trainer.val_check_interval={micro_batches // _RUNGS}"
-    elif trainer["max_epochs"] == 1:
-        yield f"trainer.val_check_interval={1 / _RUNGS}"
-        yield "trainer.check_val_every_n_epoch=1"  # Lightning takes parts of epochs with it alone
+        yield f"trainer.val_check_interval={math.ceil(micro_batches / _RUNGS)}"
+    elif epochs is not None and epochs > 0:
+        # Lightning takes parts of epochs only if it counts epochs.
+        yield f"trainer.val_check_interval={1.0 if epochs > 1 else 1 / _RUNGS}"
+        yield f"trainer.check_val_every_n_epoch={math.ceil(epochs / _RUNGS)}"

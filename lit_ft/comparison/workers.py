@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 from lit_ft.comparison.cells import Cell
@@ -28,6 +30,7 @@ class Workers:
         self._train = train
         self._number = len(shares)
         self._stopped = Event()
+        self._of_folder: defaultdict[Path, Lock] = defaultdict(Lock)
         self._shares: SimpleQueue[Mapping[str, str]] = SimpleQueue()
         for share in shares:
             self._shares.put(share)
@@ -39,13 +42,14 @@ class Workers:
             cell: The run.
             environment: The variables to set in addition to those of the share.
         """
-        if (found := cell.finished()) is not None:
-            return found
-        share = self._shares.get()
-        try:
-            return self._train(cell, {**share, **environment}, self._stopped)
-        finally:
-            self._shares.put(share)
+        with self._of_folder[cell.folder]:  # one that is asked for twice trains once
+            if (found := cell.finished()) is not None:
+                return found
+            share = self._shares.get()
+            try:
+                return self._train(cell, {**share, **environment}, self._stopped)
+            finally:
+                self._shares.put(share)
 
     def each(self, work: Callable[[T], None], things: Iterable[T]) -> None:
         """Call a function with each thing, as many at a time as there are shares.

@@ -166,14 +166,14 @@ def _quoted(argument: str) -> str:
     if not assigned or not value or argument.startswith("-"):
         return argument
     is_path = setting.lstrip("+") in PATHS
-    exists = _exists(value)
+    exists = path_exists(value)
     if not (is_path or exists):
         return argument
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
         several = value.split(",")
-        if not exists and all(map(_exists, several)):  # the paths of a sweep
+        if not exists and all(map(path_exists, several)):  # the paths of a sweep
             return f"{setting}={','.join(map(in_quotes, several))}"
         return f"{setting}={in_quotes(value)}"
     if not is_path or (override.is_sweep_override() and not exists):
@@ -184,7 +184,8 @@ def _quoted(argument: str) -> str:
     return f"{setting}={in_quotes(value)}"
 
 
-def _exists(path: str) -> bool:
+def path_exists(path: str) -> bool:
+    """Return whether there is a file or folder of this name; False for what can be no path."""
     try:
         return Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user

@@ -16,6 +16,9 @@ from lit_ft.storage.json_file import read_json
 from lit_ft.storage.own_card import CARD, is_own_card
 
 SUMMARY = "summary.json"
+LOCK = ".lock"
+"""The file that the run in a folder holds while it is going on."""
+
 SETTINGS = "config.yaml"
 """The run's own settings, as `--config` reads them."""
 

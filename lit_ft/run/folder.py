@@ -22,6 +22,7 @@ from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
 from lit_ft.distributed.ranks import process_rank
 from lit_ft.run.files import (
+    LOCK,
     SETTINGS,
     SUMMARY,
     has_checkpoint,
@@ -38,8 +39,6 @@ from lit_ft.run.record import FOLDER as RECORD
 from lit_ft.run.record import numbered
 from lit_ft.run.run_log import RunLog
 from lit_ft.storage.atomic import remove, write_text
-
-LOCK = ".lock"
 
 
 class RunFolder:

@@ -153,13 +153,22 @@ class Recorder(Callback):
         self._record(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record why the training ended, and the folder of the exported model."""
+        """Record why the training ended, what it unlearnt, and the folder of the export."""
         ended = why_fit_ended(trainer, self.best_steps)
         self.summary.update(ended=ended)
         if trainer.global_step == 0:
             rank_zero_warn(f"The model is as it was: {ended}.")
         if trainer.ckpt_path is not None and self._first_step in (None, trainer.global_step):
             self._record_without_a_step(trainer)
+        forgetting = find_callback(trainer, Forgetting)
+        if forgetting is not None and forgetting.increase is not None:
+            self.summary.update(
+                forgetting={
+                    "before": forgetting.before,
+                    "after": forgetting.after,
+                    "value": forgetting.increase,
+                }
+            )
         export = find_callback(trainer, ExportHF)
         if export is not None and export.export_path is not None:
             self.summary.update(export_path=str(export.export_path))
@@ -241,13 +250,6 @@ class Recorder(Callback):
             fields["tokens_per_second"] = throughput.tokens_per_second
             fields["step_seconds"] = throughput.step_seconds
             self.summary.fields["seconds"]["train"] = throughput.training_seconds
-        forgetting = find_callback(trainer, Forgetting)
-        if forgetting is not None and forgetting.increase is not None:
-            fields["forgetting"] = {
-                "before": forgetting.before,
-                "after": forgetting.after,
-                "value": forgetting.increase,
-            }
         checkpoint = find_callback(trainer, LastCheckpoint)
         if checkpoint is not None:
             fields["checkpoint_path"] = checkpoint.last_model_path or None

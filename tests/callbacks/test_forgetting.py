@@ -7,8 +7,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_ft.callbacks import Forgetting, LastCheckpoint
+from lit_ft.callbacks._support import evaluating
 from lit_ft.callbacks.forgetting import loss_of_text
 from tests.support.letters import Plain, letters_tokenizer
 
@@ -90,7 +92,23 @@ def test_a_resumed_run_compares_with_the_start_of_the_first(tmp_path):
     assert resumed.before == whole.before != resumed.after
 
 
-def test_a_second_fit_starts_anew(tmp_path):
+def test_a_loss_on_another_text_is_not_compared_with(tmp_path):
+    fit(tmp_path, with_text(tmp_path), LastCheckpoint(tmp_path))
+    resumed = with_text(tmp_path, text="another")
+    with pytest.warns(UserWarning, match="the checkpoint has no loss on this text"):
+        fit(tmp_path, resumed, max_steps=6, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.before is resumed.increase is None
+
+
+def test_a_model_in_the_wrapper_of_a_strategy_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluating, "_SHARDED", (SingleDeviceStrategy,))
+    forgetting = with_text(tmp_path)
+    with pytest.warns(UserWarning, match="sharded by SingleDeviceStrategy"):
+        fit(tmp_path, forgetting)
+    assert forgetting.increase is None
+
+
+def test_a_second_fit_measures_again(tmp_path):
     forgetting = with_text(tmp_path)
     module = fit(tmp_path, forgetting)
     between = forgetting.after

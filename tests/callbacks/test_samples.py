@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_ft.callbacks import LastCheckpoint, SampleGenerations, samples
+from lit_ft.callbacks._support import evaluating
 from lit_ft.callbacks.samples import as_markdown, generate
 from tests.support.letters import CHAT, Plain, letters_tokenizer
 
@@ -200,7 +201,7 @@ def test_a_module_that_cannot_generate_gets_a_warning(tmp_path):
 def test_a_sharded_model_is_skipped_with_the_reason(tmp_path, monkeypatch):
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
-    monkeypatch.setattr(samples, "_SHARDED", (SingleDeviceStrategy,))
+    monkeypatch.setattr(evaluating, "_SHARDED", (SingleDeviceStrategy,))
     callback = SampleGenerations(["abc"], every_n_steps=1)
     _, warned = fit(tmp_path, callback)
     assert warned == ["No samples: the model is sharded by SingleDeviceStrategy."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,33 @@ def test_quick_adds_settings_that_the_command_line_overrides() -> None:
         assert len(steps) == 2 and steps[-1] == "trainer.max_steps=3"
         assert [one for one in method if one.startswith("compare.")] == ["compare.methods=[]"]
     assert request_of(["experiment=compare_methods", "quick=false"]).grid.tune
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("compare.seeds=3", "compare.seeds=3: must be"),
+        ("compare.seeds=[]", "compare.seeds is empty"),
+        ("compare.tune=maybe", "compare.tune=maybe: must be"),
+        ("compare.methods=adamw", "compare.methods=adamw: must be"),
+        ("hparams_search=rates", "hparams_search=rates: there is no such choice"),
+    ],
+)
+def test_what_no_run_would_check_is_named(setting: str, named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        request_of([setting])
+
+
+def test_a_file_of_a_search_stands_for_its_values() -> None:
+    grid = request_of(["hparams_search=learning_rate", "optim=adamw,sgd"]).grid
+    assert grid.rates == (3e-5, 1e-4, 3e-4) and len(grid.methods) == 2
+
+
+def test_paths_are_read_as_people_type_them(tmp_path: Path) -> None:
+    file = tmp_path / "my (1), old.jsonl"
+    file.write_text("{}")
+    request = request_of([f"data.path={file}", f"run_dir={tmp_path}/my runs"])
+    assert request.folder == tmp_path / "my runs" and len(request.grid.methods) == 1
 
 
 def test_quick_needs_settings_that_say_what_it_is() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from lit_ft.comparison.search import Search, alone_in
+from lit_ft.comparison import trainable as trainable_room
+from lit_ft.comparison.search import Search
 from lit_ft.comparison.space import space_of
+from lit_ft.comparison.verb import alone_in
 from lit_ft.comparison.workers import Workers
 from lit_ft.run.trial import callbacks_of_trial
 from lit_ft.storage.json_file import write_json
@@ -106,6 +108,44 @@ def test_one_that_was_killed_trains_the_cut_trial_again_and_goes_on(tmp_path, mo
     assert len(searched(tmp_path, Trainer(monkeypatch), 10).study.get_trials()) >= 10
 
 
+def test_a_combination_that_is_drawn_again_trains_once(tmp_path):
+    trained = []
+
+    def train(cell, environment, stopped):
+        trained.append(cell.folder)
+        summary = {"status": "completed", "config": {}, "steps": 1, "ended": "", "val_loss": 1.0}
+        cell.folder.mkdir(parents=True)
+        write_json(cell.folder / "summary.json", summary)
+        return summary
+
+    search = searched(tmp_path, train, 9, "seed=1,2", jobs=3)
+    assert len(trained) == 2 and len(search.study.get_trials()) == 9
+
+
+def test_a_new_setting_keeps_its_plus(tmp_path):
+    def train(cell, environment, stopped):
+        assert any(one.startswith("+trainer.limit_train_batches=") for one in cell.arguments)
+        return {"status": "completed", "steps": 1, "ended": "", "val_loss": 1.0}
+
+    searched(tmp_path, train, 1, "+trainer.limit_train_batches=10,20")
+
+
+def test_a_damaged_summary_is_a_trial_to_train(tmp_path, monkeypatch):
+    searched(tmp_path, Trainer(monkeypatch), 2)
+    next(tmp_path.glob("*/summary.json")).write_text("{")
+    trainer = Trainer(monkeypatch)
+    searched(tmp_path, trainer, 2)
+    assert len(trainer.trained) == 1
+
+
+def test_another_default_is_another_search(tmp_path, monkeypatch):
+    searched(tmp_path, Trainer(monkeypatch), 1)
+    usual = trainable_room.composed
+    monkeypatch.setattr(trainable_room, "composed", lambda args: {**usual(args), "seed": 5})
+    with pytest.raises(ValueError, match="in its configuration"):
+        searched(tmp_path, Trainer(monkeypatch), 2)
+
+
 def test_several_at_a_time_draw_different_values(tmp_path, monkeypatch):
     trainer = Trainer(monkeypatch)
     searched(tmp_path, trainer, 6, jobs=3)
@@ -153,7 +193,7 @@ def test_runs_of_unequal_length_are_not_held_against_each_other(tmp_path, monkey
 def test_a_folder_has_one_search_at_a_time(tmp_path):
     with (
         alone_in(tmp_path / "one"),
-        pytest.raises(ValueError, match="under way"),
+        pytest.raises(ValueError, match="another process"),
         alone_in(tmp_path / "one"),
     ):
         pass

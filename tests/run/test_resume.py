@@ -11,8 +11,7 @@ from hydra.errors import CompactHydraException
 
 import train
 from lit_ft.models import Pretrained
-from lit_ft.run.files import read_summary
-from lit_ft.run.folder import LOCK
+from lit_ft.run.files import LOCK, read_summary
 from lit_ft.storage.checkpoint_io import load_rest
 from tests.support.running import LORA
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_ft.run.folder import LOCK
+from lit_ft.run.files import LOCK
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -8,10 +8,24 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lit_ft.tensors.sharding import fsdp_root
+from lit_ft.tensors.sharding import fsdp_root, is_model_sharded
+
+_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+def sharded_by(trainer: Trainer, model: Any) -> str | None:
+    """Return why the model cannot be called outside of a step; None if it can.
+
+    FSDP1 and DeepSpeed hold the weights in a wrapper around the module.
+    """
+    if isinstance(trainer.strategy, _SHARDED) and not is_model_sharded(model):
+        return f"the model is sharded by {type(trainer.strategy).__name__}"
+    return None
 
 
 @contextmanager
