@@ -96,7 +96,8 @@ def _caches(num_modules: int) -> list[Any]:
     return [
         one
         for one in gc.get_objects()
-        if isinstance(one, type(_caches)) and str(one.__module__).startswith("torch.distributed")
+        # isinstance() would ask the object that a weak proxy stands for, which may be gone.
+        if type(one) is type(_caches) and str(one.__module__).startswith("torch.distributed")
     ]
 
 
