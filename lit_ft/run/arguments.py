@@ -92,6 +92,8 @@ def said_by_hydra(
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     if cause is not None and not near:
         lines.append(str(cause))
+    if "INTERVAL_SWEEP" in said:
+        lines.append("`python -m lit_ft.search` with the same arguments draws values from a range.")
     return "\n".join([*lines, *filter(None, [near])])
 
 

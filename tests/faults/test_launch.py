@@ -120,6 +120,11 @@ def test_settings_are_saved_without_a_run_and_a_file_of_them_is_run(
     assert launched(monkeypatch, "--config", str(file), "seed=2") == expected
 
 
+def test_a_range_is_for_a_search(tmp_path: Path) -> None:
+    said = run(tmp_path, "optim.lr=interval(1e-5,1e-3)", "-m")
+    assert "python -m lit_ft.search" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
