@@ -31,7 +31,6 @@ from lit_ft.comparison.verb import (
     parser_of_runs,
     settings_and_folder,
 )
-from lit_ft.run.arguments import composed
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.loading import loading_libraries
 from lit_ft.run.verb_parser import whole_number
@@ -69,9 +68,8 @@ def _searched(arguments: Sequence[str], options: argparse.Namespace) -> tuple[Pa
         from lit_ft.run.settings import admit
 
         space = space_of(typed)
-        for corner in space.corners():
-            config = composed(corner)
-            admit(config, config, corner)
+        for method in space.methods:
+            admit(method.config, method.config, method.arguments)
     shown = ShownRuns(about=options.trials)
     with alone_in(folder):
         search = Search(space, folder, seed=options.sampler_seed)

@@ -53,7 +53,7 @@ class Run:
     @property
     def loss(self) -> float | None:
         """The held-out loss at the end; None unless the run is completed."""
-        return self.number("val_loss") if self.get("status") == "completed" else None
+        return loss_of(self.summary)
 
     @property
     def is_pruned(self) -> bool:
@@ -164,6 +164,11 @@ def _below(folder: Path) -> Iterator[Path]:
 def folder_order(folder: Path) -> list[tuple[int, str]]:
     """Return what sorts folders by name, those of a sweep by number."""
     return [(int(part) if part.isdecimal() else -1, part) for part in folder.parts]
+
+
+def loss_of(summary: Mapping[str, Any]) -> float | None:
+    """Return the held-out loss at the end of a run; None unless it is completed and finite."""
+    return as_number(summary.get("val_loss")) if summary.get("status") == "completed" else None
 
 
 def as_number(value: Any) -> float | None:

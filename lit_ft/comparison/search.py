@@ -21,12 +21,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from lit_ft.comparison.cells import Cell
+from lit_ft.comparison.runs import loss_of
 from lit_ft.comparison.space import Space, settings_of
 from lit_ft.comparison.trainable import trainable
 from lit_ft.comparison.trials import (
     Summary,
     fails_before_training,
-    loss_of,
     pruned_against,
     state_of,
     validations_of,
@@ -146,11 +146,11 @@ def _study(asked: Mapping[str, Any], folder: Path, seed: int) -> optuna.Study:
 def _asked(space: Space) -> dict[str, Any]:
     """Return what tells a search from another one, as plain values."""
     drawn = space.distributions.items()
-    methods = [trainable(corner) for corner in space.corners()]
-    configs = json.dumps([method.settings for method in methods], sort_keys=True, default=str)
+    configs = [method.settings for method in space.methods]
+    digested = json.dumps(configs, sort_keys=True, default=str)
     return {
         "settings": sorted(space.fixed),
         "values": {name: distribution_to_json(one) for name, one in drawn},
-        "files": json.loads(json.dumps([method.files for method in methods])),
-        "configuration": hashlib.sha256(configs.encode()).hexdigest(),
+        "files": json.loads(json.dumps([method.files for method in space.methods])),
+        "configuration": hashlib.sha256(digested.encode()).hexdigest(),
     }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+
+from lit_ft.comparison.trainable import Trainable, trainable
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -32,6 +35,15 @@ class Space:
         for number in range(max(map(len, values.values()))):
             drawn = {name: own[min(number, len(own) - 1)] for name, own in values.items()}
             yield [*self.fixed, *settings_of(drawn)]
+
+    @cached_property
+    def methods(self) -> list[Trainable]:
+        """The methods at the corners, composed once.
+
+        Raises:
+            ValueError: If an argument is wrong.
+        """
+        return [trainable(corner) for corner in self.corners()]
 
 
 def space_of(arguments: Sequence[str]) -> Space:

@@ -14,9 +14,10 @@ from typing import Any
 from lit_ft.comparison.cells import Cell
 from lit_ft.comparison.grid import Grid
 from lit_ft.comparison.rates import NoRateHelpsError, best_rate
+from lit_ft.comparison.runs import loss_of
 from lit_ft.comparison.settings import LEARNING_RATE, SEED
 from lit_ft.comparison.trainable import Trainable, trainable
-from lit_ft.comparison.trials import fails_before_training, loss_of, pruned_against
+from lit_ft.comparison.trials import fails_before_training, pruned_against
 from lit_ft.comparison.workers import Workers
 
 

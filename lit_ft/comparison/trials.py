@@ -8,18 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_ft.comparison.runs import loss_of
 from lit_ft.run.trial import environment_of_trial, study_in
 
 if TYPE_CHECKING:
     from optuna.trial import TrialState
 
 Summary = Mapping[str, Any]
-
-
-def loss_of(summary: Summary) -> float | None:
-    """Return the validation loss of a run; None if it has not completed."""
-    loss = summary["val_loss"] if summary["status"] == "completed" else None
-    return None if loss is None else float(loss)
 
 
 def fails_before_training(summary: Summary) -> bool:

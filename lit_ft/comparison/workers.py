@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -30,7 +29,8 @@ class Workers:
         self._train = train
         self._number = len(shares)
         self._stopped = Event()
-        self._of_folder: defaultdict[Path, Lock] = defaultdict(Lock)
+        self._guard = Lock()
+        self._of_folder: dict[Path, Lock] = {}
         self._shares: SimpleQueue[Mapping[str, str]] = SimpleQueue()
         for share in shares:
             self._shares.put(share)
@@ -42,7 +42,9 @@ class Workers:
             cell: The run.
             environment: The variables to set in addition to those of the share.
         """
-        with self._of_folder[cell.folder]:  # one that is asked for twice trains once
+        with self._guard:
+            of_folder = self._of_folder.setdefault(cell.folder, Lock())
+        with of_folder:  # one that is asked for twice trains once
             if (found := cell.finished()) is not None:
                 return found
             share = self._shares.get()

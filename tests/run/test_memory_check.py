@@ -33,7 +33,7 @@ from tests.support.running import SHORT, run_job
 SMALL = ["model=tiny", "logger=none", "~callbacks.samples", "strategy=cpu", "data.max_length=160"]
 JOB = ["model=tiny", "logger=none", *SHORT]
 MIB = 1 << 20
-# A plan of 100 MiB, 60 MiB of which do not depend on the rows.
+# The plan takes 100 MiB. 60 MiB of them do not depend on the rows.
 PLAN = {
     "peak_bytes": 100 * MIB,
     "peak_phase": "forward",
