@@ -45,6 +45,17 @@ def test_runs_that_differ_in_the_seed_alone_are_a_row():
     assert compared.rows[1].share_of_fall == pytest.approx(0.5 / 2.5)
 
 
+def test_a_loss_of_a_run_that_did_not_complete_is_no_result():
+    compared = compare(
+        runs(
+            made_summary("optim=adamw", loss=1.0, status="interrupted"),
+            made_summary("optim=sgd", loss=2.0),
+        )
+    )
+    assert [row.trial.loss.mean for row in compared.rows] == [2.0]
+    assert [one.status for one in compared.without] == ["interrupted"]
+
+
 def test_the_folder_of_a_run_makes_no_difference(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"r{seed}", f"logs.place={tmp_path}/r{seed}/logs", seed=seed)
