@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,9 +24,11 @@ from lit_ft.compat.ranges import WholeNumber
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
-from lit_ft.subspace import subspace_layers
+from lit_ft.subspace import SubspaceLayer, subspace_layers
 
 log = logging.getLogger(__name__)
+
+_BLOCK = re.compile(r".*\.\d+(?=\.)")  # the innermost module with a number in its name
 
 
 class LayerwiseUpdate(Callback):
@@ -109,12 +113,14 @@ class LayerwiseUpdate(Callback):
             return
         galore = find_callback(trainer, GaLore)
         updater = None if galore is None or trainer.world_size > 1 else galore.updater
+        groups: list[list[Tensor]] = []
         limits = _clipping(trainer)
         if updater is not None:
             updater.step_in_parts(deltas)
             # Clipping by norm and projectors of that kind need all gradients before the first step.
             if limits[0] is None and not updater.tracker.projector.forms_gradients:
                 large += deltas
+                groups = _by_block(subspace_layers(pl_module), deltas)
         max_norm, max_value = limits if large else (None, None)
         if max_norm is not None:
             self._prepare_second_backward(trainer, pl_module)
@@ -126,6 +132,7 @@ class LayerwiseUpdate(Callback):
             in_parts=() if updater is None else deltas,
             companions={layer.delta: (layer.basis, layer.energy) for layer in layers},
             around=None if updater is None else updater.stepping,
+            groups=groups,
         )
         self._step.steps = trainer.global_step
         if max_norm is not None:
@@ -209,6 +216,17 @@ def _clipping(trainer: Trainer) -> tuple[float | None, float | None]:
     threshold = trainer.gradient_clip_val or None
     by_value = trainer.gradient_clip_algorithm is GradClipAlgorithmType.VALUE
     return (None, threshold) if by_value else (threshold, None)
+
+
+def _by_block(layers: Mapping[str, SubspaceLayer], deltas: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return those of `deltas` that belong to a block of the model, in a list for each block."""
+    wanted, groups = set(deltas), defaultdict[str, list[Tensor]](list)
+    for name, layer in layers.items():
+        block = _BLOCK.match(name)
+        if block is not None and layer.delta in wanted:
+            groups[block[0]].append(layer.delta)
+            wanted.discard(layer.delta)  # a layer that blocks share belongs to the first of them
+    return list(groups.values())
 
 
 def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None:

@@ -58,6 +58,9 @@ class LayerwiseStep:
             have their gradients: these leaves. It waits for those that require a gradient.
         around: A function that returns a context manager for a step of one or a few parameters,
             given the optimizer, which is narrowed to them; None for none.
+        groups: Parameters that wait until all of their group have their gradients, such as those of
+            one block. What backward keeps of the block is freed by then, so that it does not add to
+            the memory that a step needs.
 
     Raises:
         Refusal: If the optimizer needs more than one parameter at a time.
@@ -77,6 +80,7 @@ class LayerwiseStep:
         in_parts: Iterable[Tensor] = (),
         companions: Mapping[Tensor, Sequence[Tensor]] | None = None,
         around: Callable[[Optimizer], AbstractContextManager[Any]] | None = None,
+        groups: Iterable[Sequence[Tensor]] = (),
     ) -> None:
         kind = unwrapped(type(optimizer))
         check(Plan(kind.__name__, traits_of(kind), layerwise=True), parts=["layerwise"])
@@ -89,6 +93,8 @@ class LayerwiseStep:
         self._companions = companions or {}
         self._belongs_to = {one: p for p, them in self._companions.items() for one in them}
         self._missing: dict[Tensor, set[Tensor]] = {}  # the leaves that a parameter waits for
+        self._group_of = {p: group for group in groups for p in group}
+        self._ready: set[Tensor] = set()  # they wait for nothing but the rest of their group
         self._around = around or (lambda _: nullcontext())
         self._step_without_hooks = without_hooks(type(optimizer).step)
         self._steps_now = False
@@ -159,6 +165,7 @@ class LayerwiseStep:
                 self._stepped.clear()
                 self._extremes.clear()
                 self._missing.clear()
+                self._ready.clear()
                 self._so_far = self.grad_norm = None
                 self._watch_companions()
                 try:
@@ -199,7 +206,7 @@ class LayerwiseStep:
             if waits_for:
                 self._missing[parameter] = waits_for
             else:
-                self._step_with_companions(parameter)
+                self._step_group_of(parameter)
 
     def _watch_companions(self) -> None:
         """Add a hook to each companion that requires a gradient for the first time."""
@@ -211,12 +218,23 @@ class LayerwiseStep:
                 if self._steps_now and missing is not None:
                     missing.discard(companion)
                     if not missing:
-                        self._step_with_companions(parameter)
+                        self._step_group_of(parameter)
 
             self._handles.append(one.register_post_accumulate_grad_hook(on_gradient))  # type: ignore[no-untyped-call]
 
-    def _step_with_companions(self, parameter: Tensor) -> None:
+    def _step_group_of(self, parameter: Tensor) -> None:
+        """Step the group of a parameter that waits for nothing else, if it is the last of it.
+
+        Of a group that does not become complete, all are stepped after backward.
+        """
         self._missing.pop(parameter, None)
+        self._ready.add(parameter)
+        group = self._group_of.get(parameter, [parameter])
+        if self._ready.issuperset(group):
+            for one in group:
+                self._step_with_companions(one)
+
+    def _step_with_companions(self, parameter: Tensor) -> None:
         for one in self._companions.get(parameter, ()):
             if one.grad is not None and self._so_far is not None:
                 one.grad.masked_fill_(~self._so_far.isfinite(), 0)

@@ -81,7 +81,7 @@ class BasisTracker:
         for layer in layers:
             if layer.basis.requires_grad:
                 if layer.basis.grad is None:  # none of this rank's rows went through the layer
-                    layer.basis.grad = torch.zeros_like(layer.basis)
+                    layer.basis.grad = torch.zeros_like(layer.wide_basis)
                 basis_input.append(layer.basis.grad)
         self.all_reduce(basis_input)
 
@@ -161,19 +161,23 @@ class BasisTracker:
         step: int,
     ) -> None:
         layer, memory = self.layers[name], self._memory[name]
+        old, device = layer.wide_basis, layer.basis.device
+        key = (self.seed, step, self._indices[name])
         # When a run resumes, this memory is loaded before Lightning moves the module to its device.
-        memory |= {k: v.to(layer.basis) for k, v in memory.items() if v.ndim}
+        memory |= {k: v.to(old) for k, v in memory.items() if v.ndim}
         measured = self._is_measured(name, step)
-        move = DeviceTimer(layer.basis.device) if measured else None
+        move = DeviceTimer(device) if measured else None
         moved = rule.move(
-            layer.basis.detach(),
+            old,
             basis_input,
             state=memory,
             decay=_share_of_peak(group),
-            generator=keyed_generator(layer.basis.device, self.seed, step, self._indices[name], 1),
+            generator=keyed_generator(device, *key, 1),
         )
+        rounded = layer.as_basis(moved, generator=keyed_generator(device, *key, 2))
+        moved = rounded.to(old.dtype)
         if self.projector.rotates_moments:
-            rotation = change_of_basis(layer.basis.detach(), moved)
+            rotation = change_of_basis(old, moved)
             rotation = rotation.to(layer.delta.device)  # where the moments are, if offloaded
             moments = traits_of(type(optimizer)).moments
             state = optimizer.state[layer.delta]
@@ -181,9 +185,9 @@ class BasisTracker:
                 self._say_once(optimizer)
         self._moved[name] = None
         if move is not None:
-            self._moved[name] = turned = overlap(layer.basis.detach(), moved)
+            self._moved[name] = turned = overlap(old, moved)
             self.stats.record_move(name, turned=turned, move=move.end())
-        layer.basis.copy_(moved)
+        layer.basis.copy_(rounded)
 
     def _is_measured(self, name: str, step: int) -> bool:
         """Whether the schedule or the next snapshot uses the layer's move at this step."""

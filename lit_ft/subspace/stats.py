@@ -104,7 +104,7 @@ class SubspaceStats:
         energy = layer.energy.grad
         self._energies[name] = torch.zeros_like(layer.energy) if energy is None else energy
         if lr:
-            basis = layer.basis.detach()
+            basis = layer.wide_basis
             squared = squared_update(full_tensor(layer.delta).to(basis.device), basis)
             self._squared_steps.append(squared * (scale / lr) ** 2)
             self._num_weights += layer.weight.numel()

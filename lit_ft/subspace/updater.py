@@ -183,7 +183,8 @@ class SubspaceUpdater:
             gradient = gradient.mT if layer.views_transposed else gradient
             self.tracker.move_to_gradient(optimizer, group, name, gradient, step=self.step)
             assert layer.delta.grad is not None
-            layer.delta.grad.copy_(gradient.to(layer.basis.dtype) @ layer.basis.T)
+            basis = layer.wide_basis
+            layer.delta.grad.copy_(gradient.to(basis.dtype) @ basis.T)
 
     def step_in_parts(self, deltas: Iterable[Tensor]) -> None:
         """Expect that these deltas are always stepped a few at a time, inside of `stepping`."""
@@ -263,7 +264,6 @@ class SubspaceUpdater:
         self._in_parts.clear()
         self.stats.await_snapshot(None)
         for layer in self.layers.values():
-            layer.store_delta()
             layer.basis.requires_grad_(False)
             if layer.delta.requires_grad:  # else frozen, or stopped before
                 layer.weight.requires_grad_(True)

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_rank_or_projector_is_refused(tmp_path, changed,
         fit(tmp_path, data, ckpt=tmp_path / "four.ckpt", **{"projector": Oja(every=1), **changed})
 
 
-def test_bf16_true_keeps_the_small_tensors_in_float32_and_moves_the_weights(tmp_path):
+def test_bf16_true_keeps_deltas_in_float32_and_moves_the_weights(tmp_path):
     module = module_of(optimizer=partial(AdamW, lr=1e-3))
     callback = GaLore(rank=4)
     trainer = trainer_of(tmp_path, precision="bf16-true", callbacks=[callback])
@@ -94,7 +94,7 @@ def test_bf16_true_keeps_the_small_tensors_in_float32_and_moves_the_weights(tmp_
     start = dict(untrained.model.named_parameters())
     for name, layer in callback.updater.layers.items():
         assert layer.weight.dtype == torch.bfloat16
-        assert layer.basis.dtype == layer.delta.dtype == torch.float32
+        assert (layer.basis.dtype, layer.delta.dtype) == (torch.bfloat16, torch.float32)
         assert not torch.equal(layer.weight, start[f"{name}.weight"].bfloat16()), name
     assert module.model.model.norm.weight.dtype == torch.bfloat16
 

@@ -20,7 +20,7 @@ BATCHES = [batch_of([12, 5, 7], seed=seed) for seed in range(8)]
 
 
 class Watch(Callback):
-    """Notes the bytes of deltas when forward ends, and of their gradients when backward ends."""
+    """Notes the bytes of deltas when forward and the fit end, and of gradients after backward."""
 
     def __init__(self):
         self.deltas, self.gradients = [], []
@@ -34,6 +34,9 @@ class Watch(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         gradients = [x.delta.grad for x in self.layers(pl_module) if x.delta.grad is not None]
         self.gradients.append(storage_bytes(gradients))
+
+    def teardown(self, trainer, pl_module, stage):
+        self.deltas_after = storage_bytes(x.delta for x in self.layers(pl_module))
 
 
 def trained(folder, projector, *callbacks, batches=BATCHES, ckpt_path=None, **options):
@@ -82,6 +85,7 @@ def test_deltas_have_memory_for_a_layers_own_step_alone(tmp_path):
     watch = Watch()
     trained(tmp_path, Oja(every=2), LayerwiseUpdate(min_grad_bytes=0), watch)
     assert max(watch.deltas) <= 4 * 15  # a number for each layer
+    assert watch.deltas_after <= 4 * 15
     assert watch.gradients == [0] * 6
     watch = Watch()
     trained(tmp_path, Oja(every=2), watch)

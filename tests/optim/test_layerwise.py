@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, AdamW, Optimizer, SparseAdam
+from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
 from lit_ft.optim import stochastically_rounded
 from lit_ft.optim.layerwise import LayerwiseStep, large_parameters
@@ -153,6 +153,36 @@ def test_no_two_large_gradients_are_alive_at_once(max_norm: float | None) -> Non
     train(net, optimizer, backward=step.backward)
     assert set(alive) == {1}
     assert all(p.grad is None for p in large)
+
+
+def test_a_group_is_stepped_when_all_of_it_have_their_gradients() -> None:
+    layers = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
+    optimizer = SGD(layers.parameters(), lr=0.1)
+    first, second, third, fourth = layers.parameters()
+    groups = [[second, third], [fourth, nn.Parameter()]]
+    LayerwiseStep(optimizer, layers.parameters(), groups=groups)
+    before = [p.detach().clone() for p in layers.parameters()]
+    seen: dict[str, list[bool]] = {}
+
+    def moved() -> list[bool]:
+        return [not torch.equal(p, was) for p, was in zip(layers.parameters(), before, strict=True)]
+
+    def closure() -> Tensor:
+        hidden = torch.ones(1, 3)
+        for name, layer in zip("abcd", layers, strict=True):
+            hidden = layer(hidden)
+            hidden.register_hook(lambda _, name=name: seen.update({name: moved()}))
+        loss = hidden.sum()
+        loss.backward()
+        seen["after backward"] = moved()
+        return loss
+
+    optimizer.step(closure)
+    # The gradient of a layer's output comes before that of its weight.
+    assert seen["b"] == [False, False, False, False]
+    assert seen["a"] == [False, True, True, False]
+    assert seen["after backward"] == [True, True, True, False]
+    assert moved() == [True] * 4  # the last waits for a gradient that never comes
 
 
 def test_a_sparse_gradient_steps_too() -> None:

@@ -175,7 +175,7 @@ def test_energy_goes_where_the_basis_goes():
     for moved in (model.bfloat16(), copy.deepcopy(model), model.double()):
         head, embedding = moved.lm_head, moved.model.embed_tokens
         assert head.energy is embedding.energy
-        assert (head.energy.dtype, head.energy.device) == (head.basis.dtype, head.basis.device)
+        assert (head.energy.dtype, head.energy.device) == (head.delta.dtype, head.basis.device)
 
 
 def test_energy_is_neither_saved_nor_exported_nor_stepped_nor_broadcast():

@@ -35,7 +35,7 @@ def fall_in_loss(dtype: torch.dtype) -> float:
 
     layers = inject(model, rank=16)
     optimizer = build_optimizer(partial(AdamW, lr=LR), model.named_parameters())
-    SubspaceUpdater(layers, Oja(every=1)).attach(stochastically_rounded(optimizer, seed=0))
+    SubspaceUpdater(layers, Oja()).attach(stochastically_rounded(optimizer, seed=0))
     before = loss_now()
     for step in range(STEPS):
         ids = batches[step % len(batches)]

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
+from lit_ft.subspace.stats import overlap
 from tests.support.subspace_run import NEVER, Run, assert_equal, batches
 from tests.support.tiny_model import tiny_model
 
@@ -50,8 +51,35 @@ def test_bfloat16_weights_learn_and_stay_bfloat16():
     for name, layer in run.steps.layers.items():
         weight = run.weights[f"{name}.weight"]
         assert weight.dtype == torch.bfloat16
-        assert layer.basis.dtype == layer.delta.dtype == torch.float32
+        assert (layer.basis.dtype, layer.delta.dtype) == (torch.bfloat16, torch.float32)
         assert not torch.equal(weight, before[f"{name}.weight"])
+
+
+def test_a_bfloat16_basis_goes_where_a_float32_one_goes():
+    runs = [Run(Oja(every=1), model=tiny_model("llama"), lr=0.0) for _ in range(2)]
+    narrow, wide = (list(run.steps.layers.values()) for run in runs)
+    for layer in narrow:
+        layer.basis.data = layer.basis.data.bfloat16()
+        layer.basis.grad_dtype = torch.float32
+    for run in runs:
+        run.train(batches(20))
+    for ours, theirs in zip(narrow, wide, strict=True):
+        assert ours.basis.dtype is torch.bfloat16
+        assert overlap(ours.wide_basis, theirs.basis) > 0.99
+        gram = ours.wide_basis @ ours.wide_basis.T
+        torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=0.02)
+
+
+def test_the_sketches_of_a_bfloat16_basis_add_up_in_float32():
+    run = Run(Oja(every=1), model=tiny_model("llama").bfloat16())
+    layer = run.steps.layers["lm_head"]
+    ids, _ = batches(1)[0]
+    sketches = []
+    for _ in range(3):
+        run.model(ids).logits.float().logsumexp(-1).sum().backward()
+        assert layer.basis.grad.dtype is torch.float32
+        sketches.append(layer.basis.grad.clone())
+    torch.testing.assert_close(sketches[2], 3 * sketches[0], rtol=1e-6, atol=0)
 
 
 def test_steps_without_a_loss_leave_the_bases_their_start(caplog):
@@ -141,7 +169,8 @@ def test_a_model_made_narrower_takes_its_small_tensors_along():
     model(batches(1)[0][0]).logits.sum().backward()
     optimizer.step()
     model.bfloat16()
-    assert {layer.basis.dtype for layer in layers.values()} == {torch.float32}
+    kept = {(x.basis.dtype, x.delta.dtype, x.energy.dtype) for x in layers.values()}
+    assert kept == {(torch.bfloat16, torch.float32, torch.float32)}
 
 
 def test_a_second_optimizer_is_not_followed_beside_the_first():

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from lit_ft.tensors.row_blocks import rows_per_block
 from lit_ft.tensors.sharding import first_row, full_tensor, is_sharded, local
-from lit_ft.tensors.stochastic_rounding import keyed_generator, random_bits, round_moved
+from lit_ft.tensors.stochastic_rounding import (
+    keyed_generator,
+    random_bits,
+    round_moved,
+    round_stochastically,
+)
 
 Side = Literal["right", "left"]
 Sides = Literal["right", "left", "std"]
@@ -20,13 +25,13 @@ class SubspaceLayer(nn.Module):
     """A layer whose frozen weight W moves by α S P, where only S is trained.
 
     `delta` is the parameter S [rows, r], which is zero whenever the model runs. It may then share
-    one zero in memory, see `release_delta`. `basis` is the buffer P [r, cols]. Its rows are
-    orthonormal, except under the projector `Online`. The gradient of `delta` is the weight's
-    gradient in the coordinates of P.
+    one zero in memory, see `release_delta`. `basis` is the buffer P [r, cols], in the dtype of the
+    weight. Its rows are orthonormal, except under the projector `Online`; in bfloat16, they are so
+    to three digits. The gradient of `delta` is the weight's gradient in the coordinates of P.
 
     If `basis.requires_grad`, a backward pass leaves the sketch H [r, cols] in `basis.grad`. If
     `energy.requires_grad`, it leaves two gradient energies in `energy.grad` [2]: the energy that P
-    captures, and the total.
+    captures, and the total. Both are in float32 or wider.
 
     On the right side, the rows of S are W's outputs, and P spans W's inputs. On the left side, it
     is the other way round. Tied layers share `delta`, `basis` and `energy`.
@@ -61,7 +66,7 @@ class SubspaceLayer(nn.Module):
         """Freeze the weight; add `delta` = 0 [rows, rank] and a random `basis` [rank, cols]."""
         self.side = side
         rows, cols = self.moving_weight.shape
-        # float32 even for 16-bit weights: the tensors are small, and so are the optimizer's steps.
+        # float32 even for 16-bit weights: the optimizer's steps are small.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         # Never on the meta device: loading fills in the weights, but not these tensors.
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
@@ -70,12 +75,14 @@ class SubspaceLayer(nn.Module):
         # On the generator's device: while Lightning builds a model, the default may be a GPU.
         start = torch.randn(cols, rank, dtype=dtype, generator=generator, device="cpu")
         basis = _orthonormal_columns(start).T.clone(memory_format=torch.contiguous_format)
-        self.register_buffer("basis", basis.to(device))
+        self.register_buffer("basis", basis.to(device, self.weight.dtype))
+        # In bfloat16, a sum of sketches over micro-batches would lose small terms.
+        self.basis.grad_dtype = dtype
         self.energy = torch.zeros(2, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # The basis changes in place, as parameters do, so that tied layers keep sharing it. No
-        # tensor here goes below float32: a cast to bfloat16 (bf16-true) is meant for the weights.
+        # The basis changes in place, as parameters do, so that tied layers keep sharing it. The
+        # others do not go below float32: a cast to bfloat16 (bf16-true) is not meant for them.
         small: dict[str, Any] = {
             "delta": self._parameters.pop("delta"),
             "basis": self._buffers.pop("basis"),
@@ -83,16 +90,18 @@ class SubspaceLayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for tensor in (*small.values(), self.energy):
             moved = fn(tensor.detach())
-            if moved.itemsize < tensor.itemsize:
+            if moved.itemsize < tensor.itemsize and tensor is not small["basis"]:
                 dtype = torch.promote_types(moved.dtype, torch.float32)
                 moved = tensor.detach().to(moved.device, dtype)
             if is_sharded(tensor):  # setting its `.data` does not change the local rows
                 if (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
                     torch.utils.swap_tensors(tensor, nn.Parameter(moved))  # type: ignore[no-untyped-call]
                 continue
+            gradient, tensor.grad = tensor.grad, None
             tensor.data = moved
-            if tensor.grad is not None:
-                tensor.grad.data = tensor.grad.detach().to(moved)
+            tensor.grad_dtype = torch.promote_types(moved.dtype, torch.float32)
+            if gradient is not None:
+                tensor.grad = gradient.to(moved.device, tensor.grad_dtype)
         self._parameters["delta"], self._buffers["basis"] = small["delta"], small["basis"]
         return self
 
@@ -118,6 +127,24 @@ class SubspaceLayer(nn.Module):
     def rank(self) -> int:
         """The rank r: the number of rows of the basis."""
         return self.basis.shape[0]
+
+    @property
+    def wide_basis(self) -> Tensor:
+        """The basis [r, cols] in float32 or wider, without a graph: itself if it is so."""
+        return self.basis.detach().to(torch.promote_types(self.basis.dtype, torch.float32))
+
+    def as_basis(self, moved: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Return `moved` [r, cols] in the dtype of the basis.
+
+        It is rounded to bfloat16 stochastically: small steps of a basis would otherwise be lost.
+
+        Args:
+            moved: A new basis, in float32 or wider.
+            generator: The source of random bits, on the basis's device.
+        """
+        if self.basis.dtype is torch.bfloat16:
+            return round_stochastically(moved.float(), generator=generator)
+        return moved.to(self.basis.dtype)
 
     def store_delta(self) -> None:
         """Give `delta` memory for all its elements, which are zero, so that it can be stepped."""
@@ -148,7 +175,7 @@ class SubspaceLayer(nn.Module):
                 (seed, step, layer).
         """
         weight, first = local(self.weight), first_row(self.weight)
-        basis = self.basis.to(weight.device)  # FSDP2 offloads parameters, not buffers
+        basis = self.wide_basis.to(weight.device)  # FSDP2 offloads parameters, not buffers
         if self.views_transposed:  # the stored weight moves by Pᵀ Sᵀ
             left, right = basis.T[first : first + len(weight)], full_tensor(self.delta).T
         else:

@@ -138,6 +138,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, basis = ctx.saved_tensors
         weight_dtype, delta_dtype = ctx.dtypes
+        basis = basis.to(torch.promote_types(basis.dtype, torch.float32))
         grad = grad.to(basis.dtype)
         if ctx.padding_idx is not None:
             grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0)

@@ -30,8 +30,10 @@ def captured_and_total_energy(
         basis: The basis P [r, n].
 
     Returns:
-        The captured and the total energy [2], in the dtype of the basis.
+        The captured and the total energy [2], in the dtype of the basis, or in float32 if that is
+        wider.
     """
+    basis = basis.to(torch.promote_types(basis.dtype, torch.float32))
     # float16 cannot hold the squares.
     wide = torch.float32 if cols.dtype is torch.float16 else cols.dtype
     rows = rows.to(wide) if rows.is_floating_point() else rows[..., None]

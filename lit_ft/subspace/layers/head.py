@@ -14,6 +14,8 @@ from lit_ft.subspace.layers.energy import captured_and_total_energy
 from lit_ft.subspace.layers.linear import SubspaceLinear
 from lit_ft.subspace.layers.products import projected_gradient, projected_gradient_and_sketch
 
+_FEW = 64  # tokens whose logits are in float32 at a time
+
 
 class SubspaceHead(SubspaceLinear):
     """A `SubspaceLinear` that can turn hidden states into the loss, a chunk of tokens at a time."""
@@ -74,7 +76,10 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(states)
         # FSDP2 may gather the delta in bfloat16, in which a sum would lose small terms.
         gradient = torch.zeros_like(delta, dtype=torch.promote_types(delta.dtype, torch.float32))
-        sketch = torch.zeros_like(basis) if basis.requires_grad else None
+        sketch = None
+        if basis.requires_grad:
+            wide = torch.promote_types(basis.dtype, torch.float32)
+            sketch = torch.zeros_like(basis, dtype=wide)
         energies = torch.zeros_like(energy) if energy.requires_grad else None
         grad_weight = None
         if weight.requires_grad:
@@ -85,18 +90,14 @@ class _CrossEntropy(torch.autograd.Function):
         by_sequence = sketch is not None or energies is not None
         for piece in _pieces(targets, chunk_tokens, by_sequence=by_sequence):
             x, goal = states[piece], targets[piece]
-            logits = F.linear(x, cast_weight, bias if bias is None else bias.to(dtype))
-            logits = logits.to(accumulated)
-            chosen = torch.arange(len(goal), device=goal.device), goal
-            loss, slope = loss - logits[chosen].sum(), logits
-            # In place, because a second [tokens, vocabulary] tensor would be the largest of a step.
-            top = slope.amax(1, keepdim=True)
-            total = slope.sub_(top).exp_().sum(1, keepdim=True)
-            loss = loss + (total.log() + top).sum()
-            slope.div_(total)[chosen] -= 1  # the softmax, minus one at the target
-            if grad_bias is not None:
-                grad_bias += slope.sum(0)
-            slope = slope.to(dtype)
+            slope = F.linear(x, cast_weight, bias if bias is None else bias.to(dtype))
+            # A few tokens at a time, because the largest tensors of a step are made here.
+            for few, their_goal in zip(*(torch.split(t, _FEW) for t in (slope, goal)), strict=True):
+                its_loss, of_few = _loss_and_slope(few.to(accumulated), their_goal)
+                loss = loss + its_loss
+                if grad_bias is not None:
+                    grad_bias += of_few.sum(0)
+                few.copy_(of_few)
             grad_hidden[piece] = slope @ cast_weight
             x_in_basis = x @ cast_basis.T
             if sketch is None:
@@ -136,6 +137,16 @@ class _CrossEntropy(torch.autograd.Function):
         ]
         grad_hidden, grad_weight, grad_bias, gradient, sketch, energies = scaled
         return grad_hidden, None, grad_weight, grad_bias, gradient, sketch, energies, None, None
+
+
+def _loss_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed loss, and its derivative by the logits [tokens, V], which it overwrites."""
+    chosen = torch.arange(len(targets), device=targets.device), targets
+    loss = -logits[chosen].sum()
+    top = logits.amax(1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    logits.div_(total)[chosen] -= 1  # the softmax, minus one at the target
+    return loss + (total.log() + top).sum(), logits
 
 
 def _pieces(targets: Tensor, size: int, *, by_sequence: bool) -> list[tuple[Tensor, Tensor]]:

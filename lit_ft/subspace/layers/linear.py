@@ -49,7 +49,8 @@ def subspace_linear(
         weight: The weight W [out, in]. It receives its whole gradient if it requires one.
         bias: The bias [out], or None for a layer without bias.
         delta: The parameter S [rows, r], which is zero. It receives R as its gradient.
-        basis: The basis P [r, cols]. It receives the sketch H if it requires a gradient.
+        basis: The basis P [r, cols]. It receives the sketch H, in float32 or wider, if it requires
+            a gradient.
         energy: A tensor [2]. It receives the captured and the total energy if it requires a
             gradient.
         side: The side that P spans; see `SubspaceLayer`.
@@ -102,7 +103,7 @@ class _Linear(torch.autograd.Function):
             rows, cols, cols_in_basis = x, grad, grad @ basis.T.to(dtype)
         if ctx.needs_sketch:
             gradient, sketch = projected_gradient_and_sketch(rows, cols, cols_in_basis)
-            sketch = sketch.to(basis.dtype)
+            sketch = sketch.to(torch.promote_types(basis.dtype, torch.float32))
         else:
             gradient = projected_gradient(rows, cols_in_basis)
         if ctx.needs_energy:

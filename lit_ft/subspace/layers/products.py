@@ -54,11 +54,14 @@ def projected_gradient_and_sketch(
     # Few enough samples at a time that R_s [S, m, r] takes at most a quarter of G [m, n].
     size = max(1, cols.shape[-1] // (4 * cols_in_basis.shape[-1]))
     summed = torch.promote_types(rows.dtype, torch.float32)
-    gradient = rows.new_zeros(rows.shape[-1], cols_in_basis.shape[-1], dtype=summed)
+    gradient: Tensor | None = None
     sketch = cols.new_zeros(cols_in_basis.shape[-1], cols.shape[-1], dtype=summed)
     pieces = (torch.split(tensor, size) for tensor in (rows, cols, cols_in_basis))
     for y, x, x_in_basis in zip(*pieces, strict=True):
         by_sample = y.mT @ x_in_basis
-        gradient += by_sample.sum(0)
+        # The rows of a head are many: no copy of R where there is one sample.
+        part = by_sample[0] if len(by_sample) == 1 else by_sample.sum(0)
+        gradient = part if gradient is None else gradient.to(summed) + part
         sketch += projected_gradient(y.to(wide) @ by_sample.to(wide), x.to(wide))
+    assert gradient is not None  # no samples are one piece
     return gradient.to(rows.dtype), sketch
