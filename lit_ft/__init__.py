@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_ft.search_path import leave_out_current_folder
+from lit_ft.before_libraries import prepare_own_command
 
-leave_out_current_folder()  # before the libraries are imported
+prepare_own_command()
 
 from lit_ft.compat.lazy import on_demand  # noqa: E402
 

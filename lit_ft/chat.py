@@ -123,6 +123,10 @@ def exported_folder(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if (run_dir / "config.json").is_file():
         return run_dir
+    if (run_dir / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{run_dir} is an adapter alone: give the folder of its run, which has the whole model."
+        )
     summary = read_summary(run_dir)
     if summary is None:
         raise ValueError(

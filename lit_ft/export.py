@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lit_ft.run.export_run import export_run
 
     if options.trusted_packages:
-        sys.path.append(os.getcwd())  # `lit_ft.search_path` has taken it off
+        sys.path.append(os.getcwd())  # `lit_ft.before_libraries` has taken it off
     try:
         with stage("exporting the model"):
             folder = export_run(

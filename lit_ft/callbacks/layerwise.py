@@ -231,7 +231,7 @@ def _by_block(layers: Mapping[str, SubspaceLayer], deltas: Iterable[Tensor]) -> 
 
 def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None:
     freed = sum(p.numel() * p.itemsize for p in large) / 2**30
-    told = f"Layerwise updates: the gradients of {len(large)} parameters, {freed:.2f} GiB, are "
+    told = f"Layerwise updates: {freed:.2f} GiB of gradients are "
     if not large:
         # Logged, not printed: this is the usual case with GaLore and adapters.
         log.info("Layerwise updates: every gradient is small and waits for the step.")
@@ -242,7 +242,7 @@ def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None
         told += "not kept"
         if max_norm is not None:
             told += (
-                "; clipping by norm costs a second backward pass, which updates after backward "
-                "or no clipping would save"
+                ". Clipping by norm needs a second backward pass: update=whole or "
+                "trainer.gradient_clip_val=null does without"
             )
     rank_zero_info(told + ".")

@@ -94,8 +94,20 @@ class Method:
     @property
     def rates_tried(self) -> int:
         """The number of learning rates that were tried, those included that ended early."""
+        return len(self._rates)
+
+    @property
+    def best_is(self) -> str:
+        """How the best rate compares with all that were tried: highest, lowest or between."""
+        rates = sorted(rate for rate in self._rates if isinstance(rate, int | float))
+        if len(rates) < 2 or self.best.learning_rate not in (rates[0], rates[-1]):
+            return "between"
+        return "highest" if self.best.learning_rate == rates[-1] else "lowest"
+
+    @property
+    def _rates(self) -> set[Any]:
         rates = [trial.learning_rate for trial in self.trials]
-        return len({*rates, *(run.settings.get(LEARNING_RATE) for run in self.pruned)})
+        return {*rates, *(run.settings.get(LEARNING_RATE) for run in self.pruned)}
 
 
 def methods_of(runs: Iterable[Run]) -> list[Method]:

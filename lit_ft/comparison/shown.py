@@ -40,6 +40,8 @@ class ShownRuns:
         self._begun += 1
         self._running.append(cell.name)
         self._show()
+        if not console().is_terminal:
+            say(f"{self._number()}: {cell.name}")
         began = time.monotonic()
         try:
             summary = cell.run(environment, stopped)
@@ -52,9 +54,11 @@ class ShownRuns:
         return summary
 
     def _show(self) -> None:
-        begun, about = self._begun, max(self._begun, self._about)
         others = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
-        display().detail(f"run {begun} of about {about}: {''.join(self._running[-1:])}{others}")
+        display().detail(f"{self._number()}: {''.join(self._running[-1:])}{others}")
+
+    def _number(self) -> str:
+        return f"run {self._begun} of about {max(self._begun, self._about)}"
 
 
 def show(comparison: Comparison, files: Sequence[Path]) -> None:

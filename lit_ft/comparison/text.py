@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import JustifyMethod
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from lit_ft.comparison.columns import Column, columns_of
 from lit_ft.comparison.comparison import Comparison
 from lit_ft.comparison.facts import commands, facts
 from lit_ft.comparison.noise import RULE
-from lit_ft.terminal.console import printable
+from lit_ft.terminal.console import console, printable
 
 TITLE = "Comparison of runs"
 
@@ -25,13 +26,29 @@ def markdown(comparison: Comparison) -> str:
 def terminal_table(comparison: Comparison) -> Table:
     """Return the rows as a table for the terminal, which is narrow: the files have more."""
     columns = [one for one in columns_of(comparison) if one.in_terminal]
+    # A value that is cut could be taken for another one: lines break between words, and columns
+    # that do not fit then are left to the files.
+    tables = [_table_of(comparison, columns)]
+    tables += [_table_of(comparison, columns[:n], between="\n") for n in range(len(columns), 2, -1)]
+    endless = console().options.update(max_width=10_000)
+    fitting = (
+        table
+        for table in tables
+        if Measurement.get(console(), endless, table).maximum <= console().width
+    )
+    return next(fitting, tables[-1])
+
+
+def _table_of(comparison: Comparison, columns: Sequence[Column], *, between: str = " ") -> Table:
+    """Return the table with `between` between the words of a cell, whose words stay whole."""
     table = Table(title=TITLE, title_justify="left", box=None, header_style="dim")
     for column in columns:
         justify: JustifyMethod = "left" if column.is_text else "right"
         heading = column.heading.replace(" ", "\n")
-        table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column(heading, justify=justify, no_wrap=True, overflow="fold")
     for row in comparison.rows:
-        table.add_row(*(escape(printable(column.cell(row))) for column in columns))
+        cells = (escape(printable(column.cell(row))) for column in columns)
+        table.add_row(*(cell.replace(" ", between) for cell in cells))
     return table
 
 

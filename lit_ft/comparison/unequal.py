@@ -30,6 +30,7 @@ def unequal(methods: Sequence[tuple[int, Method]]) -> list[str]:
         *_differences("numbers of steps", "longer runs have an advantage", methods, _steps),
         *_differences("rows in a step", "larger steps see more data", methods, _rows_per_step),
         *_trials(methods),
+        *_edges(methods),
     ]
 
 
@@ -126,6 +127,15 @@ def _trials(methods: Sequence[tuple[int, Method]]) -> Iterator[str]:
             f"Between {min(tried)} and {max(tried)} learning rates were tried for a row. The best "
             "of many looks better than it is."
         )
+
+
+def _edges(methods: Sequence[tuple[int, Method]]) -> Iterator[str]:
+    for end, further in (("highest", "higher"), ("lowest", "lower")):
+        if rows := {number for number, method in methods if method.best_is == end}:
+            yield (
+                f"The best learning rate is the {end} that was tried, so a {further} one may be "
+                f"better: rows {_listed(rows)}."
+            )
 
 
 def _listed(numbers: set[int]) -> str:

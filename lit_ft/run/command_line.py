@@ -183,7 +183,7 @@ class _Words:
             if takes_one and not assigned and self._left and not _is_option(self._left[0]):
                 self.options.append(self._left.pop(0))
         elif not _SETTING.match(word) and word.endswith((".yaml", ".yml")):
-            raise ValueError(f"{word}, here: {CONFIG} {word}")
+            raise ValueError(f"Settings of a file: {CONFIG} {word}, not {word} alone.")
         else:
             self.settings.append(word)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lit_ft.terminal.libraries import adopt_bars, adopt_logs
@@ -23,11 +24,13 @@ _WARNINGS = (
     ".*sync_dist=True",  # the module logs values that are the same on all ranks
     "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
 )
+_OWN = Path(__file__).parents[2]
 _MESSAGES = (
     "litlogger",  # advertisements
     "litmodels",
     "TPU available",
     "GPU available: False",  # another message says if a GPU is not used
+    "Detected KeyboardInterrupt",  # `StopOnSignal` has said more
 )
 
 
@@ -35,6 +38,7 @@ def quieten_libraries() -> None:
     """Silence known messages of libraries, and show the others and their bars on our display."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    _show_own_warnings_without_code()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(part in record.getMessage() for part in _MESSAGES)
     )
@@ -48,6 +52,20 @@ def quieten_libraries() -> None:
     )
     adopt_logs()
     adopt_bars()
+
+
+def _show_own_warnings_without_code() -> None:
+    """Print warnings of lit_ft without a place in its code, which would look like an error."""
+    usual = warnings.formatwarning
+    if getattr(usual, "__module__", None) == __name__:
+        return
+
+    def formatted(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
+        if Path(filename).is_relative_to(_OWN) and issubclass(category, UserWarning):
+            return f"Warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
 
 
 def outlive_terminal() -> None:

@@ -134,8 +134,9 @@ def _results(summary: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
     steps = summary.get("step_seconds") or {}
     by_source = summary.get("val_loss_by_source") or {}
     state = summary.get("optimizer_state_bytes")
+    before = summary.get("initial_val_loss") if summary.get("steps") else None
     rows = {
-        "val loss": _before_after(summary.get("initial_val_loss"), summary.get("val_loss")),
+        "val loss": _before_after(before, summary.get("val_loss")),
         **{f"  of {name}": _number(loss, ".4f") for name, loss in by_source.items()},
         "val perplexity": _number(summary.get("val_perplexity"), ".2f"),
         "best": _best(run_dir) if summary.get("steps") else None,
@@ -164,11 +165,14 @@ def _best(run_dir: Path) -> str | None:
 
 
 def _time(seconds: Mapping[str, float | None]) -> str | None:
-    if seconds.get("total") is None:
+    total = seconds.get("total")
+    if total is None:
         return None
-    parts = {"training steps": seconds.get("train"), "loading": seconds.get("load")}
+    train = seconds.get("train") or 0.0
+    all_starts = " of all starts" if train > total else ""  # the total is of the last
+    parts = {f"training steps{all_starts}": train, "loading": seconds.get("load")}
     told = [f"{format_duration(value)} {name}" for name, value in parts.items() if value]
-    whole = format_duration(seconds["total"] or 0)
+    whole = format_duration(total)
     return f"{whole} ({', '.join(told)})" if told else whole
 
 

@@ -16,6 +16,7 @@ from hydra.errors import CompactHydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from lit_ft.before_libraries import let_waiting_threads_sleep
 from lit_ft.compat.refusal import message_on_command_line
 from lit_ft.run.arguments import CONF, UNREADABLE, for_hydra, said_by_hydra
 from lit_ft.run.command_line import options_of, understood
@@ -23,7 +24,6 @@ from lit_ft.run.config import null_choices
 from lit_ft.run.console import outlive_terminal
 from lit_ft.run.hydra_trust import composer, compositions
 from lit_ft.run.implied import with_implied
-from lit_ft.run.loading import let_waiting_threads_sleep
 from lit_ft.run.own_arguments import with_own_arguments
 from lit_ft.run.redaction import redact_output
 from lit_ft.run.sweep_table import ends_with_sweep_table
@@ -78,7 +78,8 @@ def launch(main: Callable[[], Any]) -> None:
             main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (*UNREADABLE, OSError, ValueError) as error:
+    # Launchers of Hydra raise RuntimeError, as submitit does where there is no Slurm.
+    except (*UNREADABLE, OSError, ValueError, RuntimeError) as error:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
         sys.exit(_said(error, arguments))

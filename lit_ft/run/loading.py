@@ -1,4 +1,4 @@
-"""What is set before libraries load, and signals while they load."""
+"""What libraries need, and what signals do, while libraries load."""
 
 from __future__ import annotations
 
@@ -11,17 +11,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lit_ft.terminal import display, stage
-
-
-def let_waiting_threads_sleep() -> None:
-    """Let threads on the CPU sleep while they wait for each other, unless the user has chosen.
-
-    They would spin, and keep the core from the very thread that they wait for, if another process
-    has the other core. A product of [150, 576] and [576, 1536] matrices then takes 15 ms of two
-    threads instead of 4 ms. It costs about 10 µs for each operation. The library of the threads
-    reads this once, when torch loads it.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager

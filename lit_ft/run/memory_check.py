@@ -160,10 +160,10 @@ class MemoryCheck(Callback):
         """Return the plan and the memory that there is, in a line."""
         assert self._planned is not None and self._run is not None
         plan, outside = self._planned.plan, self._planned.outside
-        more = f"{format_bytes(outside.low)} to {format_bytes(outside.high)}"
+        low, high = (plan.peak_bytes + more for more in (outside.low, outside.high))
         return (
-            f"{format_bytes(plan.peak_bytes)} of tensors and {more} more are planned, for "
-            f"rows of {self._run.config['data']['max_length']:,} tokens; {self._run.card.name} has "
+            f"{format_bytes(low)} to {format_bytes(high)} are planned, for rows of "
+            f"{self._run.config['data']['max_length']:,} tokens; {self._run.card.name} has "
             f"{format_bytes(self._run.card.memory_bytes)}"
         )
 

@@ -38,7 +38,7 @@ def translated(name: str, value: str) -> Translation | None:
     plain = value.strip("'\"")
     template = one.values.get(plain.lower(), one.values.get(ANY, one.here or None))
     if template is None:
-        raise ValueError(f"{name}={plain}, here: {_remedy(one)}.")
+        raise ValueError(f"{name}={plain}{_remedy(one)}.")
     if not template:
         return Translation()
     if one.is_whole and plain.endswith(".0"):
@@ -52,6 +52,8 @@ def translated(name: str, value: str) -> Translation | None:
 
 def _remedy(one: Name) -> str:
     if not one.why:
-        return f"one of {', '.join(one.values)}"
+        return f": give one of {', '.join(one.values)}"
     why = one.why.removeprefix(NOTHING).replace("`", "")
-    return f"leave it out; {why}" if one.why.startswith(NOTHING) else why
+    if one.why.startswith(NOTHING):
+        return f" is no setting here, leave it out: {why}"
+    return f", here: {why}"

@@ -34,6 +34,9 @@ def model_errors_name(model: str | Path) -> Iterator[None]:
             yield
     except (ValueError, OSError, MemoryError):
         raise
+    except ImportError as error:
+        missing = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"{model} needs a package that is not installed: {missing}.") from error
     except Exception as error:
         if "memory" in str(error) or (dist.is_available() and dist.is_initialized()):
             raise

@@ -44,9 +44,7 @@ class PlainLines(Display):
     def _watch(self, name: str, over: threading.Event) -> None:
         began = time.monotonic()
         if not over.wait(self.after):
-            self._print(name)
+            print(name, flush=True)
         while not over.wait(self.every):
-            self._print(name, format_duration(time.monotonic() - began))
-
-    def _print(self, name: str, took: str = "") -> None:
-        print("  ".join(filter(None, (name, self._detail, took))), flush=True)
+            took = format_duration(time.monotonic() - began)
+            print("  ".join(filter(None, (name, self._detail, took))), flush=True)

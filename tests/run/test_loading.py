@@ -9,13 +9,14 @@ import sys
 
 import pytest
 
-from lit_ft.run.loading import let_waiting_threads_sleep
+from lit_ft.before_libraries import let_waiting_threads_sleep
 
 pytestmark = pytest.mark.usefixtures("signals_as_usual")
 
 # As an import that meets the exception in a callback of Python's own, and drops it.
 DROPS_EXCEPTIONS = """
 import time
+from lit_ft.before_libraries import let_waiting_threads_sleep
 from lit_ft.run.loading import ended_at_once_by_signals
 
 with ended_at_once_by_signals():

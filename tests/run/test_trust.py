@@ -9,13 +9,13 @@ import pytest
 from hydra.errors import CompactHydraException, HydraException
 from hydra.utils import get_object
 
+from lit_ft.before_libraries import prepare_own_command
 from lit_ft.models import Packaged
 from lit_ft.preview import main as preview
 from lit_ft.run.arguments import composed, for_hydra
 from lit_ft.run.launch import launch
 from lit_ft.run.trust import KINDS, refuse_untrusted
 from lit_ft.run.trust import trusted_packages as given_trust
-from lit_ft.search_path import leave_out_current_folder
 from tests.support.commands import TINY, run
 from tests.support.running import CONF, run_job
 
@@ -287,7 +287,7 @@ def test_python_m_does_not_look_into_the_current_folder(
     for first in (str(tmp_path), own):
         monkeypatch.setattr("sys.path", [first, "/usr/lib"])
         monkeypatch.setattr("sys.argv", [module, "x"])
-        leave_out_current_folder()
+        prepare_own_command()
         stays = module != "-m" or first == own
         assert sys.path == ([first, "/usr/lib"] if stays else ["/usr/lib"])
 

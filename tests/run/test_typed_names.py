@@ -64,10 +64,10 @@ def test_what_hydra_knows_stays_as_it_is(typed: str) -> None:
     ("typed", "answer"),
     [
         ("eval_steps=100", "eval_steps=100, here: trainer.val_check_interval, which counts"),
-        ("--template qwen", "template=qwen, here: leave it out; the tokenizer's own"),
-        ("fp16=maybe", "fp16=maybe, here: one of true, false"),
-        ("stage=dpo", "stage=dpo, here: leave it out"),
-        ("my.yaml", "my.yaml, here: --config my.yaml"),
+        ("--template qwen", "template=qwen is no setting here, leave it out: the tokenizer's own"),
+        ("fp16=maybe", "fp16=maybe: give one of true, false"),
+        ("stage=dpo", "stage=dpo is no setting here, leave it out"),
+        ("my.yaml", "--config my.yaml, not my.yaml alone"),
         (
             "--lerning_rate 1",
             "--lerning_rate: there is no 'lerning_rate'. Did you mean learning_rate?",
@@ -100,7 +100,7 @@ def test_each_name_is_translated_or_answered(name: str) -> None:
         try:
             found = translated(name, value)
         except ValueError as error:
-            assert str(error).startswith(f"{name}={value}, here: ")
+            assert str(error).startswith(f"{name}={value}")
         else:
             assert found is not None
     assert one.here or one.values or one.why
