@@ -68,8 +68,12 @@ def _show(
         shown = list(islice(encoded, options.rows))
         if options.skip and not shown and options.rows:
             console.print(f"No rows to show: there are {len(skipped):,}, and all are skipped.")
+        reasons: set[str] = set()
         for row in shown:
-            console.print(shown_row(console, preview, row, with_ids=options.ids))
+            reason = (row.error or "").partition(": ")[2]
+            if not reason or reason not in reasons:  # the counts have the others
+                console.print(shown_row(console, preview, row, with_ids=options.ids))
+            reasons.add(reason)
         if not sections:
             # It imports what trains models, which the first rows should not wait for.
             check()

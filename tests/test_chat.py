@@ -166,6 +166,8 @@ def test_an_adapter_alone_is_told_apart_from_a_model(tmp_path):
             "trainer.max_steps=1")  # fmt: skip
     with pytest.raises(SystemExit, match=r"python -m lit_ft\.export"):
         main([str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="an adapter alone: give the folder of its run"):
+        main([str(tmp_path / "run" / "export" / "adapter")])
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

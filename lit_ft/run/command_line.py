@@ -88,7 +88,6 @@ def understood(arguments: Sequence[str], *, config_dir: Path) -> CommandLine:
         return CommandLine(list(arguments))
     settings = _of_files(words, typed, config_dir)
     return CommandLine(
-        # Hydra takes its settings in one piece.
         [*(one.argument for one in settings), *words.options],
         words.save_config,
         f"Here, {'; '.join(said)}." if said else "",
@@ -157,7 +156,7 @@ class _Words:
         options: Hydra's own options, with their values.
         files: The files of `--config`.
         save_config: The file of `--save-config`.
-        is_changed: Whether there is any option that Hydra does not know.
+        is_changed: Whether Hydra would not understand the arguments as they are.
     """
 
     def __init__(self, arguments: Sequence[str], config_dir: Path) -> None:
@@ -166,6 +165,7 @@ class _Words:
         self.files: list[Path] = []
         self.save_config: Path | None = None
         self.is_changed = False
+        self._comes_after_settings = False  # an option
         self._config_dir = config_dir
         self._left = list(arguments)
         while self._left:
@@ -178,6 +178,7 @@ class _Words:
         elif word.startswith("--") and not self._is_of_hydra(option):
             self._take_setting(option, value if assigned else None)
         elif word.startswith("-"):
+            self._comes_after_settings = bool(self.settings)
             self.options.append(word)
             takes_one = _OF_HYDRA.get(option, option in _SHORT)
             if takes_one and not assigned and self._left and not _is_option(self._left[0]):
@@ -185,6 +186,7 @@ class _Words:
         elif not _SETTING.match(word) and word.endswith((".yaml", ".yml")):
             raise ValueError(f"Settings of a file: {CONFIG} {word}, not {word} alone.")
         else:
+            self.is_changed |= self._comes_after_settings  # Hydra takes settings in one piece
             self.settings.append(word)
 
     def _take_file(self, option: str, value: str) -> None:

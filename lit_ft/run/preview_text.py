@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +15,7 @@ from lit_ft.data.survey import Bar, Survey
 from lit_ft.data.token_text import Piece, pieces
 from lit_ft.run.preview import Preview, Speed
 from lit_ft.run.preview_facts import facts, fate, remarks
-from lit_ft.terminal.console import printable
+from lit_ft.terminal.console import format_count, printable
 
 LEARNT = "bold underline green"
 CONTROL = "dim cyan"
@@ -88,8 +88,19 @@ def shown_survey(preview: Preview, survey: Survey, speed: Speed | None) -> Itera
         yield _histogram(bars, max_length)
     for line in remarks(survey):
         yield Text(f"! {line}", "yellow")
-    for error in survey.report.errors[:10]:
+    for error in list(_once(survey.report.errors))[:10]:
         yield Text(error, "red")
+
+
+def _once(errors: Iterable[str]) -> Iterator[str]:
+    """Yield each reason once, with the row that has it first and the number of the others."""
+    rows: dict[str, list[str]] = {}
+    for error in errors:
+        row, _, reason = error.partition(": ")
+        rows.setdefault(reason, []).append(row)
+    for reason, [first, *others] in rows.items():
+        more = f" and {format_count(len(others), 'other row')}" if others else ""
+        yield f"{first}{more}: {reason}"
 
 
 def _histogram(bars: list[Bar], max_length: int) -> Table:

@@ -22,6 +22,7 @@ from lit_ft.callbacks import (
     LastCheckpoint,
     LayerwiseUpdate,
     StartTable,
+    SubspaceRefresh,
 )
 from lit_ft.callbacks.start_table import described_model, optimizer_table
 from lit_ft.subspace import inject
@@ -181,7 +182,12 @@ def test_data_of_unknown_length_has_no_number_of_steps(tmp_path, capfd):
 def test_the_method_is_shown_with_what_the_run_says_of_itself(tmp_path, capfd):
     trainer = Trainer(
         accelerator="cpu",
-        callbacks=[StartTable({"recipe": "mine [x]"}), GaLore(rank=1), LayerwiseUpdate()],
+        callbacks=[
+            StartTable({"recipe": "mine [x]"}),
+            GaLore(rank=1),
+            SubspaceRefresh(every=7),
+            LayerwiseUpdate(),
+        ],
         max_steps=1,
         barebones=True,
     )
@@ -191,8 +197,8 @@ def test_the_method_is_shown_with_what_the_run_says_of_itself(tmp_path, capfd):
     assert "model BoringModel, 66 parameters, all trained, float32, 264 B" in lines
     assert "device CPU, 32-true" in lines
     assert "update layerwise, in the backward pass" in lines
-    told = "GaLore rank 1, 64 weights of 1 layer through 2 parameters (3.1%), Oja("
-    assert told in " ".join(lines)
+    told = "GaLore rank 1, 64 weights of 1 layer through 2 parameters (3.1%), "
+    assert told + "Oja(step_size=0.1, every=7" in " ".join(lines)
 
 
 def test_groups_are_shown_one_by_one():

@@ -163,8 +163,18 @@ def test_other_rows_of_data_are_a_warning():
     assert "data.path=a.jsonl (rows 2)" in warning and "data.path=b.jsonl (rows 1)" in warning
 
 
+@pytest.mark.parametrize(
+    "losses, end", [((3, 2, 1), "highest"), ((1, 2, 3), "lowest"), ((2, 1, 2), None)]
+)
+def test_a_best_rate_at_the_edge_is_a_warning(losses, end):
+    made = [made_summary(lr=lr, loss=loss) for lr, loss in zip((1, 2, 3), losses, strict=True)]
+    found = compare(runs(*made)).warnings
+    assert [f"is the {end} that was tried" in one for one in found] == [True] * (end is not None)
+
+
 def test_different_numbers_of_rates_are_a_warning():
-    made = [made_summary("optim=a", lr=lr) for lr in (1, 2, 3)] + [made_summary("optim=b")]
+    made = [made_summary("optim=a", lr=lr, loss=abs(lr - 2)) for lr in (1, 2, 3)]
+    made += [made_summary("optim=b")]
     [warning] = compare(runs(*made)).warnings
     assert warning.startswith("Between 1 and 3 learning rates")
 

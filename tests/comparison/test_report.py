@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import sys
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from lit_ft.compare import main
 from lit_ft.comparison import files, pictures
+from lit_ft.comparison.columns import columns_of
+from lit_ft.comparison.comparison import compare
+from lit_ft.comparison.runs import gather
+from lit_ft.comparison.text import terminal_table
 from lit_ft.storage.json_file import read_json
 from tests.support.summaries import write_many, write_run
 
@@ -97,6 +103,19 @@ def test_a_column_that_no_run_fills_is_left_out(many, tmp_path):
     main([str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert "forgetting" in text and "| 0.1250 |" in text and "| 4 KiB | 1 KiB |" in text
+
+
+@pytest.mark.parametrize("width", [80, 110, 200])
+def test_the_table_in_a_terminal_cuts_no_value(width, many, monkeypatch):
+    comparison = compare(*gather([many]))
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = Console(width=width, file=io.StringIO())
+    shown.print(terminal_table(comparison))
+    words = set(shown.file.getvalue().split())
+    columns = [one for one in columns_of(comparison) if one.in_terminal]
+    columns = columns if width == 200 else columns[:3]
+    for row in comparison.rows:
+        assert words.issuperset(word for column in columns for word in column.cell(row).split())
 
 
 def test_texts_of_runs_are_no_markup(tmp_path, capsys):

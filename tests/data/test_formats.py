@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lit_ft.compat.refusal import Refusal
+from lit_ft.compat.refusal import Refusal, message_on_command_line
 from lit_ft.data import formats
 from lit_ft.data.conversation import Conversation, chat_of
 from lit_ft.data.formats import available, detect
@@ -214,3 +214,18 @@ def test_unknown_columns_are_answered_with_names_that_the_command_line_takes() -
     assert "prompt_completion: {prompt, completion}" in said
     settings = said.partition("as in ")[2].rstrip(".").split()
     assert composed(settings)["data"]["format"]["prompt"] == "question"
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ("instruction input answer", "data/format=alpaca data.format.output=answer"),
+        ("prompt reply", "data/format=prompt_completion data.format.completion=reply"),
+        ("question answer", "data.format.prompt=question"),  # which is which?
+        ("prompt reply answer", "data.format.prompt=question"),
+    ],
+)
+def test_a_row_that_misses_one_column_is_answered_with_the_setting_that_reads_it(row, told):
+    with pytest.raises(ValueError, match="no format fits") as error:
+        detect(dict.fromkeys(row.split(), ""))
+    assert told in message_on_command_line(error.value)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ft.run.console import quieten_libraries
 from lit_ft.run.exits import command_line_exits
 from tests.support.commands import TINY, run
+from tests.support.running import CONF
 
 
 @pytest.fixture
@@ -85,6 +86,17 @@ def test_signals_give_the_statuses_that_a_shell_expects():
     with pytest.raises(SystemExit) as stop:
         leave(SystemExit(3))
     assert stop.value.code == 3
+
+
+def test_our_warnings_show_no_code_and_others_do(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restored at the end
+    quieten_libraries()
+    quieten_libraries()
+    own, other = str(CONF.parent / "train.py"), str(CONF.parents[1] / "another.py")
+    shown = warnings.formatwarning
+    assert shown("Saves nothing.", UserWarning, own, 3) == "Warning: Saves nothing.\n"
+    assert "another.py:3: UserWarning: Low." in shown("Low.", UserWarning, other, 3)
+    assert "train.py:3" in shown("Old.", DeprecationWarning, own, 3)
 
 
 def test_known_asides_are_silent_and_others_are_not(quiet, caplog):

@@ -56,6 +56,18 @@ def test_the_box_shows_what_came_of_the_run(tmp_path):
     assert max(len(line) for line in text.splitlines() if line[0] in "╭│╰") <= 100
 
 
+def test_a_validation_alone_has_one_loss(tmp_path):
+    summary = SUMMARY | {"steps": 0, "initial_val_loss": 3.291, "val_loss": 3.291}
+    text = text_of(end_panel(summary, tmp_path))
+    assert "validated" in text and "3.2910" in text and "→" not in text
+
+
+def test_a_total_of_the_last_start_is_told_from_the_steps_of_all(tmp_path):
+    summary = SUMMARY | {"seconds": {"total": 3.0, "load": 2.0, "train": 11.0}}
+    text = text_of(end_panel(summary, tmp_path))
+    assert "0:03 (0:11 training steps of all starts, 0:02 loading)" in text
+
+
 @pytest.mark.parametrize(
     ("source", "planned"), [("process_rss", "3.00 GiB to 4.00 GiB"), ("cuda_allocated", "2.00 GiB")]
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import submitit
@@ -66,6 +68,15 @@ def test_the_job_asks_for_the_trainers_nodes_and_devices(tmp_path, sbatch):
     assert (asked["partition"], asked["time"]) == ("gpu", "90")
     assert asked["signal"] == "USR2@300"  # to every task: the handler that saves
     assert any(line.startswith("srun") and "submitit" in line for line in lines)
+
+
+@pytest.mark.process
+def test_without_slurm_a_line_says_so(tmp_path, monkeypatch):
+    python = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(python))
+    status, output = run(*SWEPT, "-m", "hydra/launcher=slurm", f"run_dir={tmp_path / 'run'}")
+    assert status == 1 and "Traceback" not in output, output
+    assert "srun" in output
 
 
 def test_devices_have_to_be_told(tmp_path, sbatch):

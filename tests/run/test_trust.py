@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -287,7 +288,9 @@ def test_python_m_does_not_look_into_the_current_folder(
     for first in (str(tmp_path), own):
         monkeypatch.setattr("sys.path", [first, "/usr/lib"])
         monkeypatch.setattr("sys.argv", [module, "x"])
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         prepare_own_command()
+        assert os.environ.get("OMP_WAIT_POLICY") == ("PASSIVE" if module == "-m" else None)
         stays = module != "-m" or first == own
         assert sys.path == ([first, "/usr/lib"] if stays else ["/usr/lib"])
 

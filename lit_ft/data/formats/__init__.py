@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields, replace
 from functools import cache
+from itertools import product
 from typing import Any, Protocol, cast
 
 from lit_ft.compat import remedies
@@ -86,7 +88,29 @@ def detect(row: Row) -> Format:
     raise Refusal(
         f"no format fits a row with the keys {sorted(map(str, row))}. Known formats are {wanted}",
         Remedy("rename the keys"),
-        remedies.NAMED_COLUMNS,
+        _nearest(formats, row) or remedies.NAMED_COLUMNS,
+    )
+
+
+def _nearest(formats: Iterable[Any], row: Row) -> Remedy | None:
+    """Return how to read the row in a format that misses one of its columns, if only one does."""
+    found = []
+    for one in formats:
+        columns = {field.name: getattr(one, field.name) for field in fields(one)}
+        missing = [name for name, column in columns.items() if column not in row]
+        others = [key for key in map(str, row) if key not in columns.values()]
+        if len(missing) < len(columns):  # the row has a column of this format
+            found += [
+                (one, name, key)
+                for name, key in product(missing, others)
+                if replace(one, **{name: key}).matches(row)
+            ]
+    if len(found) != 1:
+        return None
+    [(one, column, key)] = found
+    return Remedy(
+        f'name the column, as in format={type(one).__name__}({column}="{key}")',
+        {"data/format": _name(type(one)), f"data.format.{column}": key},
     )
 
 
