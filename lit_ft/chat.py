@@ -125,7 +125,8 @@ def exported_folder(run_dir: str | Path) -> Path:
         return run_dir
     if (run_dir / "adapter_config.json").is_file():
         raise ValueError(
-            f"{run_dir} is an adapter alone: give the folder of its run, which has the whole model."
+            f"{run_dir} is an adapter alone: give the folder of its run, which has the whole "
+            "model if the run exported one."
         )
     summary = read_summary(run_dir)
     if summary is None:

@@ -106,13 +106,13 @@ def test_a_bad_row_is_answered_with_settings(shown):
     assert 'control_tokens="text"' not in text
 
 
-@pytest.mark.smollm2
 def test_a_reason_is_said_once_however_many_rows_have_it(shown):
     text = " ".join(without_frame(shown([{"q": "a", "r": "b"}] * 4)).split())
     assert text.count("no format fits") == 2  # the first row, and the errors at the end
     assert ":1 and 3 other rows: no format fits" in text
 
 
+@pytest.mark.smollm2
 def test_rows_are_counted_and_their_fates_named(shown):
     rows = [chat("q", "a " * 300), *(chat(*row) for row in ROWS), {"text": "x"}, chat("q", "")]
     text = shown(rows, "data.max_length=100", "--rows", "6")

@@ -135,6 +135,9 @@ class GaLore(Callback):
         if self._module is pl_module:
             assert self.updater is not None
             self.updater.freeze_weights()
+            if _averages(trainer):
+                for layer in self.updater.layers.values():
+                    layer.store_delta()
             return
         self.updater = None  # it may be that of another module, trained before
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
@@ -241,10 +244,8 @@ class GaLore(Callback):
         """Attach the updater to the optimizer."""
         optimizer = only_optimizer(trainer, self)
         assert self.updater is not None
-        # These callbacks write an average to all parameters, and other ranks are not asked.
-        averages = (WeightAveraging, StochasticWeightAveraging)
-        averaged = any(isinstance(one, averages) for one in callbacks_of(trainer))
-        self.updater.releases_deltas = trainer.world_size == 1 and not averaged
+        # Other ranks are not asked.
+        self.updater.releases_deltas = trainer.world_size == 1 and not _averages(trainer)
         self._handle = self.updater.attach(optimizer)
 
     def on_before_backward(
@@ -342,3 +343,9 @@ def _average(tensors: Sequence[Tensor]) -> None:
             assert work is not None
             work.wait()
             tensor /= dist.get_world_size()
+
+
+def _averages(trainer: Trainer) -> bool:
+    """Whether a callback writes an average to all parameters."""
+    averages = (WeightAveraging, StochasticWeightAveraging)
+    return any(isinstance(one, averages) for one in callbacks_of(trainer))

@@ -242,7 +242,7 @@ def _tell(trainer: Trainer, large: list[Tensor], max_norm: float | None) -> None
         told += "not kept"
         if max_norm is not None:
             told += (
-                ". Clipping by norm needs a second backward pass: update=whole or "
-                "trainer.gradient_clip_val=null does without"
+                ". Clipping by norm needs a second backward pass: updates after backward, or no "
+                "clipping, do without"
             )
     rank_zero_info(told + ".")

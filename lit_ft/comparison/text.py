@@ -16,6 +16,7 @@ from lit_ft.comparison.noise import RULE
 from lit_ft.terminal.console import console, printable
 
 TITLE = "Comparison of runs"
+_FEWEST_COLUMNS = 4  # down to the loss
 
 
 def markdown(comparison: Comparison) -> str:
@@ -26,26 +27,35 @@ def markdown(comparison: Comparison) -> str:
 def terminal_table(comparison: Comparison) -> Table:
     """Return the rows as a table for the terminal, which is narrow: the files have more."""
     columns = [one for one in columns_of(comparison) if one.in_terminal]
-    # A value that is cut could be taken for another one: lines break between words, and columns
-    # that do not fit then are left to the files.
+    # A part of a value could be taken for another value: lines break between words, and columns
+    # that do not fit then are left to the files. Where a word is too long for that, it is broken.
     tables = [_table_of(comparison, columns)]
-    tables += [_table_of(comparison, columns[:n], between="\n") for n in range(len(columns), 2, -1)]
+    tables += [
+        _table_of(comparison, columns[:count], between="\n")
+        for count in range(len(columns), _FEWEST_COLUMNS - 1, -1)
+    ]
     endless = console().options.update(max_width=10_000)
     fitting = (
         table
         for table in tables
         if Measurement.get(console(), endless, table).maximum <= console().width
     )
-    return next(fitting, tables[-1])
+    return next(fitting, _table_of(comparison, columns, breaks_words=True))
 
 
-def _table_of(comparison: Comparison, columns: Sequence[Column], *, between: str = " ") -> Table:
-    """Return the table with `between` between the words of a cell, whose words stay whole."""
+def _table_of(
+    comparison: Comparison,
+    columns: Sequence[Column],
+    *,
+    between: str = " ",
+    breaks_words: bool = False,
+) -> Table:
+    """Return the table with `between` between the words of a cell."""
     table = Table(title=TITLE, title_justify="left", box=None, header_style="dim")
     for column in columns:
         justify: JustifyMethod = "left" if column.is_text else "right"
         heading = column.heading.replace(" ", "\n")
-        table.add_column(heading, justify=justify, no_wrap=True, overflow="fold")
+        table.add_column(heading, justify=justify, no_wrap=not breaks_words, overflow="fold")
     for row in comparison.rows:
         cells = (escape(printable(column.cell(row))) for column in columns)
         table.add_row(*(cell.replace(" ", between) for cell in cells))

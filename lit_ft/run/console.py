@@ -24,7 +24,7 @@ _WARNINGS = (
     ".*sync_dist=True",  # the module logs values that are the same on all ranks
     "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
 )
-_OWN = Path(__file__).parents[2]
+_OWN = Path(__file__).parents[1]
 _MESSAGES = (
     "litlogger",  # advertisements
     "litmodels",
@@ -61,7 +61,8 @@ def _show_own_warnings_without_code() -> None:
         return
 
     def formatted(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
-        if Path(filename).is_relative_to(_OWN) and issubclass(category, UserWarning):
+        is_ours = Path(filename).is_relative_to(_OWN) or Path(filename) == _OWN.parent / "train.py"
+        if is_ours and issubclass(category, UserWarning):
             return f"Warning: {message}\n"
         return usual(message, category, filename, lineno, line)
 

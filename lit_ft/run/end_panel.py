@@ -143,7 +143,7 @@ def _results(summary: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
         "train loss": _number(summary.get("train_loss"), ".4f"),
         "steps": _number(summary.get("steps") or None, ","),
         "ended": summary.get("ended"),
-        "time": _time(summary.get("seconds") or {}),
+        "time": _time(summary.get("seconds") or {}, starts=len(summary.get("starts") or [])),
         "tokens/s": _number(summary.get("tokens_per_second"), ",.0f"),
         "step": _number(steps.get("median"), ".3f", " s (median)"),
         "peak memory": _peak(peak, summary.get("planned_peak_bytes")),
@@ -164,13 +164,12 @@ def _best(run_dir: Path) -> str | None:
     return ", ".join(f"{name} {value:.4f} at step {step}" for name, value in best.items())
 
 
-def _time(seconds: Mapping[str, float | None]) -> str | None:
+def _time(seconds: Mapping[str, float | None], *, starts: int) -> str | None:
     total = seconds.get("total")
     if total is None:
         return None
-    train = seconds.get("train") or 0.0
-    all_starts = " of all starts" if train > total else ""  # the total is of the last
-    parts = {f"training steps{all_starts}": train, "loading": seconds.get("load")}
+    of_all = " of all starts" if starts > 1 else ""  # the total is that of the last one
+    parts = {f"training steps{of_all}": seconds.get("train"), "loading": seconds.get("load")}
     told = [f"{format_duration(value)} {name}" for name, value in parts.items() if value]
     whole = format_duration(total)
     return f"{whole} ({', '.join(told)})" if told else whole

@@ -37,6 +37,7 @@ _ANSWERING = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", 
 _ANSWERING |= {"--shell-completion", "--save-config"}
 
 _until_job_starts = ExitStack()
+_job_has_started = False
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -78,11 +79,15 @@ def launch(main: Callable[[], Any]) -> None:
             main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    # Launchers of Hydra raise RuntimeError, as submitit does where there is no Slurm.
-    except (*UNREADABLE, OSError, ValueError, RuntimeError) as error:
+    except (*UNREADABLE, OSError, ValueError) as error:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
         sys.exit(_said(error, arguments))
+    except RuntimeError as error:
+        # A launcher of Hydra raises it, as submitit does without Slurm. A job's is a bug.
+        if _job_has_started or type(error) is not RuntimeError:
+            raise
+        sys.exit(str(error))
     finally:
         _until_job_starts.close()
 
@@ -100,6 +105,8 @@ def _save_config(file: Path, arguments: list[str]) -> None:
 @contextmanager
 def reported_by_hydra() -> Iterator[None]:
     """Let Hydra report the errors of the job in this block as it always does."""
+    global _job_has_started
+    _job_has_started = True
     _until_job_starts.close()
     is_ours = _IS_OURS in os.environ
     if is_ours:

@@ -35,7 +35,7 @@ class Outside:
     def of(cls, plan: MemoryPlan, *, device_type: str, ranks: int) -> Outside:
         """Return the range for a plan."""
         if device_type == "cpu":
-            kept = plan.by_category[ACTIVATIONS]
+            kept = max(held[ACTIVATIONS] for held in plan.by_phase.values())
             return cls(int(0.4 * _GIB), int(1.0 * _GIB) + kept)
         several = ranks > 1
         low = (0.3 + 0.2 * several) * _GIB + 0.01 * plan.peak_bytes

@@ -34,12 +34,12 @@ def model_errors_name(model: str | Path) -> Iterator[None]:
             yield
     except (ValueError, OSError, MemoryError):
         raise
-    except ImportError as error:
-        missing = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(f"{model} needs a package that is not installed: {missing}.") from error
     except Exception as error:
         if "memory" in str(error) or (dist.is_available() and dist.is_initialized()):
             raise
+        if isinstance(error, ImportError):
+            missing = str(error).strip().partition("\n")[0].rstrip(".")
+            raise ValueError(f"{model} needs what cannot be imported here: {missing}.") from error
         said = f"{type(error).__name__}: {str(error)[:_LONGEST]}".rstrip(": .\n")
         raise ValueError(
             f"{model}: the model or its tokenizer cannot be read ({said}). Take a whole copy of it."

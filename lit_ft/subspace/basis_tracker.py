@@ -70,7 +70,7 @@ class BasisTracker:
         for name, layer in self.layers.items():
             frozen = not (layer.delta.requires_grad or layer.weight.requires_grad)
             basis_input = BasisInput.NOTHING if frozen else self.basis_input(name, step)
-            layer.basis.requires_grad_(basis_input is BasisInput.SKETCH)
+            layer.record_sketches(basis_input is BasisInput.SKETCH)
             layer.weight.requires_grad_(basis_input is BasisInput.GRADIENT)
 
     def reduce_basis_inputs(self, layers: Iterable[SubspaceLayer]) -> None:

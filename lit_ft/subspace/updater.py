@@ -139,6 +139,8 @@ class SubspaceUpdater:
         self._finished.clear()
         self._attached = True
         self.tracker.prepare(self.step)
+        for layer in self.layers.values():
+            layer.store_delta()
         self._release(self.layers.values())
         return optimizer.register_step_post_hook(self._after_step)
 
@@ -259,7 +261,10 @@ class SubspaceUpdater:
             self.tracker.prepare(self.step)
 
     def stop(self) -> None:
-        """Stop computing sketches, and make the weights trainable in place of the deltas."""
+        """Stop computing sketches, and make the weights trainable in place of the deltas.
+
+        Deltas that were released stay so: `store_delta` gives one its memory.
+        """
         self._attached = False
         self._in_parts.clear()
         self.stats.await_snapshot(None)

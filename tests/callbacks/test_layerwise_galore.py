@@ -8,11 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.optim import AdamW
 
 from lit_ft.callbacks import GaLore, LayerwiseUpdate, SubspaceRefresh
+from lit_ft.callbacks.layerwise import _by_block
 from lit_ft.measure.storage_bytes import storage_bytes
-from lit_ft.subspace import subspace_layers
+from lit_ft.subspace import inject, subspace_layers
 from lit_ft.subspace.projectors import SVD, Oja, Random, SubspaceIteration
 from tests.support.tiny_module import batch_of, loader, module_of, trainer_of
 
@@ -121,3 +123,26 @@ def test_a_gradient_that_is_not_finite_ends_the_fit_and_names_its_layer(tmp_path
 
     with pytest.raises(FloatingPointError, match=r"delta"):
         trained(tmp_path, Oja(every=2), LayerwiseUpdate(min_grad_bytes=0), Breaks())
+
+
+@pytest.mark.parametrize(
+    "names, blocks",
+    [
+        (["model.layers.0.mlp.up", "model.layers.0.q", "model.layers.10.q"], [[0, 1], [2]]),
+        (["lm_head", "transformer.h.3.attn.c_attn"], [[1]]),
+        (["layers.1.experts.0.w1", "layers.1.experts.0.w2", "layers.1.q"], [[0, 1], [2]]),
+    ],
+)
+def test_layers_are_grouped_by_the_innermost_block(names, blocks):
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in names))
+    layers = dict(zip(names, inject(net, rank=1).values(), strict=True))
+    deltas = [layer.delta for layer in layers.values()]
+    found = _by_block(layers, deltas)
+    numbers = {delta: number for number, delta in enumerate(deltas)}
+    assert [[numbers[p] for p in group] for group in found] == blocks
+
+
+def test_a_layer_that_blocks_share_is_in_one_group():
+    [layer] = inject(nn.Sequential(nn.Linear(4, 4)), rank=1).values()
+    layers = {"layers.0.q": layer, "layers.1.q": layer}
+    assert len(_by_block(layers, [layer.delta])) == 1

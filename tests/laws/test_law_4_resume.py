@@ -15,12 +15,20 @@ from tests.support.subspace_run import PROJECTORS, Run, assert_equal, batches
 from tests.support.tiny_model import tiny_model
 
 
-@pytest.mark.parametrize("optimizer", [AdamW, bnb.optim.AdamW8bit, RowwiseAdamW8bit])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        (AdamW, torch.float32),
+        (AdamW, torch.bfloat16),
+        (bnb.optim.AdamW8bit, torch.float32),
+        (RowwiseAdamW8bit, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("projector", PROJECTORS)
-def test_resume_equals_never_having_stopped(projector, optimizer):
+def test_resume_equals_never_having_stopped(projector, optimizer, dtype):
     """Law 4: bit for bit, through weights_only, over a move of the basis."""
     data = batches(7)
-    model = tiny_model("llama", tie_word_embeddings=True).eval()  # bitsandbytes: float32
+    model = tiny_model("llama", tie_word_embeddings=True).eval().to(dtype)
     options = {"optimizer": optimizer, "rank": 32, "stagger": True}
     straight = Run(PROJECTORS[projector], model=copy.deepcopy(model), **options).train(data)
     first = Run(PROJECTORS[projector], model=copy.deepcopy(model), **options).train(data[:4])

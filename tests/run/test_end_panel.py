@@ -63,7 +63,7 @@ def test_a_validation_alone_has_one_loss(tmp_path):
 
 
 def test_a_total_of_the_last_start_is_told_from_the_steps_of_all(tmp_path):
-    summary = SUMMARY | {"seconds": {"total": 3.0, "load": 2.0, "train": 11.0}}
+    summary = SUMMARY | {"seconds": {"total": 3.0, "load": 2.0, "train": 11.0}, "starts": [{}, {}]}
     text = text_of(end_panel(summary, tmp_path))
     assert "0:03 (0:11 training steps of all starts, 0:02 loading)" in text
 

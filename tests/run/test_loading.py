@@ -1,4 +1,4 @@
-"""What is set before libraries load, and signals while they load."""
+"""What libraries need, and what signals do, while libraries load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("signals_as_usual")
 # As an import that meets the exception in a callback of Python's own, and drops it.
 DROPS_EXCEPTIONS = """
 import time
-from lit_ft.before_libraries import let_waiting_threads_sleep
 from lit_ft.run.loading import ended_at_once_by_signals
 
 with ended_at_once_by_signals():

@@ -9,7 +9,7 @@ from lit_ft.storage.model_errors import model_errors_name
 
 def test_a_missing_package_is_no_damage():
     with (
-        pytest.raises(ValueError, match=r"^m needs a package .*: FlashAttention2 .* installed\.$"),
+        pytest.raises(ValueError, match=r"^m needs what .*: FlashAttention2 .* installed\.$"),
         model_errors_name("m"),
     ):
         raise ImportError("FlashAttention2 is on, and flash_attn is not installed.\nRead on at x")

@@ -11,8 +11,11 @@ from lit_ft.loss.chunked import ChunkedCrossEntropy
 from lit_ft.subspace import SubspaceUpdater, inject
 from lit_ft.subspace.projectors import Oja, Online, SubspaceIteration
 from lit_ft.subspace.stats import overlap
+from lit_ft.tensors.stochastic_rounding import keyed_generator
 from tests.support.subspace_run import NEVER, Run, assert_equal, batches
 from tests.support.tiny_model import tiny_model
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -70,16 +73,27 @@ def test_a_bfloat16_basis_goes_where_a_float32_one_goes():
         torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=0.02)
 
 
+def test_a_move_is_rounded_to_a_bfloat16_basis_without_a_bias():
+    layer = inject(tiny_model("llama").bfloat16(), rank=4)["lm_head"]
+    moved = layer.wide_basis + 1e-3 * torch.randn(layer.basis.shape)
+    rounded = [layer.as_basis(moved, generator=keyed_generator(CPU, n)) for n in range(400)]
+    assert {one.dtype for one in rounded} == {torch.bfloat16}
+    error = torch.stack(rounded).float().mean(0) - moved
+    nearest = moved.bfloat16().float() - moved
+    assert error.square().mean().sqrt() < 0.2 * nearest.square().mean().sqrt()
+
+
 def test_the_sketches_of_a_bfloat16_basis_add_up_in_float32():
     run = Run(Oja(every=1), model=tiny_model("llama").bfloat16())
     layer = run.steps.layers["lm_head"]
     ids, _ = batches(1)[0]
-    sketches = []
-    for _ in range(3):
+    run.model(ids).logits.float().logsumexp(-1).sum().backward()
+    once = layer.basis.grad.clone()
+    for _ in range(2):
         run.model(ids).logits.float().logsumexp(-1).sum().backward()
-        assert layer.basis.grad.dtype is torch.float32
-        sketches.append(layer.basis.grad.clone())
-    torch.testing.assert_close(sketches[2], 3 * sketches[0], rtol=1e-6, atol=0)
+    total = layer.basis.grad
+    torch.testing.assert_close(total, 3 * once, rtol=1e-6, atol=0)
+    assert not torch.equal(total, total.bfloat16().float())
 
 
 def test_steps_without_a_loss_leave_the_bases_their_start(caplog):

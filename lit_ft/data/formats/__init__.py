@@ -92,13 +92,18 @@ def detect(row: Row) -> Format:
     )
 
 
+# Names that people give to columns of text, without those that could be an id or a source.
+_USUAL = {"question", "query", "prompt", "instruction", "input", "context", "answer", "response"}
+_USUAL |= {"output", "reply", "completion", "target", "content", "body", "document", "system"}
+
+
 def _nearest(formats: Iterable[Any], row: Row) -> Remedy | None:
     """Return how to read the row in a format that misses one of its columns, if only one does."""
     found = []
     for one in formats:
         columns = {field.name: getattr(one, field.name) for field in fields(one)}
         missing = [name for name, column in columns.items() if column not in row]
-        others = [key for key in map(str, row) if key not in columns.values()]
+        others = [key for key in row if key in _USUAL and key not in columns.values()]
         if len(missing) < len(columns):  # the row has a column of this format
             found += [
                 (one, name, key)

@@ -1,4 +1,4 @@
-"""Plain text: every token is a target."""
+"""Plain text: every token but the first is a target."""
 
 from __future__ import annotations
 

@@ -76,8 +76,6 @@ class SubspaceLayer(nn.Module):
         start = torch.randn(cols, rank, dtype=dtype, generator=generator, device="cpu")
         basis = _orthonormal_columns(start).T.clone(memory_format=torch.contiguous_format)
         self.register_buffer("basis", basis.to(device, self.weight.dtype))
-        # In bfloat16, a sum of sketches over micro-batches would lose small terms.
-        self.basis.grad_dtype = dtype
         self.energy = torch.zeros(2, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -132,6 +130,17 @@ class SubspaceLayer(nn.Module):
     def wide_basis(self) -> Tensor:
         """The basis [r, cols] in float32 or wider, without a graph: itself if it is so."""
         return self.basis.detach().to(torch.promote_types(self.basis.dtype, torch.float32))
+
+    def record_sketches(self, wanted: bool) -> None:
+        """Let backward passes leave the sketch in `basis.grad`, or no longer.
+
+        Sketches add up in float32. In a compiled model, that of each backward pass is first rounded
+        to the dtype of the basis.
+        """
+        # In bfloat16, a sum over micro-batches would lose small terms. A copy of the layer has to
+        # be told again.
+        self.basis.grad_dtype = torch.promote_types(self.basis.dtype, torch.float32)
+        self.basis.requires_grad_(wanted)
 
     def as_basis(self, moved: Tensor, *, generator: torch.Generator) -> Tensor:
         """Return `moved` [r, cols] in the dtype of the basis.
