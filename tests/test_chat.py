@@ -167,7 +167,7 @@ def test_an_adapter_alone_is_told_apart_from_a_model(tmp_path):
     with pytest.raises(SystemExit, match=r"python -m lit_ft\.export"):
         main([str(tmp_path / "run")])
     with pytest.raises(SystemExit, match="an adapter alone: give the folder of its run"):
-        main([str(tmp_path / "run" / "export" / "adapter")])
+        main([str(tmp_path / "run" / "export")])
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 
 from lit_ft.terminal.console import format_duration
 from lit_ft.terminal.display import Display
+
+_BEGINS = re.compile(r"(^|[: ])0[/ ]")  # nothing is done yet
 
 
 class PlainLines(Display):
@@ -44,7 +47,10 @@ class PlainLines(Display):
     def _watch(self, name: str, over: threading.Event) -> None:
         began = time.monotonic()
         if not over.wait(self.after):
-            print(name, flush=True)
+            self._print(name)
         while not over.wait(self.every):
-            took = format_duration(time.monotonic() - began)
-            print("  ".join(filter(None, (name, self._detail, took))), flush=True)
+            self._print(name, format_duration(time.monotonic() - began))
+
+    def _print(self, name: str, took: str = "") -> None:
+        detail = "" if _BEGINS.search(self._detail) else self._detail
+        print("  ".join(filter(None, (name, detail, took))), flush=True)

@@ -39,9 +39,14 @@ PLAN = {
     "peak_phase": "forward",
     "by_category": {"weights": 20 * MIB, "optimizer": 30 * MIB, "activations": 50 * MIB},
     "by_phase": {
-        "load": {"weights": 20 * MIB},
+        "load": {"weights": 20 * MIB, "activations": 0},
         "forward": {"weights": 20 * MIB, "optimizer": 30 * MIB, "activations": 50 * MIB},
-        "step": {"weights": 20 * MIB, "optimizer": 30 * MIB, "temporaries": 10 * MIB},
+        "step": {
+            "weights": 20 * MIB,
+            "optimizer": 30 * MIB,
+            "activations": 0,
+            "temporaries": 10 * MIB,
+        },
     },
     "held_bytes": {"weights": 20 * MIB, "optimizer": 30 * MIB},
     "blocks": 2,
@@ -112,7 +117,7 @@ def test_a_run_records_and_shows_its_plan_beside_what_it_took(tmp_path, monkeypa
     assert planned["value"] == sum(planned["by_category"].values()) > 4 * 3_000_000
     assert 0 < planned["outside_low"] < planned["outside_high"]
     shown = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"memory .* of tensors and .* this machine has", shown)
+    assert re.search(r"memory .* to .* are planned, .* this machine has", shown)
     assert re.search(r"peak memory .*\(process_rss\), planned .* to .* GiB", shown)
     written = read_json(tmp_path / "run" / "plan.json")
     assert written["by_category"] == planned["by_category"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from lit_ft.terminal import PlainLines
 
 
@@ -24,3 +26,12 @@ def test_a_long_stage_is_printed_and_how_far_it_is(capsys):
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == "encoding the data  10/20 rows"
     assert second == "encoding the data  10/20 rows  0:00"
+
+
+@pytest.mark.parametrize("detail", ["Encoding: 0 rows", "Writing model shards: 0/1it", "0/20 rows"])
+def test_a_stage_that_has_done_nothing_yet_is_its_name(detail, capsys):
+    lines = PlainLines(after=0.05, every=30)
+    with lines.stage("exporting the model"):
+        lines.detail(detail)
+        time.sleep(0.3)
+    assert capsys.readouterr().out == "exporting the model\n"
