@@ -10,7 +10,7 @@ import pytest
 from tests.support.commands import TINY
 from tests.support.screen import Screen, in_terminal, live_lines
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("signals_as_usual")]
 
 RUN = [*TINY, "trainer.max_steps=40", "trainer.val_check_interval=20", "optim=adamw"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, ConfigCompositionException
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
@@ -160,6 +160,9 @@ def run(drawn: Drawn, run_dir: Path, *more: str) -> str:
     """Train two steps and return the status; a run that is refused must say what to change."""
     try:
         summary = run_job(run_dir, *arguments_of(drawn), *more)
+    except ConfigCompositionException as error:  # a list for a mapping
+        assert str(error).startswith("Error merging override "), error
+        return "refused"
     except CompactHydraException as error:
         kind, _, said = str(error).strip().partition(": ")
         assert kind in TOLD and said, error
