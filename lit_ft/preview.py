@@ -23,7 +23,7 @@ from lit_ft.run.arguments import composed
 from lit_ft.run.console import outlive_terminal, quieten_libraries
 from lit_ft.run.preview import Preview, settings_of_data
 from lit_ft.run.preview_page import Section, write_page
-from lit_ft.run.preview_text import legend, shown_row, shown_survey
+from lit_ft.run.preview_text import legend, row_and_reason, shown_row, shown_survey
 from lit_ft.run.redaction import redacted_text
 from lit_ft.run.settings import admit
 from lit_ft.run.trust import refuse_untrusted, trusted_packages
@@ -70,10 +70,12 @@ def _show(
             console.print(f"No rows to show: there are {len(skipped):,}, and all are skipped.")
         reasons: set[str] = set()
         for row in shown:
-            reason = (row.error or "").partition(": ")[2]
-            if not reason or reason not in reasons:  # the counts have the others
-                console.print(shown_row(console, preview, row, with_ids=options.ids))
-            reasons.add(reason)
+            if row.error:
+                _, reason = row_and_reason(row.error)
+                if reason in reasons:
+                    continue  # the errors at the end count it
+                reasons.add(reason)
+            console.print(shown_row(console, preview, row, with_ids=options.ids))
         if not sections:
             # It imports what trains models, which the first rows should not wait for.
             check()

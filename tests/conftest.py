@@ -37,6 +37,14 @@ def tier(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _console() -> None:
+    """Make the console, which a process makes once, before a test pretends to be a terminal."""
+    from lit_ft.terminal.console import console
+
+    console()
+
+
 @pytest.fixture
 def signals_as_usual() -> Iterator[None]:
     """Let signals end this process and those that it starts, under nohup and in the background too.

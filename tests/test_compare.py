@@ -67,6 +67,7 @@ def test_a_method_is_trained_at_its_best_rate_and_kept(tmp_path):
 
     done = compared()
     assert done.returncode == 0, done.stderr
+    assert "run 1 of about 2: " in done.stdout and "run 2 of about 2: " in done.stdout
     told = read_json(folder / "report.json")
     assert [trial["learning_rate"] for row in told["rows"] for trial in row["trials"]] == [1e-1]
     assert [one["status"] for one in told["without_result"]] == ["pruned"]

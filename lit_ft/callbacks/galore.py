@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -120,6 +121,13 @@ class GaLore(Callback):
         if self.updater is not None:
             self.updater.reschedule(refresh)
 
+    @property
+    def projector_in_force(self) -> Projector:
+        """The projector, with the interval that `SubspaceRefresh` sets in place of its own."""
+        every = self._refresh.every if self._refresh is not None else None
+        rule: Any = self.projector
+        return rule if every is None else replace(rule, every=every)  # type: ignore[no-any-return]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject the layers now, or arrange for it if the model does not exist yet.
 
@@ -132,12 +140,12 @@ class GaLore(Callback):
         """
         own = self.plan_facts(trainer, pl_module)
         check_run(trainer, pl_module, parts=["galore"], **own)
+        if _is_averaged(trainer):
+            for layer in subspace_layers(pl_module).values():  # an earlier fit may have released it
+                layer.store_delta()
         if self._module is pl_module:
             assert self.updater is not None
             self.updater.freeze_weights()
-            if _averages(trainer):
-                for layer in self.updater.layers.values():
-                    layer.store_delta()
             return
         self.updater = None  # it may be that of another module, trained before
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
@@ -189,7 +197,7 @@ class GaLore(Callback):
             whole = sum(layer.weight.numel() for layer in layers.values())
             rank_zero_info(
                 f"GaLore: {whole:,} weights of {len(layers)} layers move through {small:,} "
-                f"parameters ({small / whole:.1%}), rank {self.rank}, {self.projector}."
+                f"parameters ({small / whole:.1%}), rank {self.rank}, {self.projector_in_force}."
             )
 
     def _compare(self, model: torch.nn.Module, found: Mapping[str, SubspaceLayer]) -> None:
@@ -245,7 +253,7 @@ class GaLore(Callback):
         optimizer = only_optimizer(trainer, self)
         assert self.updater is not None
         # Other ranks are not asked.
-        self.updater.releases_deltas = trainer.world_size == 1 and not _averages(trainer)
+        self.updater.releases_deltas = trainer.world_size == 1 and not _is_averaged(trainer)
         self._handle = self.updater.attach(optimizer)
 
     def on_before_backward(
@@ -345,7 +353,7 @@ def _average(tensors: Sequence[Tensor]) -> None:
             tensor /= dist.get_world_size()
 
 
-def _averages(trainer: Trainer) -> bool:
+def _is_averaged(trainer: Trainer) -> bool:
     """Whether a callback writes an average to all parameters."""
     averages = (WeightAveraging, StochasticWeightAveraging)
     return any(isinstance(one, averages) for one in callbacks_of(trainer))

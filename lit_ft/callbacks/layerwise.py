@@ -99,7 +99,8 @@ class LayerwiseUpdate(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizer, and replace the module's clipping and, if needed, backward."""
         optimizer = only_optimizer(trainer, self)
-        layers = subspace_layers(pl_module).values()
+        named = subspace_layers(pl_module)
+        layers = named.values()
         large = large_parameters(optimizer, self.min_grad_bytes)
         of_layers = {layer.delta for layer in layers}
         deltas = [p for p in large if p in of_layers]
@@ -120,7 +121,7 @@ class LayerwiseUpdate(Callback):
             # Clipping by norm and projectors of that kind need all gradients before the first step.
             if limits[0] is None and not updater.tracker.projector.forms_gradients:
                 large += deltas
-                groups = _by_block(subspace_layers(pl_module), deltas)
+                groups = _by_block(named, deltas)
         max_norm, max_value = limits if large else (None, None)
         if max_norm is not None:
             self._prepare_second_backward(trainer, pl_module)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lit_ft.callbacks.export import ExportHF
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate
-from lit_ft.callbacks.refresh import SubspaceRefresh
 from lit_ft.compat.protocols import CountsRows, ReportsData
 from lit_ft.distributed.ranks import data_parallel_rank
 from lit_ft.measure import estimate_state_bytes
@@ -160,15 +158,11 @@ def _method(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     galore = find_callback(trainer, GaLore)
     layers = subspace_layers(network_of(pl_module)).values()
     if galore is not None and layers:
-        refresh = find_callback(trainer, SubspaceRefresh)
-        rule: Any = galore.projector
-        every = (refresh and refresh.refresh.every) or rule.every
         small = sum(layer.delta.numel() for layer in layers)
         whole = sum(layer.weight.numel() for layer in layers)
         rows["GaLore"] = (
             f"rank {galore.rank}, {whole:,} weights of {format_count(len(layers), 'layer')} "
-            f"through {small:,} parameters ({small / whole:.1%}), "
-            f"{replace(rule, every=every)}"
+            f"through {small:,} parameters ({small / whole:.1%}), {galore.projector_in_force}"
         )
     for config in getattr(network_of(pl_module), "peft_config", {}).values():
         targets = sorted(config.target_modules or ())

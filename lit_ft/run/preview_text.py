@@ -92,11 +92,17 @@ def shown_survey(preview: Preview, survey: Survey, speed: Speed | None) -> Itera
         yield Text(error, "red")
 
 
+def row_and_reason(error: str) -> tuple[str, str]:
+    """Return the row that an error names, and what is wrong with it."""
+    row, _, reason = error.partition(": ")
+    return row, reason
+
+
 def _once(errors: Iterable[str]) -> Iterator[str]:
     """Yield each reason once, with the row that has it first and the number of the others."""
     rows: dict[str, list[str]] = {}
     for error in errors:
-        row, _, reason = error.partition(": ")
+        row, reason = row_and_reason(error)
         rows.setdefault(reason, []).append(row)
     for reason, [first, *others] in rows.items():
         more = f" and {format_count(len(others), 'other row')}" if others else ""

@@ -81,7 +81,7 @@ class BasisTracker:
         for layer in layers:
             if layer.basis.requires_grad:
                 if layer.basis.grad is None:  # none of this rank's rows went through the layer
-                    layer.basis.grad = torch.zeros_like(layer.wide_basis)
+                    layer.basis.grad = torch.zeros_like(layer.basis, dtype=layer.basis.grad_dtype)
                 basis_input.append(layer.basis.grad)
         self.all_reduce(basis_input)
 

@@ -139,8 +139,9 @@ class SubspaceUpdater:
         self._finished.clear()
         self._attached = True
         self.tracker.prepare(self.step)
-        for layer in self.layers.values():
-            layer.store_delta()
+        if not self.releases_deltas:
+            for layer in self.layers.values():
+                layer.store_delta()
         self._release(self.layers.values())
         return optimizer.register_step_post_hook(self._after_step)
 

@@ -74,6 +74,19 @@ def test_averages_of_weights_come_after_galore(tmp_path):
     assert all(weight.isfinite().all() for weight in matrices(module).values())
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_averages_are_taken_of_a_module_that_was_fitted_without_them(tmp_path, same):
+    module, galore = adamw_module(), GaLore(rank=4)
+    fit(tmp_path, module, galore)
+    callbacks = [galore if same else GaLore(rank=4), EMAWeightAveraging(decay=0.5)]
+    trainer = trainer_of(
+        tmp_path, callbacks=callbacks, max_steps=4, limit_val_batches=1, num_sanity_val_steps=1
+    )
+    before = matrices(module)
+    trainer.fit(module, loader(*SAME_BATCH), loader(*SAME_BATCH))
+    assert not any(torch.equal(w, before[name]) for name, w in matrices(module).items())
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

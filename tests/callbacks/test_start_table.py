@@ -100,6 +100,8 @@ def test_a_run_of_epochs_shows_its_steps(tmp_path, capfd):
     fit(tmp_path, TwoGroups(), max_steps=-1, max_epochs=2, accumulate_grad_batches=4)
     said = " ".join(capfd.readouterr().out.split())
     assert "32 steps × 4 micro-batches × 2 rows = 256 rows, 2 times all" in said
+    fit(tmp_path, TwoGroups(), max_steps=-1, max_epochs=1)
+    assert "128 rows, each row once" in " ".join(capfd.readouterr().out.split())
 
 
 class Large(BoringModel):

@@ -223,6 +223,8 @@ def test_unknown_columns_are_answered_with_names_that_the_command_line_takes() -
         ("prompt reply", "data/format=prompt_completion data.format.completion=reply"),
         ("question answer", "data.format.prompt=question"),  # which is which?
         ("prompt reply answer", "data.format.prompt=question"),
+        ("prompt system", "data.format.prompt=question"),  # no answer
+        ("query completion", "data/format=prompt_completion data.format.prompt=query"),
     ],
 )
 def test_a_row_that_misses_one_column_is_answered_with_the_setting_that_reads_it(row, told):

@@ -20,11 +20,13 @@ from omegaconf import OmegaConf
 
 from lit_ft.callbacks import StartTable
 from lit_ft.compat.refusal import Refusal
+from lit_ft.measure.memory_plan import MemoryPlan
 from lit_ft.models import FromConfig
 from lit_ft.run import memory_check
 from lit_ft.run.arguments import composed
 from lit_ft.run.background_plan import BackgroundPlan, wants_plan
 from lit_ft.run.memory_check import MemoryCheck
+from lit_ft.run.plan_verdict import Outside
 from lit_ft.run.rough_memory import rough_memory
 from lit_ft.storage.json_file import read_json
 from tests.support.commands import run
@@ -258,3 +260,11 @@ def test_the_first_rank_of_one_training_is_planned(settings, mode, rank, wanted,
     monkeypatch.setenv("RANK", rank)
     config = {"plan": {"check": True}, "validate_only": False, **settings}
     assert wants_plan(OmegaConf.create(config), mode) is wanted
+
+
+def test_a_process_on_the_cpu_keeps_what_activations_have_taken():
+    plan = MemoryPlan(**PLAN)
+    in_step = replace(plan, peak_phase="step", by_category=plan.by_phase["step"])
+    for one in (plan, in_step):  # they are freed before the step, and malloc keeps them
+        outside = Outside.of(one, device_type="cpu", ranks=1)
+        assert outside.high == (1 << 30) + 50 * MIB

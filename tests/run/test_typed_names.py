@@ -100,7 +100,8 @@ def test_each_name_is_translated_or_answered(name: str) -> None:
         try:
             found = translated(name, value)
         except ValueError as error:
-            assert str(error).startswith(f"{name}={value}")
+            answers = (", here: ", " is no setting here, leave it out: ", ": give one of ")
+            assert str(error).startswith(tuple(f"{name}={value}{one}" for one in answers))
         else:
             assert found is not None
     assert one.here or one.values or one.why

@@ -187,6 +187,19 @@ def test_a_model_made_narrower_takes_its_small_tensors_along():
     assert kept == {(torch.bfloat16, torch.float32, torch.float32)}
 
 
+def test_deltas_that_another_training_has_released_have_memory_again():
+    model = tiny_model("llama")
+    layers = inject(model, rank=4)
+    for layer in layers.values():
+        layer.release_delta()
+    before = layers["lm_head"].weight.clone()
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    SubspaceUpdater(layers, NEVER).attach(optimizer)
+    model(batches(1)[0][0]).logits.sum().backward()
+    optimizer.step()  # as in a loop of one's own, which calls nothing else
+    assert not torch.equal(layers["lm_head"].weight, before)
+
+
 def test_a_second_optimizer_is_not_followed_beside_the_first():
     run = Run(NEVER)
     with pytest.raises(ValueError, match=r"call stop\(\)"):

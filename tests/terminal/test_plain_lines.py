@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import threading
 import time
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -28,10 +31,22 @@ def test_a_long_stage_is_printed_and_how_far_it_is(capsys):
     assert second == "encoding the data  10/20 rows  0:00"
 
 
+class Notices(io.StringIO):
+    """A file that says when it has been written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_written = threading.Event()
+
+    def flush(self):
+        self.is_written.set()
+
+
 @pytest.mark.parametrize("detail", ["Encoding: 0 rows", "Writing model shards: 0/1it", "0/20 rows"])
-def test_a_stage_that_has_done_nothing_yet_is_its_name(detail, capsys):
+def test_a_stage_that_has_done_nothing_yet_is_its_name(detail):
+    out = Notices()
     lines = PlainLines(after=0.05, every=30)
-    with lines.stage("exporting the model"):
+    with redirect_stdout(out), lines.stage("exporting the model"):
         lines.detail(detail)
-        time.sleep(0.3)
-    assert capsys.readouterr().out == "exporting the model\n"
+        assert out.is_written.wait(30)
+    assert out.getvalue() == "exporting the model\n"

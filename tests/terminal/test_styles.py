@@ -14,7 +14,6 @@ from lit_ft.terminal.display import Display, display, set_display
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    console()  # it is made once, and without what a test sets in the environment
     yield
     set_display(Display())
     console().quiet = False

@@ -92,9 +92,11 @@ def detect(row: Row) -> Format:
     )
 
 
-# Names that people give to columns of text, without those that could be an id or a source.
-_USUAL = {"question", "query", "prompt", "instruction", "input", "context", "answer", "response"}
-_USUAL |= {"output", "reply", "completion", "target", "content", "body", "document", "system"}
+_QUESTIONS = ("question", "query", "prompt", "instruction", "input")
+_ANSWERS = ("answer", "response", "output", "reply", "completion", "target")
+# What people call the columns of the formats, keyed by the format's argument.
+_USUAL: dict[str, tuple[str, ...]] = {"instruction": _QUESTIONS, "prompt": _QUESTIONS}
+_USUAL |= {"output": _ANSWERS, "completion": _ANSWERS}
 
 
 def _nearest(formats: Iterable[Any], row: Row) -> Remedy | None:
@@ -103,12 +105,12 @@ def _nearest(formats: Iterable[Any], row: Row) -> Remedy | None:
     for one in formats:
         columns = {field.name: getattr(one, field.name) for field in fields(one)}
         missing = [name for name, column in columns.items() if column not in row]
-        others = [key for key in row if key in _USUAL and key not in columns.values()]
+        others = [key for key in row if key not in columns.values()]
         if len(missing) < len(columns):  # the row has a column of this format
             found += [
                 (one, name, key)
                 for name, key in product(missing, others)
-                if replace(one, **{name: key}).matches(row)
+                if key in _USUAL.get(name, ()) and replace(one, **{name: key}).matches(row)
             ]
     if len(found) != 1:
         return None

@@ -76,10 +76,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(states)
         # FSDP2 may gather the delta in bfloat16, in which a sum would lose small terms.
         gradient = torch.zeros_like(delta, dtype=torch.promote_types(delta.dtype, torch.float32))
-        sketch = None
-        if basis.requires_grad:
-            wide = torch.promote_types(basis.dtype, torch.float32)
-            sketch = torch.zeros_like(basis, dtype=wide)
+        sketch = torch.zeros_like(basis, dtype=accumulated) if basis.requires_grad else None
         energies = torch.zeros_like(energy) if energy.requires_grad else None
         grad_weight = None
         if weight.requires_grad:

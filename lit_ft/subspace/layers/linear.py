@@ -103,7 +103,6 @@ class _Linear(torch.autograd.Function):
             rows, cols, cols_in_basis = x, grad, grad @ basis.T.to(dtype)
         if ctx.needs_sketch:
             gradient, sketch = projected_gradient_and_sketch(rows, cols, cols_in_basis)
-            sketch = sketch.to(torch.promote_types(basis.dtype, torch.float32))
         else:
             gradient = projected_gradient(rows, cols_in_basis)
         if ctx.needs_energy:
