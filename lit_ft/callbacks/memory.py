@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lit_ft.callbacks._support.compiled import is_compiled
 from lit_ft.callbacks._support.every_n_steps import EveryNSteps
 from lit_ft.compat.ranges import Count, WholeNumber
 from lit_ft.measure.live_memory import CATEGORIES
-from lit_ft.measure.memory import current_bytes, peak_bytes, reset_peak
+from lit_ft.measure.memory import current_bytes, is_out_of_memory, peak_bytes, reset_peak
 from lit_ft.measure.memory_peaks import peaks_of
 from lit_ft.measure.memory_picture import Limit, Phase, write_picture
 from lit_ft.measure.memory_timeline import timeline
@@ -25,6 +26,8 @@ from lit_ft.terminal.console import format_bytes
 _GIB = 2**30
 _PHASES = ("forward", "backward", "step", "validation")
 _ALLOCATOR = "allocator"
+
+log = logging.getLogger(__name__)
 
 
 class MemoryMonitor(Callback):
@@ -50,20 +53,26 @@ class MemoryMonitor(Callback):
     and so is what a custom kernel allocates for itself. Torch's counter of the peak
     (`torch.cuda.max_memory_allocated`) starts afresh with each phase of a tracked step.
 
+    If a CUDA GPU runs out of memory, a snapshot of its memory is written to `folder`, which
+    https://pytorch.org/memory_viz draws.
+
     Args:
         every_n_steps: The number of optimizer steps between readings; None uses the Trainer's
             `log_every_n_steps`.
         tracked_steps: The number of optimizer steps to track, counted from the first one of the
             fit; 0 tracks nothing. The first step makes the optimizer's state, and the second one
             has it from its start, so 2 are enough.
-        folder: The folder for `memory.html`, which draws the last tracked step and the validation;
-            None draws nothing.
+        folder: The folder for `memory.html`, which draws the last tracked step and the validation,
+            and for `memory_snapshot_RANK.pickle`; None writes neither.
+        snapshot_history: The number of the latest allocations and releases that a snapshot shows
+            with the code that made them; 0 notes no code, which costs no time.
 
     Attributes:
         peaks: The bytes of each category at the peak of each tracked phase, on this rank and keyed
             by phase.
         allocator_peaks: The allocator's own peak bytes in each tracked phase on this rank; empty on
             devices other than CUDA GPUs.
+        snapshot: The file with the memory of this rank when it ran out of it; None if it did not.
 
     Example:
         >>> import lightning as L
@@ -91,10 +100,13 @@ class MemoryMonitor(Callback):
         *,
         tracked_steps: WholeNumber = 0,
         folder: str | Path | None = None,
+        snapshot_history: WholeNumber = 0,
     ) -> None:
         self._every_n = EveryNSteps(every_n_steps)
         self.tracked_steps = tracked_steps
         self.folder = folder
+        self.snapshot_history = snapshot_history
+        self.snapshot: Path | None = None
         self.peaks: dict[str, dict[str, int]] = {}
         self.allocator_peaks: dict[str, int] = {}
         self._tracker: StretchTracker | None = None
@@ -102,6 +114,14 @@ class MemoryMonitor(Callback):
         self._began = self._micro_batches = self._step = 0
         self._validates = False  # in a stretch that is tracked
         self._phases: list[Phase] = []  # of the last tracked step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let torch note the code of allocations if asked to, those of the weights included."""
+        self.snapshot = None
+        if self._notes_code(trainer):
+            torch.cuda.memory._record_memory_history(
+                stacks="python", max_entries=self.snapshot_history
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the tracking."""
@@ -190,8 +210,34 @@ class MemoryMonitor(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stop tracking."""
+        """Stop tracking, and write what a GPU held when its memory ran out."""
         self._stop()
+        device = trainer.strategy.root_device
+        if self.folder is not None and device.type == "cuda" and is_out_of_memory(exception):
+            self._write_snapshot(trainer, Path(self.folder))
+        self._note_no_code(trainer)  # Lightning calls no teardown after an error
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let torch note the code of allocations no longer."""
+        self._note_no_code(trainer)
+
+    def _notes_code(self, trainer: Trainer) -> bool:
+        return self.snapshot_history > 0 and trainer.strategy.root_device.type == "cuda"
+
+    def _note_no_code(self, trainer: Trainer) -> None:
+        if self._notes_code(trainer):
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write_snapshot(self, trainer: Trainer, folder: Path) -> None:
+        file = folder / f"memory_snapshot_{trainer.global_rank}.pickle"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(file))  # type: ignore[no-untyped-call]
+        except (OSError, RuntimeError) as error:  # the error of the run matters more
+            log.warning("There is no snapshot of the memory: %s", error)
+        else:
+            self.snapshot = file
+            log.warning("What the memory held is in %s.", file)
 
     def _end_step(self, tracker: StretchTracker, trainer: Trainer, module: LightningModule) -> None:
         """Note the peaks if a tracked step is complete, and log them if it is the last one."""

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_ft.callbacks import GaLore
+from lit_ft.callbacks import GaLore, MemoryMonitor
 from lit_ft.callbacks._support.trainer import find_callback
 from lit_ft.compat import remedies
 from lit_ft.compat.plan import Plan
@@ -45,7 +45,8 @@ def remedies_for_out_of_memory(
             raise
         settings = ", ".join(_settings_that_need_less(module, datamodule, trainer))
         raise torch.OutOfMemoryError(
-            f"{error}\n{_largest_term(module, trainer)}Settings that need less memory: {settings}."
+            f"{error}\n{_largest_term(module, trainer)}{_snapshot(trainer)}"
+            f"Settings that need less memory: {settings}."
         ) from error
 
 
@@ -81,6 +82,14 @@ def _largest_term(module: CausalLMModule, trainer: Trainer) -> str:
     (largest, size), *others = [(name, f"{n / 2**30:.3g} GiB") for name, n in terms.items()]
     rest = ", ".join(f"{name} {n}" for name, n in others)
     return f"The largest part of the memory: {largest}, {size} ({rest}).\n"
+
+
+def _snapshot(trainer: Trainer) -> str:
+    """Return a line that names the snapshot of the memory; empty if there is none."""
+    monitor = find_callback(trainer, MemoryMonitor)
+    if monitor is None or monitor.snapshot is None:
+        return ""
+    return f"What the memory held: {monitor.snapshot} (https://pytorch.org/memory_viz draws it).\n"
 
 
 def _settings_that_need_less(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -195,3 +198,39 @@ def test_the_allocators_peak_is_taken_for_each_phase_and_not_forgotten(monkeypat
     assert peak_bytes(gpu).value == 9
     reset_peak(gpu)
     assert peak_bytes(gpu).value == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "device", "written"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "cuda", True),
+        (torch.OutOfMemoryError("CUDA out of memory"), "cpu", False),
+        (KeyboardInterrupt(), "cuda", False),
+    ],
+)
+def test_a_gpu_that_runs_out_of_memory_leaves_a_snapshot(
+    error, device, written, tmp_path, monkeypatch
+):
+    memory, noted = torch.cuda.memory, []
+    monkeypatch.setattr(memory, "_record_memory_history", lambda **options: noted.append(options))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda file: Path(file).write_bytes(b"held"))
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    trainer: Any = SimpleNamespace(strategy=strategy, global_rank=3)
+    monitor = MemoryMonitor(folder=tmp_path / "run", snapshot_history=10)
+    monitor.setup(trainer, BoringModel(), "fit")
+    monitor.on_exception(trainer, BoringModel(), error)
+    file = tmp_path / "run" / "memory_snapshot_3.pickle"
+    assert monitor.snapshot == (file if written else None)
+    assert file.exists() is written
+    # What torch notes for one training does not slow down what the process does afterwards.
+    asked = [{"stacks": "python", "max_entries": 10}, {"enabled": None}]
+    assert noted == (asked if device == "cuda" else [])
+
+
+def test_a_snapshot_that_cannot_be_written_does_not_hide_the_error(tmp_path, monkeypatch):
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer: Any = SimpleNamespace(strategy=strategy, global_rank=0)
+    (tmp_path / "file").write_text("in the way")
+    monitor = MemoryMonitor(folder=tmp_path / "file")
+    monitor.on_exception(trainer, BoringModel(), torch.OutOfMemoryError("CUDA out of memory"))
+    assert monitor.snapshot is None

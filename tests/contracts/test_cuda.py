@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import CompactHydraException
 from safetensors.torch import load_file
 from support.gpu_cells import packed_tokenizer
 from torch import nn
@@ -14,6 +16,7 @@ from torch import nn
 from lit_ft.subspace import inject
 from lit_ft.tensors.stochastic_rounding import random_bits, round_moved, round_with
 from tests.support.running import ANYWHERE, CONF, SAMPLES, run_job
+from tests.support.stopping import at
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -109,6 +112,15 @@ def test_a_gpu_trains_the_weights_that_the_cpu_trains(tmp_path):
         exports.append(load_file(tmp_path / strategy / "export/model.safetensors"))
     for name, weight in exports[0].items():
         torch.testing.assert_close(weight, exports[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_memory_held_when_it_ran_out_is_kept_with_the_code(tmp_path):
+    settings = [*TINY, *EXPORTS, "callbacks.memory.snapshot_history=1000"]
+    with pytest.raises(CompactHydraException, match="memory_snapshot_0.pickle"):
+        run_job(tmp_path, *settings, *at("on_before_backward", 1, fault="out_of_memory"))
+    held = pickle.loads((tmp_path / "memory_snapshot_0.pickle").read_bytes())
+    assert any(segment["allocated_size"] for segment in held["segments"])
+    assert any(event["frames"] for events in held["device_traces"] for event in events)
 
 
 def test_galore_takes_less_memory_than_adamw(tmp_path):

@@ -50,6 +50,11 @@ PRIVATE = {
         "computes with real tensors among fake ones",
     ),
     "_len_torch_dispatch_stack": ("torch._C", "tells torch's own code from code that calls it"),
+    "_record_memory_history": (
+        "torch.cuda.memory",
+        "notes the code of allocations: torch's own guide to snapshots names it",
+    ),
+    "_dump_snapshot": ("torch.cuda.memory", "as _record_memory_history"),
     "_C": ("torch", "holds _len_torch_dispatch_stack, _storage_Use_Count, _swap_tensor_impl"),
     "_storage_Use_Count": ("torch._C", "tells when autograd adds up gradients in place"),
     "torch._compile": ("torch", "as torch._ops"),
