@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lit_ft.callbacks import GaLore, LayerwiseUpdate, StopOnNonFinite, SubspaceRefresh
+from lit_ft.callbacks import ExportHF, GaLore, LayerwiseUpdate, StopOnNonFinite, SubspaceRefresh
 from lit_ft.data.collate import Collator
 from lit_ft.distributed import TensorParallelStrategy
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
@@ -29,9 +30,11 @@ from lit_ft.measure.fake_fit import STEPS
 from lit_ft.measure.fake_tensors import without_fakes
 from lit_ft.measure.known_values import DependsOnData
 from lit_ft.measure.memory_plan import MemoryPlan, plan_memory
+from lit_ft.models.export.whole import copied_to_host, merged
 from lit_ft.models.miniature import miniature, with_blocks
 from lit_ft.module import CausalLMModule
 from lit_ft.run.preview import settings_of_data
+from lit_ft.tensors.sharding import is_model_sharded
 
 # The callbacks that hold memory during a step. All others only watch, save or stop.
 _IN_A_STEP = (
@@ -79,7 +82,7 @@ def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
     ranks = num_ranks(config["trainer"])
     with _quiet(), _process_group(ranks), _explained():
         return plan_memory(
-            lambda blocks: _built(config, source, whole, loss, blocks),
+            lambda blocks: _built(config, source, whole, loss, blocks, device_type),
             _batch(rows, length, packed=data["packing"]),
             _batch(val_rows, length, packed=False),
             blocks=whole.num_hidden_layers if _all_alike(whole) else None,
@@ -89,7 +92,12 @@ def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
 
 
 def _built(
-    config: Mapping[str, Any], source: Any, whole: Any, loss: Any, blocks: int | None
+    config: Mapping[str, Any],
+    source: Any,
+    whole: Any,
+    loss: Any,
+    blocks: int | None,
+    device_type: str,
 ) -> tuple[CausalLMModule, Trainer]:
     """Return the module and the trainer of a fit of `STEPS` steps with so many blocks."""
     plain = {"model": None, "loss": None, "compile": False}
@@ -103,7 +111,7 @@ def _built(
     settings = dict(config["trainer"])
     [strategy] = instantiate([settings.get("strategy", "auto")], _convert_="all")
     ranks = num_ranks(settings)
-    callbacks = list(_callbacks(settings["callbacks"]))
+    callbacks = list(_callbacks(settings["callbacks"], on_host=device_type == "cpu"))
     if isinstance(strategy, DDPStrategy) or str(strategy).startswith("ddp"):
         # Each rank does what a single one does, and has the gradients once more in buckets.
         strategy, ranks = "auto", 1
@@ -132,11 +140,36 @@ def _built(
     return module, instantiate(settings, _convert_="all")
 
 
-def _callbacks(settings: Any) -> Iterator[Callback]:
+def _callbacks(settings: Any, *, on_host: bool) -> Iterator[Callback]:
+    """Yield the callbacks that hold memory of the device, or what holds as much."""
     for one in settings or []:
         callback = instantiate(one, _convert_="all")
         if isinstance(callback, _IN_A_STEP):
             yield callback
+        elif on_host and isinstance(callback, ExportHF):
+            yield _Export(callback)
+
+
+class _Export(Callback):
+    """Makes the copy of a model that its export merges or casts, where the host is the device.
+
+    Args:
+        export: The export of the run.
+    """
+
+    def __init__(self, export: ExportHF) -> None:
+        self.export = export
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model: Any = pl_module.model
+        if is_model_sharded(model):
+            return  # it is written piece by piece
+        if isinstance(model, PeftModel):
+            # How 4-bit weights are dequantised, fake tensors do not show.
+            if self.export.merge and not getattr(model.get_base_model(), "is_quantized", False):
+                merged(model)
+        elif self.export.dtype is not None:
+            copied_to_host(model)
 
 
 class _Buckets(Callback):

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.errors import CompactHydraException
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.gpu_cells import packed_tokenizer
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lit_ft.models.export.whole import merged
 from lit_ft.subspace import inject
 from lit_ft.tensors.stochastic_rounding import random_bits, round_moved, round_with
 from tests.support.running import ANYWHERE, CONF, SAMPLES, run_job
 from tests.support.stopping import at
+from tests.support.tiny_model import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -121,6 +125,25 @@ def test_what_the_memory_held_when_it_ran_out_is_kept_with_the_code(tmp_path):
     held = pickle.loads((tmp_path / "memory_snapshot_0.pickle").read_bytes())
     assert any(segment["allocated_size"] for segment in held["segments"])
     assert any(event["frames"] for events in held["device_traces"] for event in events)
+
+
+def test_4_bit_weights_are_dequantised_on_the_host(tmp_path):
+    tiny_model("llama", hidden_size=512, intermediate_size=2048).save_pretrained(tmp_path)
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    load = AutoModelForCausalLM.from_pretrained
+    base = load(tmp_path, quantization_config=in_4_bits, dtype=torch.bfloat16, device_map={"": 0})
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    ids = torch.arange(3, 35, device="cuda")[None]
+    expected = model(ids).logits
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    whole = merged(model)
+    size = sum(p.nbytes for p in whole.parameters())
+    assert torch.cuda.max_memory_allocated() - before < size / 4
+    assert {p.device.type for p in whole.parameters()} == {"cpu"}
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    near = {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(whole.cuda()(ids).logits, expected, **near)
 
 
 def test_galore_takes_less_memory_than_adamw(tmp_path):

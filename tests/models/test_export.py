@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel
@@ -20,6 +21,7 @@ from transformers import (
 from lit_ft.data.turns import end_tokens
 from lit_ft.models import Pretrained, add_adapter, export_model
 from lit_ft.models.export.chat import stop_at
+from lit_ft.models.export.whole import merged
 from tests.support.running import CONF
 
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -69,6 +71,22 @@ def test_merged_export_gives_the_trained_logits_and_leaves_the_model_alone(folde
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
         torch.testing.assert_close(exported(IDS).logits, logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
+
+
+def test_4_bit_weights_are_dequantised_on_the_host(folder, monkeypatch):
+    """On a GPU there is seldom room for them: the copy of each goes there through `to("cpu")`."""
+    model = trained_adapter(folder, "qlora")
+    asked, to = [], Params4bit.to
+    monkeypatch.setattr(
+        Params4bit, "to", lambda p, *args: (asked.append((p, args)), to(p, *args))[1]
+    )
+    whole = merged(model)
+    own = [p for p in model.parameters() if isinstance(p, Params4bit)]
+    assert [args for _, args in asked] == [("cpu",)] * len(own) and own
+    # It moves what it is called on, which must not be what is still trained.
+    assert not {id(p) for p, _ in asked} & {id(p) for p in own}
+    assert not {id(p.quant_state) for p, _ in asked} & {id(p.quant_state) for p in own}
+    assert not any(isinstance(p, Params4bit) for p in whole.parameters())
 
 
 def test_a_merge_copies_no_weight_on_the_device(folder, tmp_path, monkeypatch):

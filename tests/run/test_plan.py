@@ -10,6 +10,8 @@ from tests.support.allocations import PeakAllocated
 from tests.support.planned_fit import SMALL, planned_fit
 from tests.support.tiny_model import tiny_model
 
+SHORT = ["data.max_length=16", "data.batch_size=1", "trainer.gradient_clip_val=null"]
+
 
 def taken(arguments: list[str]) -> int:
     """Return the most bytes that torch allocates in the fit that a plan is made of."""
@@ -36,6 +38,9 @@ def taken(arguments: list[str]) -> int:
         ["optim=adamw", "adapter=lora"],
         ["optim=adamw", "adapter=dora", "module.activation_checkpointing=true"],
         ["optim=adamw", "adapter=lora", "trainer.precision=bf16-true"],
+        # Merging takes more than training.
+        [*SHORT, "optim=adamw", "adapter=lora", "module.activation_checkpointing=true"],
+        [*SHORT, "optim=sgd", "update=layerwise", "+callbacks.export.dtype=bfloat16"],
         ["optim=adamw", "trainer.precision=bf16-true"],
         ["optim=galore_subspace", "galore.rank=16", "trainer.precision=bf16-mixed"],
     ],

@@ -34,7 +34,7 @@ def planned_fit(arguments: list[str]) -> tuple[Trainer, Callable[[], None]]:
     config = composed(arguments)
     source = instantiate(config["model"], _convert_="all")
     loss = instantiate(config["loss"], _convert_="all")
-    module, trainer = _built(config, source, source.load_config(), loss, None)
+    module, trainer = _built(config, source, source.load_config(), loss, None, "cpu")
     module.source = source
     data = config["data"]
     rows, length = data["batch_size"], data["max_length"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn.modules import Params4bit
 from peft import (
     PeftModel,
     get_peft_model,
@@ -117,7 +118,7 @@ def _export_here(
             return
         base = merged(model)
     if dtype is not None:
-        base = _copied_to_host(base) if base is model else base
+        base = copied_to_host(base) if base is model else base
         base.to(dtype)
     remove_adapter(folder)
     base.save_pretrained(folder)
@@ -128,11 +129,11 @@ def merged(model: PeftModel) -> Any:
     """Return a copy of `model` with the adapter merged and 4-bit weights dequantised.
 
     The copy is in host memory, because a GPU that trains an adapter seldom has room for the weights
-    twice. 4-bit weights are a quarter as large, and their copy stays on the device.
+    twice; and 4-bit weights are four times as large once they are dequantised.
     """
+    clone = copied_to_host(model)
     if not getattr(model.get_base_model(), "is_quantized", False):
-        return _copied_to_host(model).merge_and_unload()
-    clone: Any = copy.deepcopy(model)
+        return clone.merge_and_unload()
     # In 4-bit weights, rounding would undo the merge: merge into dequantised weights instead.
     config, state = copy.deepcopy(clone.active_peft_config), get_peft_model_state_dict(clone)
     if hasattr(config, "init_lora_weights"):
@@ -143,15 +144,21 @@ def merged(model: PeftModel) -> Any:
 
 
 @torch.no_grad()
-def _copied_to_host(model: Any) -> Any:
+def copied_to_host(model: Any) -> Any:
     """Return a deep copy whose weights are in host memory, without copies on the device."""
     # `deepcopy` takes what it finds here in place of a copy of its own.
-    copies: dict[int, Any] = {
-        id(p): torch.nn.Parameter(p.to("cpu", copy=True), p.requires_grad)
-        for p in model.parameters()
-    }
+    copies: dict[int, Any] = {id(p): _on_host(p) for p in model.parameters()}
     copies |= {id(buffer): buffer.to("cpu", copy=True) for buffer in model.buffers()}
     return copy.deepcopy(model, copies)
+
+
+def _on_host(parameter: torch.nn.Parameter) -> Any:
+    """Return a copy of a parameter in host memory."""
+    if isinstance(parameter, Params4bit):
+        # Its `to` moves the scales of the parameter itself, so one at a time is copied before.
+        quantised: Any = copy.deepcopy(parameter)
+        return quantised.to("cpu")
+    return torch.nn.Parameter(parameter.to("cpu", copy=True), parameter.requires_grad)
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:
