@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,19 @@ class MatrixOptimizer(Optimizer):
             adamw.state = self.state
             adamw.step()
         return loss
+
+    @contextmanager
+    def rows_apart(self, parameter: Tensor, group: dict[str, Any]) -> Iterator[bool]:
+        """Prepare to step a parameter a few rows at a time, in the block.
+
+        Args:
+            parameter: The parameter, which has the gradient of all rows.
+            group: The group of the parameter.
+
+        Yields:
+            Whether some rows can be stepped without the others.
+        """
+        yield parameter.ndim < 2 or group["use_adamw"]
 
     def _step_matrices(self, matrices: Matrices) -> None:
         """Step a few parameters, each with at least two dimensions.

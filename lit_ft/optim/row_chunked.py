@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ft.compat.optimizers import traits_of
+from lit_ft.optim.matrix_optimizer import MatrixOptimizer
 from lit_ft.optim.narrowed import narrowed
 from lit_ft.tensors.row_blocks import put_rows, row_blocks, rows_of
 from lit_ft.tensors.sharding import is_sharded
@@ -80,9 +82,13 @@ class RowChunked(Optimizer):
         """Copy the values of a stepped stand-in into the parameter's rows."""
 
     def _step_apart(self, parameter: Tensor) -> None:
-        by_row = _steps_rows(self) and not is_sharded(parameter)
-        by_row &= not parameter.is_meta  # an estimate steps it whole, since meta takes no memory
-        pieces = row_blocks(parameter) if by_row else [slice(None)]
+        # An estimate steps it whole, since meta takes no memory.
+        pieces = row_blocks(parameter)
+        whole = len(pieces) == 1 or is_sharded(parameter) or parameter.is_meta
+        with nullcontext(False) if whole else _rows_apart(self, parameter) as by_row:
+            self._step_pieces(parameter, pieces if by_row else [slice(None)])
+
+    def _step_pieces(self, parameter: Tensor, pieces: list[slice]) -> None:
         if len(pieces) == 1:
             stand_in = self._stand_in(parameter, None)
             self._step_stand_in(parameter, stand_in, self.state[parameter])
@@ -148,6 +154,15 @@ def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
         step, stop=lambda function: not hasattr(function, "hooked")
     )
     return plain
+
+
+def _rows_apart(optimizer: Optimizer, parameter: Tensor) -> AbstractContextManager[bool]:
+    """Prepare the optimizer to step some rows of a parameter; it yields whether it can."""
+    if not isinstance(optimizer, MatrixOptimizer):
+        return nullcontext(_steps_rows(optimizer))
+    groups = optimizer.param_groups
+    group = next(one for one in groups if any(p is parameter for p in one["params"]))
+    return optimizer.rows_apart(parameter, group)
 
 
 def _steps_rows(optimizer: Optimizer) -> bool:

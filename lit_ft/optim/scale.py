@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from lit_ft.optim.matrix_optimizer import (
     gradient_of,
     move,
 )
+from lit_ft.tensors.row_blocks import row_blocks
 from lit_ft.tensors.sharding import local
 
 
@@ -73,6 +76,27 @@ class Scale(MatrixOptimizer):
             momentum=momentum,
             dim=dim,
         )
+        self._mean_of_all_rows: Tensor | None = None  # of squares, while some rows are stepped
+
+    @contextmanager
+    def rows_apart(self, parameter: Tensor, group: dict[str, Any]) -> Iterator[bool]:
+        """Add up the squares of the columns first, if it is they that are normalised."""
+        if parameter.ndim != 2 or group["use_adamw"] or group["dim"] == -1:
+            yield True
+            return
+        if group["momentum"]:  # all rows of the mean must have moved before
+            yield False
+            return
+        assert parameter.grad is not None
+        squares = torch.zeros(parameter.shape[-1], device=parameter.device)
+        for rows in row_blocks(parameter):
+            norms = torch.linalg.vector_norm(parameter.grad[rows], dim=-2, dtype=squares.dtype)
+            squares += norms.square()
+        self._mean_of_all_rows = squares / len(parameter)
+        try:
+            yield True
+        finally:
+            self._mean_of_all_rows = None
 
     def _step_matrices(self, matrices: Matrices) -> None:
         squares = []
@@ -89,7 +113,10 @@ class Scale(MatrixOptimizer):
             squares[i] = total
         for (parameter, group), sums in zip(matrices, squares, strict=True):
             dim = group["dim"]
-            size = (sums / parameter.shape[dim]).sqrt_().clamp_(min=SMALLEST)
+            mean = sums / parameter.shape[dim]
+            if self._mean_of_all_rows is not None:
+                mean = self._mean_of_all_rows
+            size = mean.sqrt().clamp_(min=SMALLEST)
             direction = self._direction(parameter, group)
             move(parameter, direction * (group["lr"] / size).unsqueeze(dim), group)
 

@@ -42,12 +42,15 @@ ROUNDED: dict[str, Callable[..., Optimizer]] = {
     "rmsprop": partial(RMSprop, lr=1e-2),
     "muon": partial(MuonAdamW, lr=1e-2),
     "adafactor": RelativeStepAdafactor,
-    "scale_columns": partial(Scale, lr=1e-2, momentum=0.9, dim=-2),
+    "scale_rows": partial(Scale, lr=1e-2, momentum=0.9),
+    "scale_columns": partial(Scale, lr=1e-2, dim=-2),
+    "scale_columns_of_means": partial(Scale, lr=1e-2, momentum=0.9, dim=-2),
+    "apollo_adamw": partial(Apollo, lr=1e-2),
     "apollo": partial(Apollo, lr=1e-2, rank=8),
     "sinkgd": partial(SinkGD, lr=1e-2),
     **{f"{name}_8bit": factory for name, factory in EIGHT_BIT.items()},
 }
-WHOLE = ("muon", "adafactor", "scale_columns", "apollo", "sinkgd")
+WHOLE = ("muon", "adafactor", "scale_columns_of_means", "apollo", "sinkgd")
 
 
 @pytest.fixture
@@ -63,6 +66,8 @@ def steps(factory: Callable[..., Optimizer], dtype: torch.dtype) -> tuple[Tensor
     groups: list[dict[str, Any]] = [{"params": [matrix]}, {"params": [vector]}]
     if getattr(factory, "func", None) is MuonAdamW:
         groups[0]["use_muon"] = True
+    if factory is ROUNDED["apollo_adamw"]:
+        groups[0]["use_adamw"] = True
     optimizer = row_chunked(stochastically_rounded(factory(groups), seed=0))
     for step in range(4):
         if step == 2:  # as a resumed run does
@@ -121,6 +126,20 @@ def test_an_8_bit_step_takes_the_room_of_a_piece() -> None:
     size = 4 * 8192 * 1024
     assert peak(lambda optimizer: optimizer) > 4 * size
     assert peak(row_chunked) < size
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(
+    ("options", "state_bytes"),
+    [({"dim": -1}, 0), ({"dim": -2}, 0), ({"momentum": 0.9}, 4), ({"use_adamw": True}, 8)],
+)
+def test_a_first_step_takes_the_room_of_its_state_and_a_piece(
+    options: dict, state_bytes: int
+) -> None:
+    weight = torch.nn.Parameter(torch.ones(1024, 256, dtype=torch.bfloat16))
+    optimizer = stochastically_rounded(Scale([{"params": [weight], **options}]), seed=0)
+    weight.grad = torch.ones_like(weight)
+    assert peak_allocated(optimizer.step) < (1.5 + state_bytes) * weight.numel()
 
 
 @pytest.mark.usefixtures("small_pieces")
