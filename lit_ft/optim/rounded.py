@@ -35,7 +35,7 @@ def stochastically_rounded(optimizer: AnyOptimizer, *, seed: int) -> AnyOptimize
     The optimizer stays the same object, with its groups, state and hooks. Its class is replaced by
     a subclass. Each bfloat16 parameter is stepped by itself on a float32 copy, so its state is
     float32 (8 bytes per weight for AdamW). The copy holds a few rows at a time, or the whole
-    parameter if the optimizer needs all of it (Muon, Adafactor). Other parameters take the ordinary
+    parameter if the optimizer needs all of it, as Muon does. Other parameters take the ordinary
     step.
 
     The random bits depend on the seed, on the parameter's position in the optimizer, and on the

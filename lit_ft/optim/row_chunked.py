@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ft.compat.optimizers import traits_of
-from lit_ft.optim.matrix_optimizer import MatrixOptimizer
 from lit_ft.optim.narrowed import narrowed
 from lit_ft.tensors.row_blocks import put_rows, row_blocks, rows_of
 from lit_ft.tensors.sharding import is_sharded
@@ -156,9 +155,17 @@ def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
+@runtime_checkable
+class StepsRows(Protocol):
+    """An optimizer that needs to know something of all rows before it steps some of them."""
+
+    def rows_apart(self, parameter: Tensor, group: dict[str, Any]) -> AbstractContextManager[bool]:
+        """Prepare to step a few rows at a time, and yield whether they can be stepped apart."""
+
+
 def _rows_apart(optimizer: Optimizer, parameter: Tensor) -> AbstractContextManager[bool]:
     """Prepare the optimizer to step some rows of a parameter; it yields whether it can."""
-    if not isinstance(optimizer, MatrixOptimizer):
+    if not isinstance(optimizer, StepsRows):
         return nullcontext(_steps_rows(optimizer))
     groups = optimizer.param_groups
     group = next(one for one in groups if any(p is parameter for p in one["params"]))

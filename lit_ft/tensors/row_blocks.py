@@ -43,8 +43,9 @@ def rows_per_block(columns: int, device: torch.device) -> int:
 def rows_of(state: Mapping[str, Any], shape: tuple[int, ...], rows: slice) -> dict[str, Any]:
     """Return the part of an optimizer's state that belongs to some rows of a parameter.
 
-    Tensors of the parameter's shape and the scales of quantised blocks are returned as views. Other
-    entries, such as counters and code books, are returned unchanged.
+    Tensors of the parameter's shape, those with a number for each row (`..._row`) and the scales of
+    quantised blocks are returned as views. Other entries, such as counters and code books, are
+    returned unchanged.
 
     Args:
         state: The optimizer's state for the whole parameter.
@@ -95,7 +96,8 @@ def _part(key: str, value: Any, shape: tuple[int, ...], rows: slice) -> slice | 
     """Return the part of a state's entry that belongs to `rows`; None if it is not kept by row."""
     if not isinstance(value, Tensor):
         return None
-    if value.shape == shape or key.endswith("_scale"):  # see lit_ft.tensors.quantized_state
+    # For the scales see lit_ft.tensors.quantized_state.
+    if value.shape == shape or key.endswith(("_row", "_scale")):
         return rows
     if key.startswith("absmax"):
         start, stop, _ = rows.indices(shape[0])
