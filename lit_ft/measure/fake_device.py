@@ -20,7 +20,8 @@ def disguised(device_type: str) -> Iterator[None]:
     Torch cannot record gradients on a device that it is not built for, so the tensors are on the
     CPU. Code outside of torch's operations sees `device_type`.
     """
-    shown, own, generator = torch.device(device_type, 0), FakeTensor.device, torch.Generator
+    shown, own_device = torch.device(device_type, 0), torch.device("cpu")
+    own, generator = FakeTensor.device, torch.Generator
     modes = torch._C._len_torch_dispatch_stack()
 
     def device(self: FakeTensor) -> torch.device:
@@ -30,9 +31,16 @@ def disguised(device_type: str) -> Iterator[None]:
         return shown if outside and self.fake_device.type == "cpu" else own.__get__(self)
 
     is_autocast, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    wrapper = torch.Tensor._make_wrapper_subclass
+
+    def on_cpu(kind: type, size: Any, *, device: torch.device, **options: Any) -> Any:
+        """Return a wrapper, such as torchao's quantised state, on the device of its parts."""
+        return wrapper(kind, size, device=own_device if device == shown else device, **options)
+
     with ExitStack() as patches:
         for target, name, replaced in (
             (FakeTensor, "device", property(device)),
+            (torch.Tensor, "_make_wrapper_subclass", staticmethod(on_cpu)),
             (FakeTensor, "is_cuda", property(lambda self: device(self).type == device_type)),
             (LinearCrossEntropyOptions, "_resolve_auto_acc_dtype", staticmethod(_sum_dtype)),
             (torch.cuda, "synchronize", lambda *_: None),

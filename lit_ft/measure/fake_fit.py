@@ -142,9 +142,6 @@ class _Follower(Follower):
         self.mark_weights(pl_module)
         self.follow_gradients(pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter("export", trainer, None)
-
     def _move_to(self, block: int) -> None:
         place = self.tracker.place
         self.tracker.place = Place(place.phase, place.step, block)

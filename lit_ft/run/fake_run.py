@@ -23,12 +23,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lit_ft.callbacks import ExportHF, GaLore, LayerwiseUpdate, StopOnNonFinite, SubspaceRefresh
+from lit_ft.callbacks._support.trainer import find_callback
 from lit_ft.data.collate import Collator
 from lit_ft.distributed import TensorParallelStrategy
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
 from lit_ft.measure.fake_fit import STEPS
 from lit_ft.measure.fake_tensors import without_fakes
+from lit_ft.measure.follower import Follower
 from lit_ft.measure.known_values import DependsOnData
+from lit_ft.measure.live_memory import Place
 from lit_ft.measure.memory_plan import MemoryPlan, plan_memory
 from lit_ft.models.export.whole import copied_to_host, merged
 from lit_ft.models.miniature import miniature, with_blocks
@@ -161,6 +164,9 @@ class _Export(Callback):
         self.export = export
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        follower = find_callback(trainer, Follower)
+        if follower is not None:  # none if real tensors are trained, to check plans
+            follower.tracker.place = Place("export", trainer.global_step)
         model: Any = pl_module.model
         if is_model_sharded(model):
             return  # it is written piece by piece

@@ -66,6 +66,7 @@ PRIVATE = {
     "torch.utils._pytree.tree_unflatten": ("torch.utils._pytree", "as tree_iter, on the way back"),
     "torch._subclasses.fake_tensor.FakeTensorMode": (FAKE, "makes a plan without memory"),
     "torch._subclasses.fake_tensor.FakeTensor": (FAKE, "as FakeTensorMode"),
+    "_make_wrapper_subclass": ("torch:Tensor", "puts torchao's fake state where its parts are"),
     "torch._subclasses.fake_tensor.is_fake": (
         FAKE,
         "leaves out a compiled kernel in a plan",

@@ -8,8 +8,10 @@ from lit_ft.run.arguments import composed
 from lit_ft.run.fake_run import plan_run
 from tests.support.allocations import PeakAllocated
 from tests.support.planned_fit import SMALL, planned_fit
+from tests.support.running import CONF
 from tests.support.tiny_model import tiny_model
 
+OPTIMS = sorted(path.stem for path in CONF.glob("optim/*.yaml"))
 SHORT = ["data.max_length=16", "data.batch_size=1", "trainer.gradient_clip_val=null"]
 
 
@@ -71,6 +73,20 @@ def test_the_planned_peak_of_4_bit_weights_is_the_true_one(tmp_path, double):
     in_4_bits = 3 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 512)
     in_16_bits = 2 * 4096 * 256
     assert plan.held_bytes["weights"] < 0.6 * in_4_bits + 2 * 1.2 * in_16_bits
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_each_optimizer_is_planned_for_a_gpu_that_is_not_there(optim):
+    arguments = [*SMALL, f"optim={optim}", "update=whole"]
+    try:
+        plan = plan_run(composed(arguments), device_type="cuda")
+    except ValueError as refusal:
+        assert "plan with optim=" in str(refusal)
+    else:
+        on_cpu = plan_run(composed(arguments), device_type="cpu")
+        state, least = plan.held_bytes["optimizer"], on_cpu.held_bytes["optimizer"]
+        # Torch's CUDA allocator gives out multiples of 512 bytes.
+        assert least <= state <= least + 512 * 200
 
 
 @pytest.mark.process
