@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal
+from lit_ft.optim.model_blocks import declared_blocks
 from lit_ft.subspace import SubspaceLayer
 from lit_ft.tensors.sharding import fsdp_root
 
@@ -35,8 +36,7 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh, **options: Any) -> Non
     Raises:
         Refusal: If the model does not name its blocks in `_no_split_modules`.
     """
-    block_names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in block_names]
+    blocks = list(declared_blocks(model).values())
     if not blocks:
         raise Refusal(
             f"{type(model).__name__} does not name its blocks (_no_split_modules), which FSDP2 "

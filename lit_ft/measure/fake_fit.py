@@ -15,6 +15,7 @@ from lit_ft.measure.fake_quantised import quantise, replace_layers
 from lit_ft.measure.fake_tensors import fake_tensors, without_fakes
 from lit_ft.measure.follower import Follower
 from lit_ft.measure.live_memory import MemoryTracker, Place
+from lit_ft.optim.model_blocks import declared_blocks
 
 STEPS = 2  # the first makes the optimizer's state, and the second has it from its start
 
@@ -127,13 +128,7 @@ class _Follower(Follower):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        names = set(getattr(model, "_no_split_modules", None) or ())
-        blocks = [
-            (name, part)
-            for name, part in model.named_modules()
-            # `fully_shard` puts a class of its own in front.
-            if names & {kind.__name__ for kind in type(part).__mro__}
-        ]
+        blocks = list(declared_blocks(model).items())
         self.blocks = len(blocks)
         self.ahead, self.behind = -1, self.blocks
         for number, (name, block) in enumerate(blocks):
