@@ -73,6 +73,7 @@ class Traits:
             norm depends on its shape.
         moments: The rules by which the state follows a change of basis; empty if none is known.
         movable_state: Whether the state can be rewritten between two steps.
+        frees_state: Whether a parameter's state takes no memory once the optimizer has let it go.
         copies_on_cpu: Whether a step on the CPU makes several float32 copies of the parameter.
         why: The reason why the optimizer lacks an ability, as a clause for messages.
         instead: The choices of `optim=` that have the missing ability, the closest first.
@@ -86,6 +87,7 @@ class Traits:
     step_size: Literal["unit", "gradient", "spectral"] = "unit"
     moments: tuple[Moment, ...] = _USUAL
     movable_state: bool = True
+    frees_state: bool = True
     copies_on_cpu: bool = False
     why: str = ""
     instead: tuple[str, ...] = ("adamw",)
@@ -216,6 +218,7 @@ TABLE: tuple[tuple[str, Traits], ...] = (
             _BNB,
             unit="parameter",
             movable_state=False,
+            frees_state=False,
             why="paged optimizers keep their state where nothing else can reach it",
             instead=("adamw_8bit", "adamw_8bit_torchao"),
         ),

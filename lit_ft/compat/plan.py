@@ -78,6 +78,8 @@ class Plan:
         strategy: The name of the strategy's class.
         devices: The number of processes of the run on all nodes together.
         layerwise: Whether large parameters are stepped inside the backward pass.
+        blocks: Whether a few blocks of the model are trained at a time, in turns.
+        drops_state: Whether a block's optimizer state is deleted when its turn ends.
         clip: How gradients are clipped: by their norm, by value, or not at all ("none").
         accumulate: The number of micro-batches in an optimizer step.
         precision: The precision in Lightning's notation, such as "bf16-mixed".
@@ -103,6 +105,8 @@ class Plan:
     strategy: str = "SingleDeviceStrategy"
     devices: int = 1
     layerwise: bool = False
+    blocks: bool = False
+    drops_state: bool = False
     clip: Literal["none", "norm", "value"] = "none"
     accumulate: int = 1
     precision: str = "32-true"

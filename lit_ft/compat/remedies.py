@@ -93,6 +93,8 @@ FEWER_DEVICES = Remedy(
 )
 
 WHOLE_UPDATE = Remedy("leave LayerwiseUpdate out", {"update": "whole"})
+NO_BLOCKS = Remedy("leave BlockUpdate out", {"update": "whole"})
+KEPT_STATE = Remedy('use BlockUpdate(state="keep")', {"callbacks.blocks.state": "keep"})
 NO_CLIPPING = Remedy("set Trainer(gradient_clip_val=None)", {"trainer.gradient_clip_val": "null"})
 
 BF16_TRUE = Remedy('use precision="bf16-true"', {"trainer.precision": "bf16-true"})

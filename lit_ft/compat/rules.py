@@ -11,8 +11,8 @@ from lit_ft.compat.optimizers import traits_named
 from lit_ft.compat.plan import BASES, Adapter, Plan
 from lit_ft.compat.refusal import Refusal, Remedy
 
-Part = Literal["module", "galore", "layerwise", "batch size"]
-PARTS: tuple[Part, ...] = ("module", "galore", "layerwise", "batch size")
+Part = Literal["module", "galore", "layerwise", "blocks", "batch size"]
+PARTS: tuple[Part, ...] = ("module", "galore", "layerwise", "blocks", "batch size")
 
 
 Ask = Callable[[Plan], Refusal | None]
@@ -32,8 +32,8 @@ def refusals(plan: Plan, *, parts: Collection[Part] = PARTS) -> Iterator[Refusal
     Args:
         plan: The plan to check.
         parts: The parts of lit_ft whose rules to apply: its module, and its callbacks for GaLore,
-            layerwise updates and the batch size. If one of these callbacks runs with another
-            project's module, it checks only its own part.
+            layerwise updates, block updates and the batch size. If one of these callbacks runs with
+            another project's module, it checks only its own part.
     """
     for rule in _RULES:
         if rule.part in parts and (refusal := rule.ask(plan)) is not None:
@@ -81,7 +81,8 @@ def after(plan: Plan, remedy: Remedy) -> Plan:
         elif name == "strategy":
             changes["parallel"] = {"hsdp": "fsdp", "single_gpu": "single"}.get(value, value)
         elif name == "update":
-            changes["layerwise"] = value == "layerwise"
+            changes |= {"layerwise": value == "layerwise", "blocks": value == "blocks"}
+            changes["drops_state"] = value == "blocks"
         elif name == "adapter":
             changes |= {"adapter": None, "quantised": value == "qlora"}
             if value != "none":  # the choice of an adapter includes its optimizer
@@ -101,6 +102,7 @@ _TRAINER: dict[str, tuple[str, Any]] = {
     "trainer.gradient_clip_val": ("clip", "none"),
     "trainer.precision": ("precision", None),
     "module.compile": ("compiled", False),
+    "callbacks.blocks.state": ("drops_state", False),
 }
 _PLANNED = {"optim", "galore", "strategy", "update", "adapter", *_TRAINER}
 
@@ -329,6 +331,98 @@ def _layerwise_steps_one_parameter(plan: Plan) -> Refusal | None:
         f"Layerwise updates step one parameter at a time: {plan.traits.why}",
         remedies.WHOLE_UPDATE,
         *_others(plan),
+    )
+
+
+# Block updates --------------------------------------------------------------------------------
+
+
+@_about("blocks")
+def _blocks_or_galore(plan: Plan) -> Refusal | None:
+    if not plan.blocks or plan.basis is None:
+        return None
+    return Refusal(
+        "Block updates train a few blocks at a time, and GaLore trains all of them in subspaces",
+        remedies.NO_GALORE,
+        remedies.NO_BLOCKS,
+    )
+
+
+@_about("blocks")
+def _blocks_or_adapter(plan: Plan) -> Refusal | None:
+    if not plan.blocks or plan.adapter is None:
+        return None
+    return Refusal(
+        "An adapter's few weights need no turns",
+        remedies.ADAPTER_NONE,
+        remedies.NO_BLOCKS,
+    )
+
+
+@_about("blocks")
+def _blocks_are_automatic(plan: Plan) -> Refusal | None:
+    if not plan.blocks or not plan.optimizes_by_hand:
+        return None
+    return Refusal(
+        f"BlockUpdate needs automatic optimization, and {plan.module} optimizes by hand",
+        Remedy("use lit_ft.optim.blocks.BlockTurns there"),
+    )
+
+
+@_about("blocks")
+def _blocks_not_under_ddp(plan: Plan) -> Refusal | None:
+    if not plan.blocks or plan.parallel != "ddp":
+        return None
+    return Refusal(
+        f"Block updates save no gradients under {plan.strategy}, whose buckets are made once for "
+        "all parameters and wait for each of them",
+        remedies.FSDP,
+        remedies.NO_BLOCKS,
+    )
+
+
+@_about("blocks")
+def _blocks_need_a_known_strategy(plan: Plan) -> Refusal | None:
+    if not plan.blocks or plan.parallel != "other":
+        return None
+    return Refusal(
+        f"Block updates run on one device, under FSDP2 and with tensor parallelism, not under "
+        f"{plan.strategy}",
+        remedies.NO_BLOCKS,
+    )
+
+
+@_about("blocks")
+def _blocks_not_compiled(plan: Plan) -> Refusal | None:
+    if not plan.blocks or not plan.compiled:
+        return None
+    return Refusal(
+        "torch.compile compiles a model for the weights that are trained, and block updates change "
+        "them again and again",
+        remedies.NOT_COMPILED,
+        remedies.NO_BLOCKS,
+    )
+
+
+@_about("blocks")
+def _blocks_step_some_parameters(plan: Plan) -> Refusal | None:
+    if not plan.blocks or plan.traits.per_parameter:
+        return None
+    return Refusal(
+        f"Block updates step some parameters and not the others: {plan.traits.why}",
+        remedies.NO_BLOCKS,
+        *_others(plan),
+    )
+
+
+@_about("blocks")
+def _blocks_free_state(plan: Plan) -> Refusal | None:
+    if not plan.blocks or not plan.drops_state or plan.traits.frees_state:
+        return None
+    return Refusal(
+        f"The optimizer's state of a block cannot be freed: {plan.traits.why}",
+        *_others(plan),
+        remedies.KEPT_STATE,
     )
 
 

@@ -68,6 +68,7 @@ class _StochasticallyRounded(RowChunked):
 
     _rounding_seed: int
     _rounding_index: dict[Tensor, int]
+    _rounding_stay = 0  # how many times the state has started from zero; see `begin_stay`
 
     def _is_apart(self, parameter: Tensor) -> bool:
         return parameter.dtype is torch.bfloat16
@@ -86,7 +87,9 @@ class _StochasticallyRounded(RowChunked):
         first = (first_row, *columns) if any(columns) else (first_row,)
         times = self.state[parameter].get("times_rounded", 0)
         index = self._rounding_index[parameter]
-        generator = keyed_generator(parameter.device, self._rounding_seed, index, times, *first)
+        stay = (-self._rounding_stay,) if self._rounding_stay else ()  # none of the others is < 0
+        key = (self._rounding_seed, *stay, index, times, *first)
+        generator = keyed_generator(parameter.device, *key)
         rounded = round_stochastically(local(stand_in), generator=generator)
         local(at(parameter, rows)).copy_(rounded)
 
@@ -115,6 +118,17 @@ class _StochasticallyRounded(RowChunked):
             raise Refusal(_FLOAT16, remedies.BF16_TRUE, remedies.FP16_MIXED)
         for parameter in self.param_groups[-1]["params"]:
             self._rounding_index[parameter] = len(self._rounding_index)
+
+
+def begin_stay(optimizer: Optimizer, stay: int) -> None:
+    """Let random bits differ from those of earlier stays, in which the state counted from zero too.
+
+    Args:
+        optimizer: The optimizer, which need not round stochastically.
+        stay: The number of the stay, which replaces that of an earlier call.
+    """
+    if isinstance(optimizer, _StochasticallyRounded):
+        optimizer._rounding_stay = stay
 
 
 def _has_float16(parameters: list[Tensor]) -> bool:

@@ -18,6 +18,8 @@ PLANS = st.builds(
     st.sampled_from(NAMES),
     parallel=st.sampled_from(["single", "ddp", "fsdp", "tensor", "undefined", "other"]),
     layerwise=st.booleans(),
+    blocks=st.booleans(),
+    drops_state=st.booleans(),
     clip=st.sampled_from(["none", "norm", "value"]),
     precision=st.sampled_from(["32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]),
     adapter=st.sampled_from([None, Adapter(), Adapter(init="pissa"), Adapter("VeraConfig")]),
@@ -52,8 +54,8 @@ def test_check_raises_what_refusals_yield_first(plan):
 
 @given(PLANS)
 def test_a_callback_of_another_project_hears_of_its_own_part_alone(plan):
-    alone = replace(plan, basis=None, layerwise=False, finds_batch_size=False)
-    assert not list(refusals(alone, parts=["galore", "layerwise", "batch size"]))
+    alone = replace(plan, basis=None, layerwise=False, blocks=False, finds_batch_size=False)
+    assert not list(refusals(alone, parts=["galore", "layerwise", "blocks", "batch size"]))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,35 @@ def test_a_callback_of_another_project_hears_of_its_own_part_alone(plan):
             "must do so twice",
             "trainer.gradient_clip_val=null",
         ),
+        (Plan(blocks=True, basis=BASES["online"]), "in subspaces", "galore=none or update=whole"),
+        (Plan(blocks=True, adapter=Adapter()), "need no turns", "adapter=none or update=whole"),
+        (Plan(blocks=True, optimizes_by_hand=True), "by hand", "BlockTurns"),
+        (
+            Plan(blocks=True, parallel="ddp", strategy="DDPStrategy"),
+            "DDPStrategy, whose buckets",
+            "strategy=fsdp or update=whole",
+        ),
+        (
+            Plan(blocks=True, parallel="other", strategy="DeepSpeedStrategy"),
+            "not under DeepSpeedStrategy",
+            "update=whole",
+        ),
+        (Plan(blocks=True, compiled=True), "again and again", "module.compile=false"),
+        (
+            Plan("LBFGS", traits_named("torch.optim.lbfgs.LBFGS"), blocks=True),
+            "not the others: LBFGS",
+            "update=whole",
+        ),
+        (
+            Plan(
+                "PagedAdamW8bit",
+                traits_named("bitsandbytes.optim.adamw.PagedAdamW8bit"),
+                blocks=True,
+                drops_state=True,
+            ),
+            "cannot be freed: paged",
+            "callbacks.blocks.state=keep",
+        ),
         (Plan(finds_batch_size=True, devices=2), "one device", "trainer.devices=1"),
         (Plan(compiled=True, parallel="fsdp"), "torch.compile", "module.compile=false"),
         (Plan(parallel="fsdp", adapter=Adapter("VeraConfig")), "LoRA alone works", "adapter=lora"),
@@ -109,6 +140,9 @@ def test_each_of_these_is_refused_with_its_reason_and_a_way_out(plan, why, said)
         Plan(basis=BASES["svd"], clip="norm"),
         Plan(basis=BASES["iteration"], parallel="fsdp", precision="bf16-mixed", clip="norm"),
         Plan(layerwise=True, parallel="fsdp", clip="value"),
+        Plan(blocks=True, drops_state=True, clip="norm", accumulate=4, skips_steps=True),
+        Plan(blocks=True, layerwise=True, clip="norm"),
+        Plan(blocks=True, drops_state=True, parallel="fsdp", clip="norm"),
         Plan(adapter=Adapter(init="pissa"), quantised=True, layerwise=True),
     ],
 )
