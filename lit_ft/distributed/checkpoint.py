@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lit_ft.optim.blocks import frozen
 from lit_ft.storage.atomic import remove, replace_atomically, sync_folder, temporary_path
 from lit_ft.storage.checkpoint_folder import CheckpointFolder, write_parts, write_rest
 from lit_ft.storage.damage import write_checksums
@@ -92,9 +95,11 @@ def load_parts(
     folder.load({"state_dict": weights})
     module.load_state_dict(weights)  # the module knows which weights may be left out
     for index, optimizer in enumerate(optimizers):
-        state: dict[str, Any] = {f"optimizer_{index}": get_optimizer_state_dict(module, optimizer)}
-        folder.load(state)
-        set_optimizer_state_dict(module, optimizer, optim_state_dict=state[f"optimizer_{index}"])
+        name = f"optimizer_{index}"
+        with _without_state(module, partial(_holds_state, folder, name)):
+            state: dict[str, Any] = {name: get_optimizer_state_dict(module, optimizer)}
+            folder.load(state)
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=state[name])
     return rest
 
 
@@ -129,12 +134,14 @@ def load_file(
     )
     states = checkpoint.pop("optimizer_states", [])
     for optimizer, state in zip(optimizers, states, strict=bool(optimizers)):
-        set_optimizer_state_dict(
-            module,
-            optimizer,
-            optim_state_dict=_by_names(state, optimizer, module),
-            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-        )
+        by_names = _by_names(state, optimizer, module)
+        with _without_state(module, by_names["state"].__contains__):
+            set_optimizer_state_dict(
+                module,
+                optimizer,
+                optim_state_dict=by_names,
+                options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+            )
     return checkpoint
 
 
@@ -155,6 +162,28 @@ def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) ->
             {**group, "params": [names[number] for number in group["params"]]} for group in groups
         ],
     }
+
+
+def _holds_state(folder: CheckpointFolder, optimizer: str, parameter: str) -> bool:
+    return folder.holds(f"{optimizer}.state.{parameter}.")
+
+
+@contextmanager
+def _without_state(module: nn.Module, has_state: Callable[[str], bool]) -> Iterator[None]:
+    """Freeze the parameters of which a checkpoint has no optimizer state, inside the block.
+
+    torch would make a state for each trainable parameter, and then miss it in the checkpoint. Block
+    updates save the state of the active blocks alone. Without any state, nothing is frozen: the
+    checkpoint may be one of another optimizer, and torch says so.
+
+    Args:
+        module: The module that is loaded into.
+        has_state: The function that says whether the checkpoint has state of a parameter, by name.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    absent = [p for name, p in trainable.items() if not has_state(name)]
+    with frozen(absent if len(absent) < len(trainable) else ()):
+        yield
 
 
 def _of_the_model_alone(path: Path) -> KeyError:

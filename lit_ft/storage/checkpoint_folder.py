@@ -107,6 +107,10 @@ class CheckpointFolder:
         """Whether the checkpoint holds optimizer state, which training needs to resume."""
         return any(name.startswith("optimizer_0.") for name in self._saved)
 
+    def holds(self, prefix: str) -> bool:
+        """Whether the name of anything that is saved starts with `prefix`."""
+        return any(name.startswith(prefix) for name in self._saved)
+
     def tensors(self, prefix: str) -> dict[str, TensorStorageMetadata]:
         """Return the size and dtype of each saved tensor whose name starts with `prefix`."""
         return {
