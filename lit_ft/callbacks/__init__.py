@@ -1,6 +1,7 @@
 """Lightning callbacks that work in any project."""
 
 from lit_ft.callbacks.batch_size import AutoBatchSize
+from lit_ft.callbacks.blocks import BlockUpdate
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lit_ft.callbacks.export import ExportHF
 from lit_ft.callbacks.forgetting import Forgetting
@@ -22,6 +23,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "AutoBatchSize",
     "BestCheckpoint",
+    "BlockUpdate",
     "ExportHF",
     "Forgetting",
     "GaLore",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from lit_ft.callbacks._support.disk import free_bytes, num_states, state_bytes
 from lit_ft.callbacks._support.trainer import find_callback, network_of, source_name, total_steps
+from lit_ft.callbacks.blocks import BlockUpdate
 from lit_ft.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lit_ft.callbacks.export import ExportHF
 from lit_ft.callbacks.galore import GaLore
@@ -88,7 +90,7 @@ class StartTable(Callback):
             **self.facts,
             "model": described_model(network_of(pl_module), source_name(pl_module)),
             "device": f"{_devices(trainer)}, {trainer.precision}",
-            **_method(trainer, pl_module),
+            **_method(trainer, pl_module, steps),
             **_schedule(pl_module, steps),
             "optimizer": ", ".join(type(one).__name__ for one in trainer.optimizers),
         }
@@ -96,8 +98,9 @@ class StartTable(Callback):
         data: dict[str, str] = {}
         if isinstance(datamodule, ReportsData) and isinstance(datamodule.reports, Mapping):
             data = {name: str(report) for name, report in datamodule.reports.items()}
-        tables = [pairs(rows), *map(optimizer_table, trainer.optimizers)]
-        disk = _disk(trainer, pl_module)
+        with _as_in_a_step(trainer, pl_module):
+            tables = [pairs(rows), *map(optimizer_table, trainer.optimizers)]
+            disk = _disk(trainer, pl_module)
         tables.append(pairs({**data, **_extent(trainer, datamodule, steps), **disk}))
         console().print(Group(*tables))
 
@@ -152,8 +155,14 @@ def _devices(trainer: Trainer) -> str:
     return name if trainer.world_size == 1 else f"{trainer.world_size} × {name}"
 
 
-def _method(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-    """Return how the weights change: in subspaces, through an adapter, layer by layer."""
+def _as_in_a_step(trainer: Trainer, pl_module: LightningModule) -> AbstractContextManager[None]:
+    """Let only what has optimizer state at the same time require a gradient inside the block."""
+    blocks = find_callback(trainer, BlockUpdate)
+    return nullcontext() if blocks is None else blocks.largest_active(pl_module)
+
+
+def _method(trainer: Trainer, pl_module: LightningModule, steps: float) -> dict[str, str]:
+    """Return how the weights change: in subspaces, through an adapter, layer by layer, in turns."""
     rows = {}
     galore = find_callback(trainer, GaLore)
     layers = subspace_layers(network_of(pl_module)).values()
@@ -170,6 +179,10 @@ def _method(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         rows["adapter"] = f"{kind}, rank {getattr(config, 'r', '?')}, on {', '.join(targets)}"
     layerwise = find_callback(trainer, LayerwiseUpdate) is not None
     rows["update"] = "layerwise, in the backward pass" if layerwise else "after the backward pass"
+    blocks = find_callback(trainer, BlockUpdate)
+    if blocks is not None:
+        told = blocks.described(pl_module, steps)
+        rows["update"] = f"{told}; layerwise" if layerwise else told
     return rows
 
 

@@ -19,9 +19,9 @@ from lit_ft.measure.live_memory import (
 )
 from lit_ft.measure.memory_peaks import Peaks, by_category, extended, peaks_of
 
-# From these depths, the peaks of all deeper models follow. Of two blocks, the one before the last
-# would be the first one too, which has no block before it.
-_DEPTHS = (3, 4)
+# From this depth and the next, the peaks of all deeper models follow. Of two blocks, the one before
+# the last would be the first one too, which has no block before it.
+_SHALLOWEST = 3
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def plan_memory(
     val_batch: Mapping[str, Any],
     *,
     blocks: int | None,
+    shallowest: int = _SHALLOWEST,
     device_type: str = "cpu",
     ranks: int = 1,
 ) -> MemoryPlan:
@@ -76,6 +77,8 @@ def plan_memory(
         batch: The micro-batch of the training steps.
         val_batch: The batch of the validation.
         blocks: The number of blocks of the whole model if all are alike; None simulates it whole.
+        shallowest: The number of blocks of the shallower of two models that stand for the whole
+            one. It must have a block in its middle that is like those that are added.
         device_type: The device to train on: "cpu" or "cuda".
         ranks: The number of ranks. If there are several, Python code finds the fake tensors on the
             CPU, because FSDP2 asks a GPU that it sees for its streams.
@@ -85,7 +88,7 @@ def plan_memory(
     def peaks_at(depth: int | None) -> Peaks:
         return _peaks(build, batch, val_batch, depth, device_type, ranks)
 
-    shallow, deep = _DEPTHS
+    shallow, deep = shallowest, shallowest + 1
     if blocks is not None and blocks > deep:
         with forked(lambda: peaks_at(shallow)) as result:
             deeper = peaks_at(deep)

@@ -215,6 +215,8 @@ def recipe(choices: Mapping[str, Any]) -> str:
         choices: The chosen name in each group, from Hydra's `hydra.runtime.choices`.
     """
     names = [choices.get(group) for group in ("experiment", "optim", "adapter", "strategy")]
+    if "blocks" in str(choices.get("update")):  # the other updates train the same weights
+        names.insert(2, "blocks")
     return ", ".join(str(name) for name in names if name not in (None, "none"))
 
 

@@ -111,7 +111,10 @@ def choices_that_need_less(plan: Plan) -> list[Remedy]:
     """Return the choices that need less memory than the plan's, and fit the rest of the plan."""
     choices = []
     if plan.adapter is None:
-        if plan.basis is None and not plan.layerwise:
+        if plan.blocks and "8bit" not in plan.optimizer:
+            smaller = [remedies.optimizer(f"adamw_8bit{kind}") for kind in ("", "_torchao")]
+            choices += [choice for choice in smaller if goes(after(plan, choice))][:1]
+        elif plan.basis is None and not plan.layerwise and not plan.blocks:
             choices.append(Remedy("use LayerwiseUpdate()", {"update": "layerwise"}))
         if plan.basis is None or "8bit" not in plan.optimizer:
             smaller = [
@@ -120,6 +123,8 @@ def choices_that_need_less(plan: Plan) -> list[Remedy]:
             ]
             choices += [choice for choice in smaller if goes(after(plan, choice))][:1]
         choices.append(remedies.LORA)
+        if plan.basis is None and not plan.blocks:
+            choices.append(Remedy("use BlockUpdate()", {"update": "blocks"}))
     elif not plan.quantised:
         choices.append(Remedy("quantise the model under the adapter", {"adapter": "qlora"}))
     return [choice for choice in choices if goes(after(plan, choice))]

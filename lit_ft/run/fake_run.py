@@ -22,7 +22,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lit_ft.callbacks import ExportHF, GaLore, LayerwiseUpdate, StopOnNonFinite, SubspaceRefresh
+from lit_ft.callbacks import (
+    BlockUpdate,
+    ExportHF,
+    GaLore,
+    LayerwiseUpdate,
+    StopOnNonFinite,
+    SubspaceRefresh,
+)
 from lit_ft.callbacks._support.trainer import find_callback
 from lit_ft.data.collate import Collator
 from lit_ft.distributed import TensorParallelStrategy
@@ -41,6 +48,7 @@ from lit_ft.tensors.sharding import is_model_sharded
 
 # The callbacks that hold memory during a step. All others only watch, save or stop.
 _IN_A_STEP = (
+    BlockUpdate,
     GaLore,
     GradientAccumulationScheduler,
     LayerwiseUpdate,
@@ -89,6 +97,7 @@ def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
             _batch(rows, length, packed=data["packing"]),
             _batch(val_rows, length, packed=False),
             blocks=whole.num_hidden_layers if _all_alike(whole) else None,
+            shallowest=2 + _num_active(config["trainer"]["callbacks"]),
             device_type=device_type,
             ranks=ranks,
         )
@@ -147,6 +156,8 @@ def _callbacks(settings: Any, *, on_host: bool) -> Iterator[Callback]:
     """Yield the callbacks that hold memory of the device, or what holds as much."""
     for one in settings or []:
         callback = instantiate(one, _convert_="all")
+        if isinstance(callback, BlockUpdate):
+            callback.plan_for_largest()
         if isinstance(callback, _IN_A_STEP):
             yield callback
         elif on_host and isinstance(callback, ExportHF):
@@ -176,6 +187,16 @@ class _Export(Callback):
                 merged(model)
         elif self.export.dtype is not None:
             copied_to_host(model)
+
+
+def _num_active(callbacks: Any) -> int:
+    """Return the number of blocks that differ from the others, since they alone are trained."""
+    active: list[int] = [
+        one.get("active", 1)
+        for one in callbacks or []
+        if str(one.get("_target_")).endswith(".BlockUpdate")
+    ]
+    return max([1, *active])
 
 
 class _Buckets(Callback):

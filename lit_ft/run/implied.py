@@ -16,6 +16,7 @@ LENGTH = {_STEPS, _EPOCHS}
 """The settings that say how long a run is."""
 
 _OWN_DATA = {"data.path", "data.sources"}
+_OPTIMIZERS = {"optim", "galore", "adapter", "experiment"}
 _OTHER_LENGTHS = {"debug", "hparams_search", "trainer.max_time", "trainer"}
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError)
 _NO_LIMIT = (None, "null", "None", "-1")
@@ -26,7 +27,8 @@ def with_implied(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
 
     A number of epochs alone lets no number of steps end the run before. A run on data of one's own
     is one epoch, unless a length is given: on the command line, or in the file of an experiment or
-    of this machine. A choice of callbacks is added to the default ones.
+    of this machine. A choice of callbacks is added to the default ones. Block updates bring AdamW
+    in the place of GaLore, which does not go with them.
 
     Args:
         arguments: The arguments, in Hydra's form.
@@ -40,7 +42,8 @@ def with_implied(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
     ]
     # Hydra takes its settings in one piece: options stay in front of them.
     first = next((place for place, one in enumerate(whole) if _is_setting(one)), 0)
-    return [*whole[:first], *_length(settings, files), *whole[first:]]
+    implied = [*_length(settings, files), *_optimizer(settings)]
+    return [*whole[:first], *implied, *whole[first:]]
 
 
 def with_default_callbacks(argument: str, *, config_dir: Path) -> str:
@@ -56,6 +59,13 @@ def with_default_callbacks(argument: str, *, config_dir: Path) -> str:
         return argument
     whole = (name if name in ("default", "none") else f"[default,{name}]" for name in names)
     return f"{group}={','.join(whole)}"
+
+
+def _optimizer(typed: Mapping[str, str]) -> Iterator[str]:
+    """Yield the optimizer of block updates, unless what is typed chooses one."""
+    updates = typed.get("update", "").strip("[]").split(",")
+    if "blocks" in updates and typed.keys().isdisjoint(_OPTIMIZERS):
+        yield "optim=adamw"
 
 
 def _length(typed: Mapping[str, str], files: Sequence[Mapping[str, str]]) -> Iterator[str]:

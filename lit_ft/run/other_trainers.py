@@ -209,6 +209,16 @@ NAMES: Mapping[str, tuple[Name, ...]] = {
         Name("galore_scale", "galore.scale={}"),
         Name("galore_target", why="`galore.targets=[attention,mlp]`"),
         Name("galore_layerwise", why=_LAYERWISE),
+        Name("use_badam", why="`update=blocks`"),
+        Name("badam_switch_interval", "callbacks.blocks.every={}", "update=blocks"),
+        Name(
+            "badam_switch_mode",
+            brings="update=blocks",
+            values={
+                order: f"callbacks.blocks.order={order}"
+                for order in ("ascending", "descending", "random")
+            },
+        ),
         Name("overwrite_cache", values=_NOTHING, why="nothing: what is cached has a checksum"),
         Name("preprocessing_num_workers", values=_NOTHING, why="nothing: it is chosen"),
         Name("plot_loss", values=_NOTHING, why="nothing: TensorBoard shows it"),

@@ -43,9 +43,10 @@ def _others(config: Mapping[str, Any]) -> Iterator[list[str]]:
     rows, micro_batches = data["batch_size"], trainer["accumulate_grad_batches"]
     if rows > 1:
         yield ["data.batch_size=1", f"trainer.accumulate_grad_batches={rows * micro_batches}"]
-    if not any("LayerwiseUpdate" in one["_target_"] for one in trainer["callbacks"] or []):
+    callbacks = " ".join(one["_target_"] for one in trainer["callbacks"] or [])
+    if "LayerwiseUpdate" not in callbacks and "BlockUpdate" not in callbacks:
         yield ["update=layerwise", "trainer.gradient_clip_val=null"]
-    elif trainer["gradient_clip_val"]:
+    elif "LayerwiseUpdate" in callbacks and trainer["gradient_clip_val"]:
         yield ["trainer.gradient_clip_val=null"]
     if config.get("adapter") is None:
         if config.get("galore") is None or "8bit" not in config["optim"]["_target_"].lower():

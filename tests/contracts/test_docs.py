@@ -45,6 +45,7 @@ SETTING = re.compile(r"~?\+?[a-z][\w./@]*=\S+|~[\w.]+")
 # Choices that values belong to: what a line that names such a value is composed with.
 FITTING = {
     "adapter.": ["adapter=lora"],
+    "callbacks.blocks.": ["update=blocks"],
     "trainer.strategy.": ["strategy=fsdp"],
     "model.": ["model=pretrained", "model.name_or_path=NAME"],
 }

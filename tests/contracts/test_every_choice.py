@@ -108,6 +108,8 @@ def overrides_for(choice: str, tiny_folder: Path, tmp_path: Path) -> list[str]:
         return [*model, f"data/format={name}", f"data.path={path}"]
     if group == "callbacks" and name != "default":
         return [*model, f"callbacks=[default,{name}]", "trainer.val_check_interval=1"]
+    if choice == "update/blocks":
+        return [*model, "update=blocks", "optim=adamw"]  # the second is implied by train.py
     return [*model, f"{group}={name}"]
 
 

@@ -18,6 +18,10 @@ SUBSPACE_8BIT = ["optim=galore_subspace_8bit", *GALORE, "galore.refresh.every=3"
 
 SVD = ["optim=galore_svd", *GALORE, "galore.refresh.every=3"]
 
+BLOCKS = ["update=blocks", "optim=adamw", "callbacks.blocks.every=2"]
+
+LAYERWISE = ["update=[blocks,layerwise]", "callbacks.layerwise.min_grad_bytes=0"]
+
 STOPPED_BY_THE_FIRST_VALIDATION = ["+callbacks.early_stopping.stopping_threshold=1000"]
 
 
@@ -33,6 +37,9 @@ STOPPED_BY_THE_FIRST_VALIDATION = ["+callbacks.early_stopping.stopping_threshold
         ("on_train_batch_start", 4, SUBSPACE),
         ("on_validation_batch_start", 2, SUBSPACE_8BIT),
         ("on_train_batch_start", 5, SVD),
+        ("on_train_batch_start", 4, BLOCKS),  # inside a turn
+        ("on_train_batch_start", 5, [*BLOCKS, *LAYERWISE]),  # between two
+        ("on_train_batch_start", 4, [*BLOCKS, "callbacks.blocks.state=keep"]),
     ],
 )
 def test_a_stopped_run_resumes_to_the_uninterrupted_one_bit_for_bit(

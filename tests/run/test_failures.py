@@ -43,6 +43,7 @@ def test_choices_that_need_less_memory_are_not_refused(strategy):
     ("cell", "named"),
     [
         (Cell(), ["update=layerwise", "optim=galore_subspace_8bit", "adapter=lora"]),
+        (Cell(update="blocks"), ["optim=adamw_8bit"]),
         (Cell(update="layerwise"), ["optim=galore_subspace_8bit", "adapter=lora"]),
         (Cell("adamw_8bit", "online"), ["adapter=lora"]),
         (Cell(adapter="lora"), ["adapter=qlora"]),

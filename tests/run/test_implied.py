@@ -40,6 +40,21 @@ def test_a_run_is_as_long_as_people_expect(typed, implied):
 
 
 @pytest.mark.parametrize(
+    ("typed", "implied"),
+    [
+        (["update=blocks"], ["optim=adamw"]),
+        (["update=[blocks,layerwise]"], ["optim=adamw"]),
+        (["update=blocks", "optim=adamw_8bit"], []),
+        (["update=blocks", "galore=none"], []),
+        (["update=blocks", "adapter=lora"], []),  # which is refused
+        (["update=layerwise"], []),
+    ],
+)
+def test_block_updates_bring_an_optimizer_that_goes_with_them(typed, implied):
+    assert with_implied(typed, config_dir=CONF) == [*implied, *typed]
+
+
+@pytest.mark.parametrize(
     ("typed", "meant"),
     [
         ("callbacks=early_stopping", "callbacks=[default,early_stopping]"),

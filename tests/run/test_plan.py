@@ -45,6 +45,9 @@ def taken(arguments: list[str]) -> int:
         [*SHORT, "optim=sgd", "update=layerwise", "+callbacks.export.dtype=bfloat16"],
         ["optim=adamw", "trainer.precision=bf16-true"],
         ["optim=galore_subspace", "galore.rank=16", "trainer.precision=bf16-mixed"],
+        ["update=blocks"],
+        ["update=blocks", "callbacks.blocks.state=keep"],
+        ["update=blocks", "optim=adamw_8bit", "trainer.precision=bf16-true"],
     ],
     ids=" ".join,
 )
@@ -97,6 +100,8 @@ def test_each_optimizer_is_planned_for_a_gpu_that_is_not_there(optim):
         ["optim=adamw_8bit", "update=layerwise", "module.activation_checkpointing=true"],
         ["optim=galore_subspace", "galore.rank=16"],
         ["optim=adamw", "adapter=lora"],
+        ["update=blocks"],
+        ["update=blocks", "callbacks.blocks.active=3"],
         ["optim=adamw", "strategy=fsdp", "trainer.devices=4", "trainer.accelerator=cpu"],
     ],
     ids=" ".join,
@@ -104,7 +109,8 @@ def test_each_optimizer_is_planned_for_a_gpu_that_is_not_there(optim):
 def test_deep_models_follow_from_shallow_ones(arguments, monkeypatch):
     arguments = [*SMALL, *arguments, "model.config.num_hidden_layers=9"]
     extended = plan_run(composed(arguments), device_type="cpu")
-    assert extended.simulated_blocks == (3, 4)
+    shallow = 5 if "callbacks.blocks.active=3" in arguments else 3
+    assert extended.simulated_blocks == (shallow, shallow + 1)
     monkeypatch.setattr("lit_ft.run.fake_run._all_alike", lambda _: False)
     whole = plan_run(composed(arguments), device_type="cpu")
     assert whole.simulated_blocks == (9,)

@@ -52,7 +52,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "optim": tuple(n for n in _choices("optim") if n not in PRESETS and n != "adamw_lora"),
     "galore": ("none", *(name for name in _choices("galore") if name != "none")),
     "strategy": STRATEGIES,
-    "update": ("whole", "layerwise"),
+    "update": ("whole", "layerwise", "blocks"),
     "accumulate": (1, 2),
     "clip": ("none", "norm", "value"),
     "adapter": ("none", *(name for name in _choices("adapter") if name != "none")),
@@ -97,7 +97,12 @@ def cells() -> Iterator[Cell]:
 def facts_of(group: str, choice: Any) -> dict[str, Any]:
     """Return what one choice of conf/ contributes to a plan."""
     if group == "update":
-        return {"layerwise": choice == "layerwise"}
+        in_turns = choice == "blocks"
+        return {
+            "layerwise": choice == "layerwise",
+            "blocks": in_turns,
+            "drops_state": in_turns,
+        }
     if group in ("accumulate", "clip"):
         return {group: choice}
     config = composed(f"{group}={choice}", *([] if group == "strategy" else ["strategy=cpu"]))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_ft import CausalLMModule
 from lit_ft.callbacks import (
     AtomicCheckpointIO,
+    BlockUpdate,
     ExportHF,
     GaLore,
     LastCheckpoint,
@@ -103,6 +104,7 @@ def train(
     resume=None,
     export=None,
     layerwise=False,
+    blocks=None,
     precision="32-true",
     cpu_offload=False,
     parts=True,
@@ -119,6 +121,8 @@ def train(
         callbacks.append(GaLore(rank=4, projector=PROJECTORS[projector]))
     if layerwise:
         callbacks += [LayerwiseUpdate(min_grad_bytes=0), *[Freed()] * (accumulate == 1)]
+    if blocks is not None:
+        callbacks.append(BlockUpdate(**blocks))
     if export is not None:
         callbacks.append(ExportHF(run_dir / "export", dtype=export))
     module = CausalLMModule(
