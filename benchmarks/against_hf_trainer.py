@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.arguments import script_parser
 from support.hf_trainer_report import LIT_FT, RANDOM, SAME, as_markdown, show
+from support.in_order import examples_in_order
 from support.results import RESULTS, this_run, write_json
 from support.smollm2 import SMOLLM2
 from support.timing import spread
@@ -216,17 +216,11 @@ def run_trainer(settings: Settings, examples: Dataset, order: str) -> Measuremen
     return clock.measured(settings)
 
 
-def in_our_order(settings: Settings) -> tuple[Dataset, Dataset]:
-    """Return the examples of the first steps in lit_ft's order, and all of them."""
-    data = data_module(settings)
-    batches = list(islice(data.train_dataloader().batch_sampler, settings.steps))
-    every = data.train_examples.select_columns(["input_ids", "labels"])
-    return every.select(list(chain.from_iterable(batches))), every
-
-
 def run_in_turn(settings: Settings, rounds: int) -> dict[str, list[Measurement]]:
     """Measure the sides in turn, `rounds` times."""
-    ours, every = in_our_order(settings)
+    data = data_module(settings)
+    ours = examples_in_order(data, settings.steps)
+    every = data.train_examples.select_columns(["input_ids", "labels"])
     sides: dict[str, Callable[[], Measurement]] = {
         LIT_FT: lambda: run_lit_ft(settings),
         SAME: lambda: run_trainer(settings, ours, "sequential"),

@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from support.arguments import script_parser
+from support.counted import compiled_counter
 from support.memory_cells import CELLS, rows_of, settings_of
 from support.preloaded import CommandFailed, run_python
 from support.results import ROOT, this_run, write_json
@@ -75,9 +75,7 @@ def main() -> None:
 
 def prepare_environment(folder: Path) -> None:
     """Let all later processes, and the ranks that they start, count what torch allocates."""
-    counter, source = folder / "count_allocations.so", "benchmarks/support/count_allocations.c"
-    compiler = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", str(counter)]
-    subprocess.run([*compiler, str(ROOT / source), "-ldl"], check=True)
+    counter = compiled_counter(folder)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LD_PRELOAD": str(counter)}
 

@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from support.arguments import script_parser
+from support.best_rate import best_rate
 from support.composed import composed, module_and_data
 from support.results import append_json_line, read_json_lines, this_run
 
@@ -240,14 +241,11 @@ def _done(options: argparse.Namespace) -> set[tuple[str, float, int]]:
 
 
 def _best_rate(records: list[dict[str, Any]], method: str) -> float | None:
-    """Return the rate with the lowest mean loss, among those that ran with the most seeds."""
     losses: dict[float, list[float]] = {}
     for record in records:
         if record["method"] == method:
             losses.setdefault(record["lr"], []).append(record["val_loss"])
-    most = max(map(len, losses.values()), default=0)
-    means = {lr: statistics.mean(found) for lr, found in losses.items() if len(found) == most}
-    return min(means, key=lambda lr: means[lr], default=None)
+    return best_rate(losses)
 
 
 def _is_a_quarter_answer(example: dict[str, Any]) -> bool:

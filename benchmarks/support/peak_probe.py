@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from support.counted import peak_and_restart
 
 
 class PeakProbe(Callback):
@@ -23,8 +24,6 @@ class PeakProbe(Callback):
         self.peaks: dict[str, int] = {}  # keyed by part
         self._part: str | None = None
         self._has_trained = False
-        self._peak_and_restart = ctypes.CDLL(None).lit_ft_peak_and_restart
-        self._peak_and_restart.restype = ctypes.c_longlong
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin with the loading of the model."""
@@ -52,7 +51,7 @@ class PeakProbe(Callback):
             (self.folder / f"rank_{rank}.json").write_text(text, encoding="utf-8")
 
     def _begin(self, part: str) -> None:
-        peak = int(self._peak_and_restart())
+        peak = peak_and_restart()
         if self._part is not None:
             self.peaks[self._part] = max(self.peaks.get(self._part, 0), peak)
         self._part = part

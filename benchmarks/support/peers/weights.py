@@ -1,0 +1,33 @@
+"""Whether two runs end with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read the weights that a row has written."""
+    found: dict[str, Tensor] = torch.load(file, weights_only=True)
+    return found
+
+
+def largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of a tensor, relative to its largest value; 0.0 if bit-equal.
+
+    Raises:
+        ValueError: If the names differ.
+    """
+    if one.keys() != other.keys():
+        raise ValueError(f"only one has {sorted(one.keys() ^ other.keys())[:3]}")
+    return max((_difference(one[name], other[name]) for name in one), default=0.0)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    if torch.equal(one, other):
+        return 0.0
+    apart = (one.double() - other.double()).abs().max()
+    return float(apart / other.double().abs().max())
