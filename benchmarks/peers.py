@@ -38,7 +38,7 @@ from rich.table import Table
 from support.arguments import script_parser
 from support.counted import compiled_counter
 from support.peers.environment import NotInstalled
-from support.peers.figures import best_rate_of
+from support.peers.figures import best_rate_of, key_of, latest
 from support.peers.job import SETTINGS, Job
 from support.peers.meter import SKIPPED_STEPS
 from support.peers.one import do
@@ -98,13 +98,12 @@ def _train(options: Options) -> Iterator[Record]:
 
 def _runs(options: Options) -> Iterator[tuple[str, float, int]]:
     """Yield row, rate and seed of each run that the results lack."""
-    records = _records(options)
-    done = {_key(record) for record in records if not (options.retry and "error" in record)}
+    done = _done(options)
     for row in options.only or ROWS:
         rates: tuple[float, ...] = ROWS[row].rates
         seeds = options.seeds[:1]
         if options.rates == ["best"]:
-            best = best_rate_of(records, row)
+            best = best_rate_of(_records(options), row)
             rates, seeds = () if best is None else (best,), options.seeds
         elif options.rates != ["all"] and row != UNTRAINED:
             rates = tuple(map(float, options.rates))
@@ -115,8 +114,7 @@ def _runs(options: Options) -> Iterator[tuple[str, float, int]]:
 def _resume(options: Options) -> Iterator[Record]:
     """Ask of each row whether a run that stops and goes on ends as one that never stops."""
     processes = Processes(options.environments)
-    records = _records(options)
-    done = {_key(record) for record in records if not (options.retry and "error" in record)}
+    done = _done(options)
     for row in (name for name in options.only or TRAINED if name != UNTRAINED):
         if ("resume", row) not in done:
             print(f"{row} stops and resumes", flush=True)
@@ -144,8 +142,7 @@ def _resumed(processes: Processes, row: str, options: Options) -> Record | None:
 def _speed(options: Options) -> Iterator[Record]:
     """Let each peer take turns with its rows of lit_ft, in several rounds."""
     processes = Processes(options.environments)
-    records = _records(options)
-    done = {_key(record) for record in records if not (options.retry and "error" in record)}
+    done = _done(options)
     for number in range(options.rounds):
         for peer in (name for name in options.only or PEERS if name in PEERS):
             for ours in PEERS[peer].against:
@@ -246,17 +243,20 @@ def _keep(record: Record, options: Options) -> None:
 
 def _records(options: Options) -> list[Record]:
     """Return the last record of each run with these settings."""
-    kept: dict[tuple[Any, ...], Record] = {}
-    for record in read_json_lines(options.output / "peers.jsonl"):
-        names = SAME_SETTINGS[record["kind"]]
-        if all(record["settings"][name] == getattr(options, name) for name in names):
-            kept[_key(record)] = record
-    return list(kept.values())
+    return latest(
+        record
+        for record in read_json_lines(options.output / "peers.jsonl")
+        if all(
+            record["settings"][name] == getattr(options, name)
+            for name in SAME_SETTINGS[record["kind"]]
+        )
+    )
 
 
-def _key(record: Record) -> tuple[Any, ...]:
-    names = {"train": ("row", "lr", "seed"), "speed": ("peer", "ours", "round"), "resume": ("row",)}
-    return record["kind"], *(record[name] for name in names[record["kind"]])
+def _done(options: Options) -> set[tuple[Any, ...]]:
+    """Return the keys of the runs that need not run."""
+    kept = (each for each in _records(options) if not (options.retry and "error" in each))
+    return {key_of(record) for record in kept}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from support.composed import composed
-from support.peers.figures import SAME, check_same_batches, summary, verdicts
+from support.peers.figures import SAME, check_same_batches, latest, summary, verdicts
 from support.peers.job import SETTINGS, Job
 from support.peers.one import in_short
 from support.peers.page import as_markdown, cells, index_figures
@@ -104,6 +104,13 @@ def test_a_row_shows_its_best_rate_and_whether_it_is_at_the_edge():
     assert cells(row)[1:3] == ["2 (2)*", "1.0000"]
     diverged = trained("adamw", lr=3, held_out_loss=None)
     assert not summary([*records, diverged], "adamw").at_edge
+
+
+def test_a_run_that_failed_and_ran_again_counts_once():
+    failed = {**RUN, "kind": "train", "row": "adamw", "lr": 1e-4, "seed": 0, "error": "no room"}
+    found = latest([failed, trained("hf_adamw"), trained("adamw")])
+    assert [record["row"] for record in found] == ["adamw", "hf_adamw"]
+    assert summary(found, "adamw").error is None
 
 
 def test_a_row_that_fails_shows_its_reason():

@@ -55,6 +55,17 @@ class Summary:
         return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
 
 
+def key_of(record: Record) -> tuple[Any, ...]:
+    """Return what tells a run from the others with the same settings."""
+    names = {"train": ("row", "lr", "seed"), "speed": ("peer", "ours", "round"), "resume": ("row",)}
+    return record["kind"], *(record[name] for name in names[record["kind"]])
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Return the last record of each run: one that failed may have run again."""
+    return list({key_of(record): record for record in records}.values())
+
+
 def best_rate_of(records: Iterable[Record], row: str) -> float | None:
     """Return the rate with the lowest held-out loss; None if no run has ended."""
     losses: dict[float, list[float]] = {}
