@@ -8,6 +8,7 @@ from lit_ft.callbacks.forgetting import Forgetting
 from lit_ft.callbacks.galore import GaLore
 from lit_ft.callbacks.layerwise import LayerwiseUpdate
 from lit_ft.callbacks.learning_rate import LearningRateMonitor
+from lit_ft.callbacks.lm_eval import LMEval
 from lit_ft.callbacks.memory import MemoryMonitor
 from lit_ft.callbacks.not_finite import StopOnNonFinite
 from lit_ft.callbacks.progress import LineProgress, ProgressBar, TerminalProgress
@@ -27,6 +28,7 @@ __all__ = [
     "ExportHF",
     "Forgetting",
     "GaLore",
+    "LMEval",
     "LastCheckpoint",
     "LayerwiseUpdate",
     "LearningRateMonitor",

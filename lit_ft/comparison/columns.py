@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lit_ft.comparison.comparison import Comparison, Row
 from lit_ft.comparison.methods import Trial
+from lit_ft.comparison.scores import metrics_of_tasks
 from lit_ft.comparison.spread import Spread
 from lit_ft.terminal.console import format_bytes
 
@@ -35,11 +37,13 @@ class Column:
 
 def columns_of(comparison: Comparison) -> list[Column]:
     """Return the columns of a table; those that no row fills are left out."""
-    return [
+    filled = [
         column
         for column in _COLUMNS
         if column.heading in _ALWAYS or any(column.cell(row) != NOTHING for row in comparison.rows)
     ]
+    place = next(n for n, column in enumerate(filled) if column.heading == _AFTER_SCORES)
+    return [*filled[:place], *_scores(comparison), *filled[place:]]
 
 
 def learning_rate_of(trial: Trial) -> str:
@@ -86,6 +90,21 @@ def verdict(row: Row) -> str:
     return "within noise" if row.difference.is_within_noise else f"{row.difference.mean:+.4f}"
 
 
+def _scores(comparison: Comparison) -> Iterator[Column]:
+    """Yield a column for each task that rows are scored on, with its first metric."""
+    for task, metrics in metrics_of_tasks(comparison.compared).items():
+        for metric in metrics[:1]:
+            yield Column(
+                f"{task} {metric}",
+                partial(_score, task, metric),
+                "Scored by lm-eval after training. Mean over the seeds ± standard deviation.",
+            )
+
+
+def _score(task: str, metric: str, row: Row) -> str:
+    return with_spread(row.trial.spread_of("scores", task, metric), ".3f")
+
+
 def _rate(row: Row) -> str:
     tried = row.method.rates_tried
     rate = learning_rate_of(row.trial)
@@ -96,6 +115,7 @@ def _runs(row: Row) -> str:
     return str(len(row.trial.runs))
 
 
+_AFTER_SCORES = "against the best"
 # Without any figure too, they say so in each row.
 _ALWAYS = ("row", "settings", "held-out loss", "against the best", "front")
 _COLUMNS: Sequence[Column] = (

@@ -10,6 +10,7 @@ from lit_ft.comparison.comparison import Comparison, Row
 from lit_ft.comparison.methods import Trial
 from lit_ft.comparison.noise import RULE
 from lit_ft.comparison.runs import Run
+from lit_ft.comparison.scores import metrics_of_tasks
 from lit_ft.comparison.spread import Spread
 
 SCHEMA_VERSION = 1
@@ -67,7 +68,11 @@ def _row(row: Row) -> dict[str, Any]:
         "share_of_fall": row.share_of_fall,
         "is_on_front": row.is_on_front,
         "trials": [
-            {**_figures(trial), "runs": [_run(run) for run in trial.runs]}
+            {
+                **_figures(trial),
+                "scores": _scores(trial),
+                "runs": [_run(run) for run in trial.runs],
+            }
             for trial in row.method.trials
         ],
     }
@@ -103,6 +108,20 @@ def _figures(trial: Trial) -> dict[str, Any]:
     }
 
 
+def _scores(trial: Trial) -> dict[str, dict[str, float | None]]:
+    """Return the mean and the deviation of each metric, keyed by task."""
+    return {
+        task: {
+            name: value
+            for metric in metrics
+            for name, value in _mean_and_deviation(
+                metric, trial.spread_of("scores", task, metric)
+            ).items()
+        }
+        for task, metrics in metrics_of_tasks(trial.runs).items()
+    }
+
+
 def _mean_and_deviation(name: str, found: Spread | None) -> dict[str, float | None]:
     return {
         name: None if found is None else found.mean,
@@ -120,6 +139,11 @@ def _trial_lines(row: Row) -> Iterator[dict[str, Any]]:
             "settings": row.name,
             "is_best_rate": is_chosen,
             **figures,
+            **{
+                f"{task} {name}": value
+                for task, values in _scores(trial).items()
+                for name, value in values.items()
+            },
             "seeds": " ".join(map(str, figures["seeds"])),
             "is_within_noise": row.difference.is_within_noise
             if is_chosen and row.difference is not None

@@ -11,7 +11,7 @@ from lit_ft.comparison.grid import Grid, grid_of, in_full, settings_in
 from lit_ft.comparison.verb import settings_and_folder
 from lit_ft.run.arguments import composed
 from lit_ft.run.override import name_of
-from lit_ft.run.settings import Compare
+from lit_ft.run.sections import Compare
 from lit_ft.run.types import allowed, as_typed
 
 _FOLDER = Path("runs/compare")

@@ -209,3 +209,16 @@ GALORE_8BIT = Remedy("use an 8-bit AdamW with GaLore()", {"optim": "galore_subsp
 LLAMA_CPP = Remedy(
     "convert the export with llama.cpp's convert_hf_to_gguf.py, which keeps the chat template"
 )
+INSTALL_LM_EVAL = Remedy("install it: `pip install 'lm_eval[hf]'`")
+TASK_WITHOUT_NETWORK = Remedy(
+    'use tasks=["docstring_choice"], which needs no network',
+    advice="use eval.tasks=[docstring_choice], which needs no network",
+)
+FILL_CACHE = Remedy("load it once with a network, after which its data is in the cache")
+FOLDER_OF_TASKS = Remedy(
+    "give the folder of your own tasks as include_path",
+    advice="give the folder of your own tasks as eval.include_path",
+)
+SCORE_EXPORT = Remedy(
+    "score the exported model with `lm_eval --model hf --model_args pretrained=FOLDER`"
+)

@@ -40,6 +40,7 @@ PATHS = (
     "data.chat_template",
     "model.name_or_path",
     "model.gguf_file",
+    "eval.include_path",
 )
 """The settings whose values are paths."""
 

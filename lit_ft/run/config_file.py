@@ -25,7 +25,7 @@ from lit_ft.run.implied import with_default_callbacks
 from lit_ft.run.other_trainers import BY_NAME
 from lit_ft.run.override import bare_name_of
 from lit_ft.run.translation import translated
-from lit_ft.run.trust import TRUST
+from lit_ft.run.trust import TRUST, gives_trust
 
 _NAME = re.compile(r"[+~]?[A-Za-z_][\w-]*([./][\w-]+)*")
 _CHOICE = re.compile(r"\w[\w-]*(/\w[\w-]*)*")
@@ -212,9 +212,8 @@ def _why_not(entry: _Entry) -> str:
         return "only the command line may change Hydra's own settings."
     if entry.plain == "hparams_search":
         return "only the command line may start a sweep."
-    is_off = entry.name in TRUST and entry.value in (None, False, [])
-    text = f"{entry.name}={in_grammar(entry.value)}"
-    if not is_off and any(trust in text for trust in TRUST):
+    is_off = entry.name.rpartition(".")[2] in TRUST and entry.value in (None, False, [])
+    if not is_off and gives_trust(f"{entry.name}={in_grammar(entry.value)}"):
         return "only the command line may give trust."
     return ""
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
+from lit_ft.evaluation.scores import metrics_of, stderr_of
 from lit_ft.run.summary import RunSummary
 from lit_ft.storage.disk import disk_bytes
 from lit_ft.storage.json_file import read_json
@@ -140,6 +141,7 @@ def _results(summary: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
         **{f"  of {name}": _number(loss, ".4f") for name, loss in by_source.items()},
         "val perplexity": _number(summary.get("val_perplexity"), ".2f"),
         "best": _best(run_dir) if summary.get("steps") else None,
+        **_scores(summary.get("scores") or {}),
         "train loss": _number(summary.get("train_loss"), ".4f"),
         "steps": _number(summary.get("steps") or None, ","),
         "ended": summary.get("ended"),
@@ -153,6 +155,17 @@ def _results(summary: Mapping[str, Any], run_dir: Path) -> dict[str, str]:
         **_samples(summary.get("samples") or []),
     }
     return {name: str(value) for name, value in rows.items() if value is not None}
+
+
+def _scores(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    """Return each task's first metric, with its standard error if that is known."""
+    rows = {}
+    for task, values in scores.items():
+        for metric in metrics_of(values)[:1]:
+            error = _number(values.get(stderr_of(metric)), ".3f", " (standard error)")
+            shown = [_number(values[metric], ".3f"), error]
+            rows[f"{task} {metric}"] = " ± ".join(filter(None, shown)) or None
+    return rows
 
 
 def _best(run_dir: Path) -> str | None:

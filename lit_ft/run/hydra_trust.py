@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from lit_ft.run.override import name_of
-from lit_ft.run.trust import TRUST
+from lit_ft.run.trust import gives_trust
 
 # What Hydra itself runs or passes on: as classes, as logging's factories, or as the environment.
 # It writes files of its own to `output_subdir`, over what is there.
@@ -156,9 +156,7 @@ def _main(options: Namespace, config_dir: Path) -> Path:
 def _ensure_harmless(tried: Iterable[tuple[str, str]]) -> None:
     """Raise ValueError if the values that a file lets a sweep try change more than the run."""
     for key, value in tried:
-        if name_of(key.strip()).startswith("hydra") or any(
-            one in f"{key}={value}" for one in TRUST
-        ):
+        if name_of(key.strip()).startswith("hydra") or gives_trust(f"{key}={value}"):
             why = f"since it sets {key}"
             raise _set_by_file("hydra.sweeper.params", why)
 

@@ -18,6 +18,7 @@ from lit_ft.callbacks import (
     BestCheckpoint,
     ExportHF,
     GaLore,
+    LMEval,
     SampleGenerations,
     StartTable,
     StopOnNonFinite,
@@ -117,6 +118,8 @@ def fine_tune(
             galore.verbose = False
     if not validate_only:
         check_run(trainer, module)  # `fit` would refuse only after a model is loaded and validated
+        if (lm_eval := find_callback(trainer, LMEval)) is not None:
+            lm_eval.load()  # for the same reason
     if resume is not None:
         compare_with_checkpoint(resume, recorder, weights_only=validate_only)
     start_loggers(trainer)

@@ -16,7 +16,7 @@ from lit_ft.run.implied import LENGTH
 from lit_ft.run.override import bare_name_of
 from lit_ft.run.record import FOLDER, OVERRIDES, numbered
 from lit_ft.run.redaction import OWN_VARIABLES
-from lit_ft.run.trust import TRUST
+from lit_ft.run.trust import gives_trust
 
 OF_ONE_START = {"run_dir", "resume", "overwrite", "validate_only"}
 """The settings that say what one start does. The rest says what the run is."""
@@ -59,7 +59,7 @@ def _is_of_run(argument: str, given: dict[str, str]) -> bool:
         not argument.startswith("-")  # some options are settings in Hydra's grammar
         and not override.is_sweep_override()
         and not any(place.startswith("hydra") for place in places)
-        and not any(trust in argument for trust in TRUST)
+        and not gives_trust(argument)
         and not _is_secret_of_file(argument)
         and bare_name_of(argument) not in {*given, *OF_ONE_START}
     )

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_ft.callbacks import ExportHF, Forgetting, LastCheckpoint, ThroughputMonitor
+from lit_ft.callbacks import ExportHF, Forgetting, LastCheckpoint, LMEval, ThroughputMonitor
 from lit_ft.callbacks._support.trainer import find_callback, source_name
 from lit_ft.measure import optimizer_state_bytes, peak_bytes, reset_peak
 from lit_ft.measure.model_size import model_size
@@ -22,6 +22,7 @@ _OF_TRAINING = (
     "step_seconds",
     "train_loss",
     "forgetting",
+    "scores",
     "peak_bytes",
 )
 
@@ -153,7 +154,7 @@ class Recorder(Callback):
         self._record(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record why the training ended, what it unlearnt, and the folder of the export."""
+        """Record why the training ended, what it unlearnt, its scores, and the export's folder."""
         ended = why_fit_ended(trainer, self.best_steps)
         self.summary.update(ended=ended)
         if trainer.global_step == 0:
@@ -169,6 +170,9 @@ class Recorder(Callback):
                     "value": forgetting.increase,
                 }
             )
+        lm_eval = find_callback(trainer, LMEval)
+        if lm_eval is not None and lm_eval.scores:
+            self.summary.update(scores=lm_eval.scores)
         export = find_callback(trainer, ExportHF)
         if export is not None and export.export_path is not None:
             self.summary.update(export_path=str(export.export_path))

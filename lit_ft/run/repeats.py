@@ -10,6 +10,7 @@ _REPEATS = {
     "module.schedule": "schedule",
     "module.loss": "loss",
     "callbacks.galore": "galore",
+    "callbacks.lm_eval": "eval",
     "callbacks.subspace_refresh": "galore.refresh",
     "module.seed": "seed",
     "model.seed": "seed",

@@ -30,7 +30,7 @@ from lit_ft.run.hydra_trust import composer_of_job
 from lit_ft.run.override import name_of
 from lit_ft.run.own_arguments import OF_ONE_START
 from lit_ft.run.redaction import redacted
-from lit_ft.run.trust import TRUST
+from lit_ft.run.trust import gives_trust
 from lit_ft.storage.atomic import write_text
 
 _CHOICES = "# Choices. Those in comments are the defaults, or come with the choices that are made."
@@ -192,7 +192,7 @@ def _differences(node: Any, bases: Sequence[Any], path: str = "") -> Iterator[_V
 
 def _reason_to_leave_out(one: _Value, base: Any) -> str:
     """Return why a value is not written; empty if it is."""
-    if any(trust in f"{one.name}={in_grammar(one.value)}" for trust in TRUST):
+    if gives_trust(f"{one.name}={in_grammar(one.value)}"):
         return "only the command line may give trust"
     secret = OWN_REFERENCE.fullmatch(str(one.value))
     if secret and os.environ.get(secret[1]) == str(_at(one.name, base)):

@@ -5,98 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Interval
-
-from lit_ft.compat.ranges import Count
 from lit_ft.run.config import refuse_without_class, suggestion
+from lit_ft.run.sections import SECTIONS
 from lit_ft.run.trust import refuse_untrusted, trusted_packages
-from lit_ft.run.types import Allowed, Made, as_typed
-from lit_ft.terminal import Style
+from lit_ft.run.types import Allowed, as_typed
 
 _REFERENCE = re.compile(r"\$\{(?:[\w.]+:)?(\.*\w[\w.]*)")
 _ALIAS = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 _HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 _LONGEST = 100  # characters of a value in a message
-
-
-@dataclass
-class Job:
-    """The settings of train.py itself; other top-level names must be read by one of them."""
-
-    run_dir: str
-    seed: Annotated[int, Interval(ge=0, lt=2**32)]
-    resume: str | None
-    overwrite: bool
-    validate_only: bool
-    ui: Style
-    nonfinite: Literal["stop", "skip"]
-    nonfinite_limit: Count
-    trusted_packages: list[str]
-    module: Made
-    data: Made
-    trainer: Made
-    checkpoint: dict[str, Any]
-    plan: dict[str, Any]
-    compare: dict[str, Any]
-    model: Made
-    optim: Made
-    loss: Made | None = None
-    groups: list[Made] | None = None
-    schedule: Made | None = None
-    adapter: Any = None
-    galore: dict[str, Any] | None = None
-    callbacks: dict[str, Any] | None = None
-    logger: dict[str, Any] | None = None
-
-
-@dataclass
-class Checkpoint:
-    """The settings under `checkpoint`."""
-
-    every_n_steps: Count
-    keep: Count = 2
-    save_optimizer: bool = True
-
-
-@dataclass
-class Plan:
-    """The settings under `plan`."""
-
-    check: bool = True
-    gpu: str | int | None = None
-
-
-@dataclass
-class Compare:
-    """The settings under `compare`, which `python -m lit_ft.compare` alone reads."""
-
-    methods: list[str]
-    quick: list[str]
-    seeds: list[Annotated[int, Interval(ge=0, lt=2**32)]]
-    tune: bool = True
-
-
-@dataclass
-class Galore:
-    """The names under `galore`; the callbacks that read them say what they admit."""
-
-    rank: Any = None
-    scale: Any = None
-    targets: Any = None
-    side: Any = None
-    projector: Any = None
-    refresh: Any = None
-
-
-_SECTIONS = {
-    "": Job,
-    "checkpoint": Checkpoint,
-    "compare": Compare,
-    "galore": Galore,
-    "plan": Plan,
-}
 
 
 @dataclass(frozen=True)
@@ -163,6 +82,11 @@ def admit(
             "compare.methods lists the methods of a comparison, and a run has one: "
             "`python -m lit_ft.compare` takes the same arguments, and trains all of them."
         )
+    if (tasks := _tasks_that_nothing_scores(config)) and (parts is None or "eval" in parts):
+        raise ValueError(
+            f"eval.tasks={as_typed(tasks)}: this run has no callback that scores them. "
+            "callbacks=default has it, as lm_eval."
+        )
     told: dict[str, str] = {}
     for setting in settings_of(config, written, parts=parts):
         if setting.name not in told and setting.fault:
@@ -171,11 +95,21 @@ def admit(
         raise ValueError("\n".join(told.values()))
 
 
+def _tasks_that_nothing_scores(config: Mapping[str, Any]) -> Any:
+    """Return `eval.tasks` if there are any, and no callback reads them; else None."""
+    section = config.get("eval")
+    tasks = section.get("tasks") if isinstance(section, Mapping) else None
+    callbacks = (config.get("trainer") or {}).get("callbacks") or config.get("callbacks") or {}
+    nodes = callbacks.values() if isinstance(callbacks, Mapping) else callbacks
+    targets = (str(one.get("_target_")) for one in nodes if isinstance(one, Mapping))
+    return None if any(one.endswith(".LMEval") for one in targets) else tasks
+
+
 def settings_of(
     config: Mapping[str, Any], written: Mapping[str, Any], *, parts: Collection[str] | None = None
 ) -> Iterator[Setting]:
     """Yield the settings of a configuration, whose classes are trusted; see `admit`."""
-    for section in _SECTIONS:
+    for section in SECTIONS:
         node = config.get(section) if section else config
         if isinstance(node, Mapping) and (parts is None or not section or section in parts):
             yield from _of_section(section, node, written)
@@ -193,7 +127,7 @@ def _of_section(
     # Here, because reading signatures needs Hydra and torch, and names without them answer at once.
     from lit_ft.run.constructors import constructor_of
 
-    constructor = constructor_of(_SECTIONS[section])
+    constructor = constructor_of(SECTIONS[section])
     read = _names_read(written)
     for name, value in node.items():
         path = f"{section}.{name}".lstrip(".")

@@ -85,6 +85,7 @@ class RunSummary:
             "val_loss_by_source": None,
             "train_loss": None,
             "forgetting": None,
+            "scores": None,
             "history": {"train": [], "val": []},
             "seconds": {"total": None, "load": None, "train": None},
             "tokens_per_second": None,

@@ -7,6 +7,7 @@ A configuration is data, which people copy from each other. Hydra, however, call
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,8 +52,11 @@ LIBRARIES = (
 OWN = "lit_ft.run."
 """The modules of the program itself. Some of their classes open a file to write to."""
 
-TRUST = ("trusted_packages", "trust_remote_code")
+TRUST = ("trusted_packages", "trust_remote_code", "include_path")
 """The names of the settings that give trust, which only the command line may set."""
+
+# Tasks of lm-eval that are files, too: as those of `include_path`, they name Python code to run.
+_TASK_FILE = re.compile(r"\btasks\b.*\.ya?ml\b", re.DOTALL)
 
 
 def refuse_untrusted(
@@ -113,7 +117,34 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
             f"A configuration file sets {setting}=true, and only the command line may. If you "
             "trust the code in this repository, repeat it there."
         )
+    files = task_files(config)
+    if files and not any("include_path" in one or _TASK_FILE.search(one) for one in arguments):
+        raise ValueError(
+            f"A configuration file sets {files}, and only the command line may, because the files "
+            "of tasks can run Python code. If you trust them, repeat it there."
+        )
     return list(map(str, trusted)) if isinstance(trusted, list) else []
+
+
+def gives_trust(setting: str) -> bool:
+    """Whether a setting, as `name=value`, gives trust or names code to run.
+
+    >>> gives_trust("eval.tasks=[my.yaml]"), gives_trust("eval.tasks=[arc_easy]")
+    (True, False)
+    """
+    return any(name in setting for name in TRUST) or _TASK_FILE.search(setting) is not None
+
+
+def task_files(config: Mapping[str, Any]) -> str | None:
+    """Return the setting that names files of lm-eval's tasks; None if there is none."""
+    found = [(path, value) for path, value in _values(config, "include_path") if value]
+    found += [
+        (path, value)
+        for path, value in _values(config, "tasks")
+        if any(str(one).endswith((".yaml", ".yml")) for one in _listed(value))
+    ]
+    told = (f"{path.removeprefix('config.')}={value}" for path, value in found)
+    return min(told, key=len, default=None)  # not that of the callback which reads it
 
 
 def remote_code(config: Mapping[str, Any]) -> str | None:
@@ -157,6 +188,10 @@ def _found(target: str) -> Any:
 def _home(found: Any) -> str:
     """Return the module that defines an object; empty if none does."""
     return str(getattr(found, "__module__", None) or "")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _targets(node: Any) -> Iterator[tuple[str, str]]:

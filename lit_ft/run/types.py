@@ -63,6 +63,8 @@ class Allowed:
             return ""
         if any(self.admits(meant) for meant in _unquoted(value)):
             return f"Write {value} without quotes."
+        if self.admits([value]):
+            return f"Write [{value}]."
         return f"'{value}' is text." if value.lower() in _TRUTHS and self.admits(True) else ""
 
 

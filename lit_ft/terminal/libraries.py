@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partialmethod
 from typing import Any
 
@@ -20,6 +22,22 @@ def adopt_bars() -> None:
     # tqdm has no other way to change the default of an argument for all libraries.
     arguments = {"file": _Bars(), "leave": False, "bar_format": "{desc}: {n_fmt}/{total_fmt}{unit}"}
     tqdm.__init__ = partialmethod(tqdm.__init__, **arguments)
+
+
+@contextmanager
+def own_bars_only() -> Iterator[None]:
+    """Show the bars of tqdm in this block as details of a stage, or not at all."""
+    usual = tqdm.__init__
+
+    def hidden(bar: Any, *args: Any, **options: Any) -> None:
+        usual(bar, *args, **{**options, "disable": True})
+
+    if not adopt_bars.cache_info().currsize:
+        tqdm.__init__ = hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = usual
 
 
 def adopt_logs() -> None:

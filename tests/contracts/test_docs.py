@@ -50,7 +50,7 @@ FITTING = {
     "model.": ["model=pretrained", "model.name_or_path=NAME"],
 }
 # Programs of the shell blocks that are not ours, and not run here.
-OTHERS = {"source", "torchrun", "hf", "python3", "docker", "git", "vllm", "cd"}
+OTHERS = {"source", "torchrun", "hf", "python3", "docker", "git", "vllm", "cd", "lm_eval"}
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -39,4 +39,5 @@ def test_what_is_built_brings_its_configuration_and_the_measured_table(tmp_path:
 
     conf = built / "lit_ft" / "conf"
     assert done.stdout.strip() == str(conf)
+    assert (built / "lit_ft" / "evaluation" / "tasks" / "docstring_choice.yaml").is_file()
     assert [file.name for file in conf.glob("local/*.yaml")] == []

@@ -45,6 +45,15 @@ def test_two_ranks_train_the_weights_that_one_does(tmp_path):
     assert "Warning" not in output and "sync_dist" not in output
 
 
+def test_the_first_of_two_ranks_scores_what_one_process_does(tmp_path):
+    scored = [*JOB, "eval.tasks=[docstring_choice]", "eval.limit=8"]
+    one = run_job(tmp_path / "one", *scored, "data.batch_size=4")
+    status, output = run(f"run_dir={tmp_path / 'two'}", *scored, *TWO_RANKS)
+    assert status == 0, output
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert two["scores"] == one["scores"] and list(two["scores"]) == ["docstring_choice"]
+
+
 def test_sigterm_on_one_rank_stops_both_after_a_save(tmp_path):
     run_dir = tmp_path / "run"
     process = start(f"run_dir={run_dir}", *JOB, *TWO_RANKS, "trainer.max_steps=5000")

@@ -226,6 +226,8 @@ FAULTS = {
     "hparams_search: learning_rate": ":1: hparams_search: only the command line",
     "trusted_packages: [evil]": ":1: trusted_packages: only the command line may give trust",
     "model.trust_remote_code: true": ":1: model.trust_remote_code: only the command line may",
+    "eval: {include_path: mine}": ":1: eval.include_path: only the command line may give trust",
+    "eval.tasks: [mine.yaml]": ":1: eval.tasks: only the command line may give trust",
     "model: {trust_remote_code: true}": ":1: model.trust_remote_code: only the command line may",
     "trust_remote_code: true": ":1: trust_remote_code: only the command line may give trust",
     "data.sources: [{trust_remote_code: true}]": ":1: data.sources: only the command line may",

@@ -56,6 +56,18 @@ def test_the_box_shows_what_came_of_the_run(tmp_path):
     assert max(len(line) for line in text.splitlines() if line[0] in "╭│╰") <= 100
 
 
+def test_the_box_shows_the_first_metric_of_each_task(tmp_path):
+    scores = {
+        "arc_easy": {"acc": 0.5125, "acc_stderr": 0.01, "acc_norm": 0.6},
+        "gsm8k": {"match (strict)": 0.25},
+    }
+    text = text_of(end_panel(SUMMARY | {"scores": scores}, tmp_path))
+    shown = [" ".join(line.strip("│ ").split()) for line in text.splitlines()]
+    assert "arc_easy acc 0.512 ± 0.010 (standard error)" in shown
+    assert "gsm8k match (strict) 0.250" in shown
+    assert "acc_norm" not in text
+
+
 def test_a_validation_alone_has_one_loss(tmp_path):
     summary = SUMMARY | {"steps": 0, "initial_val_loss": 3.291, "val_loss": 3.291}
     text = text_of(end_panel(summary, tmp_path))

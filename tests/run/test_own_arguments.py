@@ -31,6 +31,8 @@ def record(folder: Path, *arguments: str, start: str = "") -> None:
         "trusted_packages=[evil]",
         "model.trust_remote_code=true",
         "data.sources=[{trust_remote_code: true}]",
+        "eval.include_path=evil",
+        "eval.tasks=[arc_easy,evil.yaml]",
         "seed=1,2",
         "optim=glob(*)",
         "no such argument",

@@ -109,6 +109,28 @@ def test_only_the_command_line_trusts() -> None:
     assert given_trust(remote, ["data.sources=[{trust_remote_code: true}]"]) == []
 
 
+@pytest.mark.parametrize(
+    ("config", "told", "argument"),
+    [
+        ({"eval": {"include_path": "mine"}}, "eval.include_path=mine", "eval.include_path=mine"),
+        ({"eval": {"tasks": ["a", "b.yaml"]}}, "eval.tasks=", "eval.tasks=[a,b.yaml]"),
+        ({"callbacks": {"x": {"include_path": "mine"}}}, "callbacks.x.include_path=", "x={y: z}"),
+    ],
+)
+def test_files_of_tasks_which_can_run_code_are_named_on_the_command_line(
+    config: dict, told: str, argument: str
+) -> None:
+    with pytest.raises(ValueError, match=f"A configuration file sets {told}.*Python code"):
+        given_trust(config, ["eval.tasks=[a]"])
+    if argument.startswith("eval"):
+        assert given_trust(config, [argument]) == []
+
+
+def test_names_of_tasks_give_no_trust() -> None:
+    config = {"eval": {"tasks": ["arc_easy", "docstring_choice"], "include_path": None}}
+    assert given_trust(config, []) == []
+
+
 INTERPOLATED = "${oc.create:{_target_:tests.support.marker.Marker}}"
 
 

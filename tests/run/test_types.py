@@ -68,7 +68,9 @@ def faults(*overrides: str) -> list[str]:
         (["galore.refresh.threshold=2"], "must be a number of at least 0 and at most 1."),
         (["checkpoint.every_n_steps=0"], "must be a whole number of at least 1."),
         (["seed=-1"], "must be a whole number of at least 0 and below 4294967296."),
-        (["trusted_packages=mine"], "must be a list, each text."),
+        (["trusted_packages=mine"], "must be a list, each text. Write [mine]."),
+        (["eval.tasks=arc_easy"], "must be a list, each text. Write [arc_easy]."),
+        (["eval.limit=0"], "must be a whole number of at least 1 or null."),
         (["groups.0.options.weight_decay=-1"], "must be a number of at least 0."),
         (["optim=galore_torch", "optim.rank=0"], "must be a whole number of at least 1."),
         (["schedule.schedule.min_lr_rate=2"], "must be a number of at least 0 and at most 1 or"),
@@ -106,6 +108,12 @@ def test_a_name_that_nothing_reads_is_answered_with_the_nearest(override, said):
 def test_a_class_that_takes_any_name_and_ignores_it_is_held_to_its_own():
     line, _ = faults("adapter=qlora", "+model.quantization_config.load_in_4bti=true")
     assert "Did you mean load_in_4bit" in line
+
+
+def test_tasks_that_nothing_scores_are_named():
+    [line] = faults("eval.tasks=[arc_easy]", "callbacks=none")
+    assert line.startswith("eval.tasks=[arc_easy]: this run has no callback that scores them.")
+    assert faults("eval.tasks=[arc_easy]") == []
 
 
 def test_all_faults_are_told_at_once():

@@ -66,6 +66,7 @@ KEYS = [
     "val_loss_by_source",
     "train_loss",
     "forgetting",
+    "scores",
     "history",
     "seconds",
     "tokens_per_second",

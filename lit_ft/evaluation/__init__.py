@@ -1,0 +1,1 @@
+"""Scores on tasks of lm-eval, EleutherAI's evaluation harness."""

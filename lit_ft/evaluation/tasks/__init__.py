@@ -1,0 +1,1 @@
+"""Tasks of lm-eval that come with lit_ft. None needs a network."""
