@@ -12,6 +12,7 @@ from lit_ft.comparison.verb import settings_and_folder
 from lit_ft.run.arguments import composed
 from lit_ft.run.override import name_of
 from lit_ft.run.sections import Compare
+from lit_ft.run.trust import gives_trust
 from lit_ft.run.types import allowed, as_typed
 
 _FOLDER = Path("runs/compare")
@@ -66,6 +67,12 @@ def _section(arguments: Sequence[str]) -> Mapping[str, Any]:
         known = allowed(type_of)
         if not known.admits(section[name]):
             raise ValueError(f"compare.{name}={as_typed(section[name])}: must be {known.text}.")
+    for text in (*section["methods"], *section["quick"]):
+        # They come from files, which people copy from each other.
+        if gives_trust(text):
+            raise ValueError(
+                f"compare: {text}: only the command line may give trust, to all methods."
+            )
     if not section["seeds"]:
         raise ValueError("compare.seeds is empty: give a seed, such as compare.seeds=[0].")
     return section

@@ -42,6 +42,8 @@ def test_quick_adds_settings_that_the_command_line_overrides() -> None:
         ("compare.seeds=[]", "compare.seeds is empty"),
         ("compare.tune=maybe", "compare.tune=maybe: must be"),
         ("compare.methods=adamw", "compare.methods=adamw: must be"),
+        ("compare.methods=['optim=sgd trusted_packages=[mine]']", "may give trust, to all methods"),
+        ("compare.quick=['eval.include_path=mine']", "only the command line may give trust"),
         ("hparams_search=rates", "hparams_search=rates: there is no such choice"),
     ],
 )
