@@ -23,6 +23,8 @@ from support.composed import composed
 from support.gpu_cells import GROUPS, settings_of
 from support.own_process import OwnProcess
 from support.pack import keep_libraries, needed
+from support.peers.figures import latest
+from support.peers.page import index_figures
 from support.recommended_table import CARDS, MODELS, PAGE, with_table
 from support.results import append_json_line, read_json_lines, write_json
 
@@ -236,6 +238,10 @@ def of_memory_plans() -> list[str]:
     return [count, median, *(f"{error:+.2%}" for error in errors), str(len(found["misses"]))]
 
 
+def of_peers() -> list[str]:
+    return index_figures(latest(records(BENCHMARKS / "results" / "peers.jsonl")))
+
+
 def of_recommendations() -> list[str]:
     by_card = dict(zip(CARDS, result("recommended.json")["models"]["llama_3_1_8b"], strict=True))
     best = [by_card[card]["recipes"][0] for card in ("12GB", "24GB")]
@@ -277,6 +283,7 @@ def of_quality() -> list[str]:
         ("layerwise.json", of_layerwise_steps),
         ("memory_plan.md", of_memory_plans),
         ("optimizer_step.json", of_steps),
+        ("peers.md", of_peers),
         ("recommended.json", of_recommendations),
         ("optimizer_step_cuda.json", of_steps_on_a_gpu),
         ("quality.jsonl", of_quality),
