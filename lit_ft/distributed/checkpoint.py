@@ -26,6 +26,9 @@ from lit_ft.storage.damage import write_checksums
 from lit_ft.storage.plain_values import load_plain
 from lit_ft.tensors.sharding import shard_like
 
+# What torch's checkpoint_wrapper adds to the names of parameters, but not to those of their state.
+_WRAPPER = "_checkpoint_wrapped_module."
+
 
 def save_parts(checkpoint: dict[str, Any], target: Path) -> None:
     """Save Lightning's `checkpoint` as the folder `target`; call it on every rank.
@@ -180,7 +183,9 @@ def _without_state(module: nn.Module, has_state: Callable[[str], bool]) -> Itera
         module: The module that is loaded into.
         has_state: The function that says whether the checkpoint has state of a parameter, by name.
     """
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trainable = {
+        name.replace(_WRAPPER, ""): p for name, p in module.named_parameters() if p.requires_grad
+    }
     absent = [p for name, p in trainable.items() if not has_state(name)]
     with frozen(absent if len(absent) < len(trainable) else ()):
         yield

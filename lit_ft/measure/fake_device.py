@@ -33,9 +33,11 @@ def disguised(device_type: str) -> Iterator[None]:
     is_autocast, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     wrapper = torch.Tensor._make_wrapper_subclass
 
-    def on_cpu(kind: type, size: Any, *, device: torch.device, **options: Any) -> Any:
+    def on_cpu(*args: Any, **options: Any) -> Any:
         """Return a wrapper, such as torchao's quantised state, on the device of its parts."""
-        return wrapper(kind, size, device=own_device if device == shown else device, **options)
+        if getattr(options.get("device"), "type", None) == shown.type:
+            options["device"] = own_device
+        return wrapper(*args, **options)
 
     with ExitStack() as patches:
         for target, name, replaced in (

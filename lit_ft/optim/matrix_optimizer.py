@@ -103,6 +103,7 @@ class MatrixOptimizer(Optimizer):
         Yields:
             Whether some rows can be stepped without the others.
         """
+        held_gradient_of(parameter)  # it may be sparse, which has no rows to take
         yield parameter.ndim < 2 or group["use_adamw"]
 
     def _step_matrices(self, matrices: Matrices) -> None:
@@ -114,7 +115,13 @@ class MatrixOptimizer(Optimizer):
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Return this rank's part of the gradient, in float32 or wider.
+    """Return this rank's part of the gradient, in float32 or wider; see `held_gradient_of`."""
+    gradient = held_gradient_of(parameter)
+    return gradient.float() if gradient.itemsize < 4 else gradient
+
+
+def held_gradient_of(parameter: Tensor) -> Tensor:
+    """Return this rank's part of the gradient.
 
     Raises:
         ValueError: If the parameter is sharded by its columns.
@@ -130,8 +137,7 @@ def gradient_of(parameter: Tensor) -> Tensor:
             "This optimizer needs whole rows, and ranks share a parameter by columns: shard it by "
             "rows."
         )
-    gradient = local(parameter.grad)
-    return gradient.float() if gradient.itemsize < 4 else gradient
+    return local(parameter.grad)
 
 
 def move(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lit_ft.optim.matrix_optimizer import (
     MatrixOptimizer,
     added_over_rows,
     gradient_of,
+    held_gradient_of,
     move,
 )
 from lit_ft.tensors.row_blocks import row_blocks
@@ -81,16 +82,16 @@ class Scale(MatrixOptimizer):
     @contextmanager
     def rows_apart(self, parameter: Tensor, group: dict[str, Any]) -> Iterator[bool]:
         """Add up the squares of the columns first, if it is they that are normalised."""
+        gradient = held_gradient_of(parameter)
         if parameter.ndim != 2 or group["use_adamw"] or group["dim"] == -1:
             yield True
             return
         if group["momentum"]:  # all rows of the mean must have moved before
             yield False
             return
-        assert parameter.grad is not None
         squares = torch.zeros(parameter.shape[-1], device=parameter.device)
         for rows in row_blocks(parameter):
-            norms = torch.linalg.vector_norm(parameter.grad[rows], dim=-2, dtype=squares.dtype)
+            norms = torch.linalg.vector_norm(gradient[rows], dim=-2, dtype=squares.dtype)
             squares += norms.square()
         self._mean_of_all_rows = squares / len(parameter)
         try:

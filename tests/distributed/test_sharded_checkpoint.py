@@ -10,12 +10,17 @@ import shutil
 import pytest
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from lit_ft.callbacks import AtomicCheckpointIO
-from lit_ft.distributed.checkpoint import save_parts
+from lit_ft.distributed.checkpoint import load_parts, save_parts
 from lit_ft.models import FromConfig
 from lit_ft.run.export_run import export_run
 from lit_ft.storage.checkpoint_folder import CheckpointFolder
@@ -156,6 +161,30 @@ def save_model(config, target):
             part, mesh, [Shard(0)], shape=weight.shape, stride=weight.stride()
         )
     save_parts({"state_dict": weights}, target)
+
+
+def state_after_a_checkpoint(folder):
+    """Train, save and load a module with a wrapped part; return how many parameters have state."""
+
+    def made():
+        torch.manual_seed(0)
+        part = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        module = nn.Sequential(checkpoint_wrapper(part), nn.Linear(8, 4))
+        fully_shard(module)
+        return module, AdamW(module.parameters())
+
+    module, optimizer = made()
+    module(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    states = [get_optimizer_state_dict(module, optimizer)]
+    save_parts({"state_dict": module.state_dict(), "optimizer_states": states}, folder)
+    module, optimizer = made()
+    load_parts(folder, module, [optimizer])
+    return len(optimizer.state)
+
+
+def test_parameters_whose_activations_are_checkpointed_get_their_state_back(tmp_path, one_rank):
+    assert one_rank(state_after_a_checkpoint, tmp_path / "saved") == [6]
 
 
 def export(run_dir):

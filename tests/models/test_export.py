@@ -73,6 +73,23 @@ def test_merged_export_gives_the_trained_logits_and_leaves_the_model_alone(folde
         torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
 
 
+def test_an_adapter_is_merged_into_8_bit_weights(folder):
+    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    model = add_adapter(
+        Pretrained(str(folder), quantization_config=quantised).load_model(torch.float32),
+        config_of("lora"),
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+        logits = model(IDS).logits
+        whole = merged(model).float().eval()
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=0)
+        difference = (whole(IDS).logits - logits).norm() / logits.norm()
+    assert difference < 0.1  # 8-bit products round their inputs too
+
+
 def test_4_bit_weights_are_dequantised_on_the_host(folder, monkeypatch):
     """On a GPU there is seldom room for them: the copy of each goes there through `to("cpu")`."""
     model = trained_adapter(folder, "qlora")

@@ -139,6 +139,16 @@ def test_an_8_bit_step_takes_the_room_of_a_piece() -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("factory", [partial(Scale, dim=-2), Scale, RelativeStepAdafactor])
+def test_large_sparse_gradients_are_refused_by_name(factory: Callable[..., Optimizer]) -> None:
+    embedding = torch.nn.Embedding(1024, 256, sparse=True, dtype=torch.bfloat16)
+    optimizer = stochastically_rounded(factory(embedding.parameters()), seed=0)
+    embedding(torch.arange(4)).sum().backward()
+    with pytest.raises(RuntimeError, match="build embeddings with sparse=False"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("small_pieces")
 def test_adafactors_step_takes_the_room_of_a_piece() -> None:
     weight = torch.nn.Parameter(torch.ones(1024, 256, dtype=torch.bfloat16))
     optimizer = stochastically_rounded(RelativeStepAdafactor([weight]), seed=0)

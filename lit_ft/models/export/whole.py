@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bitsandbytes.nn.modules import Params4bit
 from peft import (
     PeftModel,
     get_peft_model,
@@ -154,8 +153,9 @@ def copied_to_host(model: Any) -> Any:
 
 def _on_host(parameter: torch.nn.Parameter) -> Any:
     """Return a copy of a parameter in host memory."""
-    if isinstance(parameter, Params4bit):
-        # Its `to` moves the scales of the parameter itself, so one at a time is copied before.
+    if type(parameter) is not torch.nn.Parameter:
+        # bitsandbytes' `to` knows no copies, and moves the scales of the parameter itself: so one
+        # at a time is copied before.
         quantised: Any = copy.deepcopy(parameter)
         return quantised.to("cpu")
     return torch.nn.Parameter(parameter.to("cpu", copy=True), parameter.requires_grad)
