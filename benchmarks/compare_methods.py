@@ -7,8 +7,11 @@
 It runs `python -m lit_ft.compare experiment=compare_methods` in runs/compare_methods, which goes on
 where it was stopped, and keeps its report. --report takes the report of another comparison.
 
-Results: results/compare_methods.json, .md and .csv, and the tables that are made of them in
-README.md and docs/which-method.md.
+Then it plans each method for Llama 3.1 8B: one row of 2,048 tokens, bfloat16 weights, activations
+computed twice.
+
+Results: results/compare_methods.json, .md and .csv, results/compare_methods_8b.json, and the tables
+that are made of them in README.md and docs/which-method.md.
 """
 
 from __future__ import annotations
@@ -17,12 +20,18 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from rich.progress import track
 from support.arguments import script_parser
 from support.compared_table import PAGES, with_tables
-from support.results import RESULTS, ROOT
+from support.results import RESULTS, ROOT, this_run, write_json
 
+LARGE = (
+    *("model=llama_3_1_8b", "plan.gpu=80GB", "data.batch_size=1", "data.max_length=2048"),
+    "module.activation_checkpointing=true",
+)
 _FOLDER = Path("runs/compare_methods")  # relative, as the report names the folders of its runs
 
 
@@ -40,10 +49,24 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for kind in ("json", "md", "csv"):
         shutil.copyfile(folder / f"report.{kind}", options.output / f"compare_methods.{kind}")
+    report = json.loads((options.output / "compare_methods.json").read_text(encoding="utf-8"))
+    names = [row["settings"] for row in report["rows"]]
+    planned = {name: planned_bytes(name.split()) for name in track(names, "planning an 8B")}
+    write_json(options.output / "compare_methods_8b.json", {**this_run(), "peak_bytes": planned})
     if options.output == RESULTS:
-        report = json.loads((RESULTS / "compare_methods.json").read_text(encoding="utf-8"))
         for page in PAGES:
-            page.write_text(with_tables(page.read_text(encoding="utf-8"), report), encoding="utf-8")
+            text = with_tables(page.read_text(encoding="utf-8"), report, planned)
+            page.write_text(text, encoding="utf-8")
+
+
+def planned_bytes(method: list[str]) -> int:
+    """Return the planned peak of a method that trains Llama 3.1 8B on a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        command = ["-m", "lit_ft.plan", *method, *LARGE, "--no-savings", "--json", str(file)]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        found: int = json.loads(file.read_text(encoding="utf-8"))["peak_bytes"]
+    return found
 
 
 if __name__ == "__main__":

@@ -10,28 +10,31 @@ from support.results import ROOT
 PAGES = (ROOT / "README.md", ROOT / "docs" / "which-method.md")
 DEFAULT = "optim=galore_subspace"
 _BEGIN, _END = "<!-- compared: begin -->\n", "<!-- compared: end -->\n"
+_OF_8B = "An 8B, planned"
 _GIB = 2**30
 
 Row = Mapping[str, Any]
 
 
-def with_tables(page: str, report: Mapping[str, Any]) -> str:
+def with_tables(page: str, report: Mapping[str, Any], planned: Mapping[str, int]) -> str:
     """Return the text of a page with the table in place of an earlier one.
 
     Args:
         page: The text, with the two marks between which the table stands.
         report: The `report.json` of the comparison.
+        planned: The planned peak bytes of an 8B model, keyed by method.
     """
     before, rest = page.split(_BEGIN)
-    table = "".join(f"{line}\n" for line in _lines(report))
+    table = "".join(f"{line}\n" for line in _lines(report, planned))
     return before + _BEGIN + table + _END + rest.split(_END)[1]
 
 
-def _lines(report: Mapping[str, Any]) -> Iterator[str]:
-    yield f"| {' | '.join(_COLUMNS)} |"
-    yield "| --- |" + " --- |" * (len(_COLUMNS) - 1)
+def _lines(report: Mapping[str, Any], planned: Mapping[str, int]) -> Iterator[str]:
+    yield f"| {' | '.join((*_COLUMNS, _OF_8B))} |"
+    yield "| --- |" + " --- |" * len(_COLUMNS)
     for row in report["rows"]:
-        yield f"| {' | '.join(cell(row) for cell in _COLUMNS.values())} |"
+        large = f"{planned[row['settings']] / _GIB:.1f} GiB"
+        yield f"| {' | '.join((*(cell(row) for cell in _COLUMNS.values()), large))} |"
 
 
 def _name(row: Row) -> str:

@@ -27,24 +27,25 @@ REPORT = {
         row("optim=galore_subspace", 0.987, learning_rate=None),
     ]
 }
+PLANNED = {"optim=adamw update=whole": 90 * 2**30, "optim=galore_subspace": 17 * 2**30}
 
 
 def test_a_report_becomes_a_table() -> None:
     page = "before\n<!-- compared: begin -->\n| old |\n<!-- compared: end -->\nafter\n"
-    made = with_tables(page, REPORT)
+    made = with_tables(page, REPORT, PLANNED)
     before, *lines, after = made.splitlines()
     assert (before, after) == ("before", "after")
     assert lines[3:5] == [
         "| `optim=adamw` `update=whole` | 0.0001 | 2.400 ± 0.012 | 100.0% | 3.00 GiB | 0.50 GiB "
-        "| 123 |",
+        "| 123 | 90.0 GiB |",
         "| no arguments (`optim=galore_subspace`) | its own | 2.500 | 98.7% | 3.00 GiB | 0.50 GiB "
-        "| 123 |",
+        "| 123 | 17.0 GiB |",
     ]
-    assert with_tables(made, REPORT) == made
+    assert with_tables(made, REPORT, PLANNED) == made
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_page_has_one_place_for_it(page: Any) -> None:
     text = page.read_text(encoding="utf-8")
-    made = with_tables(text, REPORT)
+    made = with_tables(text, REPORT, PLANNED)
     assert "98.7%" in made and made.splitlines()[0] == text.splitlines()[0]
