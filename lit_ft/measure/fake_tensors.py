@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.distributed.device_mesh import DeviceMesh
@@ -49,6 +50,7 @@ def fake_tensors(watcher: TorchDispatchMode, *, device_type: str = "cpu") -> Ite
     with ExitStack() as modes:
         modes.enter_context(not_tracing)
         modes.enter_context(patch("torch.utils.swap_tensors", _swapped))
+        modes.enter_context(patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
         # A mesh reads its ranks from a tensor, and sharding is tried on whole tensors.
         for owner, name in (
             (DeviceMesh, "__getitem__"),
@@ -77,6 +79,11 @@ def without_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return real
+
+
+def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+    """Return a deep copy. Torch's own function would copy memory that is not there."""
+    return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
 def _swapped(old: Any, new: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lit_ft.measure.call_stack import Stack, calling_stack
 from lit_ft.measure.storage_bytes import is_wrapper
 
 WEIGHTS = "weights"
@@ -72,11 +73,19 @@ class Storage:
 
 @dataclass(frozen=True)
 class Event:
-    """An allocation or a release, and the part of the run in which it happens."""
+    """An allocation or a release, and the part of the run in which it happens.
+
+    Attributes:
+        storage: The memory.
+        allocates: Whether it is an allocation.
+        place: The part of the run.
+        stack: The Python functions that have allocated it.
+    """
 
     storage: Storage
     allocates: bool
     place: Place
+    stack: Stack = ()
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -130,7 +139,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._note_new(tensor, args, _name_of(func))
         if temporary:  # at the same time as the result
             storage = Storage(self._rounded(temporary), self.place, _name_of(func))
-            self.events += [Event(storage, True, self.place), Event(storage, False, self.place)]
+            begin = Event(storage, True, self.place, calling_stack())
+            self.events += [begin, Event(storage, False, self.place)]
         return out
 
     def __enter__(self) -> Self:
@@ -182,7 +192,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.place.phase == "backward" and torch.is_grad_enabled():
             storage.category = ACTIVATIONS  # recomputed
         self._storages[key] = weakref.ref(memory, lambda _: self._release(key)), storage
-        self.events.append(Event(storage, True, self.place))
+        self.events.append(Event(storage, True, self.place, calling_stack()))
         return storage
 
     def _move(self, old: torch.UntypedStorage, new: torch.UntypedStorage) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lit_ft.measure.call_stack import described
 from lit_ft.measure.live_memory import (
     ACTIVATIONS,
     CATEGORIES,
@@ -17,6 +18,14 @@ from lit_ft.measure.live_memory import (
 # A stretch of a run whose peak is a linear function of the number of blocks: a phase, an optimizer
 # step, and a block counted from the first ("start") or from the last one ("end").
 Stretch = tuple[str, int, str, int]
+_PLACES = {
+    ("start", -1): " before the first block",
+    ("start", 0): " in the first block",
+    ("start", 1): " in the second block",
+    ("end", 2): " in the last block but one",
+    ("end", 1): " in the last block",
+    ("end", 0): " after the last block",
+}
 # The bytes of each of `CATEGORIES`, in their order.
 Bytes = tuple[float, ...]
 
@@ -28,10 +37,13 @@ class Peaks:
     Attributes:
         blocks: The number of the model's blocks.
         by_stretch: The bytes of each category at the peak of each stretch.
+        at: The operation that allocates at the peak of each stretch, and the Python functions that
+            have called it, the innermost first.
     """
 
     blocks: int
     by_stretch: Mapping[Stretch, Bytes]
+    at: Mapping[Stretch, tuple[str, ...]]
 
     @property
     def highest(self) -> tuple[Stretch, Bytes]:
@@ -69,16 +81,26 @@ def peaks_of(events: Sequence[Event], blocks: int) -> Peaks:
     index = {category: number for number, category in enumerate(CATEGORIES)}
     held = [0] * len(CATEGORIES)
     total = 0
-    found: dict[Stretch, tuple[int, Bytes]] = {}
+    found: dict[Stretch, tuple[int, Bytes, Event]] = {}
     for event in events:
         size = event.storage.bytes if event.allocates else -event.storage.bytes
         held[index[event.storage.category]] += size
         total += size
         if event.allocates:
             for stretch in _stretches(event.place, blocks):
-                if total > found.get(stretch, (-1, ()))[0]:
-                    found[stretch] = total, tuple(held)
-    return Peaks(blocks, {stretch: peak for stretch, (_, peak) in found.items()})
+                if stretch not in found or total > found[stretch][0]:
+                    found[stretch] = total, tuple(held), event
+    return Peaks(
+        blocks,
+        {stretch: peak for stretch, (_, peak, _) in found.items()},
+        {
+            stretch: (
+                f"{event.storage.operation}{_PLACES.get(stretch[2:], '')}",
+                *described(event.stack),
+            )
+            for stretch, (_, _, event) in found.items()
+        },
+    )
 
 
 def extended(shallow: Peaks, deeper: Peaks, blocks: int) -> Peaks:
@@ -102,7 +124,7 @@ def extended(shallow: Peaks, deeper: Peaks, blocks: int) -> Peaks:
         # Nothing takes less in a deeper model. What torch makes at its first call alone may be in
         # the shallow one only.
         found[stretch] = more if sum(more) >= sum(held) else held
-    return Peaks(blocks, found)
+    return Peaks(blocks, found, deeper.at)
 
 
 def _classify(events: Iterable[Event]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class MemoryPlan:
     Attributes:
         peak_bytes: The most bytes of tensors at once.
         peak_phase: The phase of the run in which the peak lies.
+        peak_stack: The operation that allocates at the peak, and the Python functions that have
+            called it, the innermost first.
         by_category: The bytes of weights, gradients, optimizer state, subspaces, activations and
             temporaries at the peak.
         by_phase: The bytes of each category at the peak of each phase.
@@ -42,6 +44,7 @@ class MemoryPlan:
 
     peak_bytes: int
     peak_phase: str
+    peak_stack: Sequence[str]
     by_category: dict[str, int]
     by_phase: dict[str, dict[str, int]]
     held_bytes: dict[str, int]
@@ -97,10 +100,11 @@ def plan_memory(
     else:
         peaks = peaks_at(None)
         found = [peaks]
-    (phase, *_), held = peaks.highest
+    highest, held = peaks.highest
     return MemoryPlan(
         peak_bytes=round(sum(held)),
-        peak_phase=phase,
+        peak_phase=highest[0],
+        peak_stack=peaks.at[highest],
         by_category=by_category(held),
         by_phase=peaks.by_phase(),
         held_bytes={name: peaks.most(name) for name in (WEIGHTS, SUBSPACE, OPTIMIZER)},

@@ -45,6 +45,7 @@ def shown_plan(
     yield pairs(
         {
             "phases": phases,
+            "peak at": "\n  in ".join(plan.peak_stack),
             "in addition": f"{format_bytes(outside.low)} to {format_bytes(outside.high)}",
             "disk": _disk(plan),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 
 import torch
 from hypothesis import given, settings
@@ -50,6 +51,22 @@ def test_memory_is_given_out_in_granules():
         kept = [torch.zeros(1), torch.zeros(129)]
     assert live(tracker) == 512 + 1024
     assert len(kept) == 2
+
+
+def two_allocations():
+    torch.ones(100) + 1  # the first one is there meanwhile
+    line = inspect.currentframe().f_lineno - 1
+    return line
+
+
+def test_a_peak_names_the_code_that_allocates():
+    with MemoryTracker() as tracker:
+        torch.ones(10)
+        line = two_allocations()
+    [(operation, innermost, caller)] = [at[:3] for at in peaks_of(tracker.events, 0).at.values()]
+    assert operation == "aten.add.Tensor"
+    assert innermost == f"two_allocations, test_live_memory.py:{line}"
+    assert caller.startswith("test_a_peak_names_the_code_that_allocates, test_live_memory.py:")
 
 
 def test_a_resized_storage_counts_with_its_new_size():

@@ -39,6 +39,7 @@ MIB = 1 << 20
 PLAN = {
     "peak_bytes": 100 * MIB,
     "peak_phase": "forward",
+    "peak_stack": ["aten.mul.Tensor in the last block", "MLP.forward, modeling.py:7"],
     "by_category": {"weights": 20 * MIB, "optimizer": 30 * MIB, "activations": 50 * MIB},
     "by_phase": {
         "load": {"weights": 20 * MIB, "activations": 0},

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
+import warnings
 
+import pytest
+import torch
+
+from lit_ft.measure.fake_tensors import fake_tensors
+from lit_ft.measure.live_memory import MemoryTracker
 from lit_ft.run.arguments import composed
 from lit_ft.run.fake_run import plan_run
 from tests.support.allocations import PeakAllocated
@@ -58,6 +64,24 @@ def test_the_planned_peak_is_the_true_one(arguments):
     assert -0.005 <= plan.peak_bytes / true - 1 <= 0.04
     assert plan.peak_bytes == sum(plan.by_category.values()) == max(plan.peak_by_phase.values())
     assert plan.by_category == plan.by_phase[plan.peak_phase]
+
+
+def test_copies_of_fake_tensors_touch_no_memory():
+    """Torch's own copy reads and writes memory that is not there, and the process may die later."""
+    with fake_tensors(MemoryTracker()) as _:
+        tensor = torch.ones(2**20)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of each look at the memory
+            copied, again = copy.deepcopy([tensor, tensor])
+    assert copied is again and copied is not tensor and copied.shape == tensor.shape
+
+
+def test_a_plan_says_where_its_peak_is():
+    arguments = [*SMALL, "model.config.vocab_size=65536", "model.config.num_hidden_layers=3"]
+    plan = plan_run(composed([*arguments, "adapter=lora"]), device_type="cpu")
+    operation, *stack = plan.peak_stack
+    assert operation.startswith("aten.") and operation.endswith(" after the last block")
+    assert any(one.startswith("chunked_cross_entropy, chunked.py:") for one in stack)
 
 
 @pytest.mark.parametrize("double", ["true", "false"])
