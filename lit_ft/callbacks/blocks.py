@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ft.callbacks._support.trainer import network_of, only_optimizer, total_steps
 from lit_ft.compat import remedies
 from lit_ft.compat.ranges import Count, WholeNumber
-from lit_ft.compat.refusal import Remedy
+from lit_ft.compat.refusal import Refusal
 from lit_ft.distributed.plan import Misconfiguration, check_run
 from lit_ft.optim.blocks import (
     ORDERS,
@@ -45,7 +46,8 @@ class BlockUpdate(Callback):
     The blocks are the layers of a transformer, or the members of the largest ModuleList or
     Sequential of modules of one class. The embeddings are a block of their own, and so is the head,
     together with what is in no other block, such as the last norm. A head that is tied to the
-    embeddings is in their block.
+    embeddings is in their block. A tower without the input embeddings, such as one for images, is
+    in no block: text does not train it, and a loss that depends on it trains it in every step.
 
     Which blocks are active depends on the seed and the number of the step alone. So all ranks
     agree, a resumed run repeats the uninterrupted one bit for bit, and with accumulation the
@@ -69,7 +71,7 @@ class BlockUpdate(Callback):
         Misconfiguration: If block updates would be wrong or save nothing: with GaLore, an adapter,
             DDP, torch.compile, manual optimization, or an optimizer that needs all parameters in a
             step. Also, before training begins, if the model has no repeated blocks, or no more of
-            them than are active.
+            them than are active, and in a step whose loss does not depend on the active blocks.
 
     Example:
         >>> import lightning as L
@@ -158,6 +160,22 @@ class BlockUpdate(Callback):
         if not self._plans:
             self._turns.begin_step(trainer.global_step)
 
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Refuse a loss that trains nothing, which backward would not explain."""
+        if loss.requires_grad:
+            return
+        assert self._turns is not None
+        blocks = self._turns.blocks.items()
+        active = [repr(name) for name, held in blocks if any(p.requires_grad for p in held)]
+        raise Misconfiguration(
+            f"BlockUpdate: the loss of step {trainer.global_step} does not depend on the active "
+            f"block{'s' * (len(active) > 1)} {', '.join(active)}",
+            remedies.FREEZE_UNUSED,
+            remedies.NO_BLOCKS,
+        )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all parameters require a gradient again."""
         self._release()
@@ -165,6 +183,7 @@ class BlockUpdate(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let all parameters require a gradient again, and let go of the optimizer."""
         self._release()
+        self._saved = self.state_dict()  # for a checkpoint that is saved after the fit
         self._turns = None
 
     def on_exception(
@@ -222,13 +241,18 @@ class BlockUpdate(Callback):
         model = network_of(module)
         try:
             found = model_blocks(model, self.always)
-        except ValueError as error:
-            raise Misconfiguration(f"BlockUpdate: {error}", remedies.NO_BLOCKS) from error
-        if len(found.blocks) <= self.active:
+        except Refusal as error:
+            raise Misconfiguration(f"BlockUpdate: {error.why}", *error.remedies) from error
+        count, name = len(found.blocks), type(model).__name__
+        if count <= self.active:
+            blocks = f"all {count} blocks" if count > 1 else "the only block"
+            why = f"active={self.active} keeps {blocks} of {name} active"
+            if self.always:
+                why += ", apart from what always covers"
             raise Misconfiguration(
-                f"active={self.active} keeps all {len(found.blocks)} blocks of "
-                f"{type(model).__name__} active",
-                Remedy("lower active", advice="lower callbacks.blocks.active"),
+                why,
+                *([remedies.FEWER_ACTIVE] if count > 1 else []),
+                *([remedies.FEWER_ALWAYS] if self.always else []),
                 remedies.NO_BLOCKS,
             )
         return found
@@ -243,8 +267,7 @@ class BlockUpdate(Callback):
         if steps < needed:
             rank_zero_warn(
                 f"The run ends at step {steps:,.0f}, and it takes {needed:,} until each of its "
-                f"{order.num_blocks} blocks has been trained: lower every={order.every}, or raise "
-                f"active={order.active}."
+                f"{order.num_blocks} blocks has been trained: {_what_helps(order)}."
             )
         elif order.every < _SHORT_STAY and self.state == "drop":
             rank_zero_info(
@@ -273,12 +296,29 @@ class BlockUpdate(Callback):
             self._turns.release()
 
 
+def _what_helps(order: BlockOrder) -> str:
+    """Return what lets a run reach all of its blocks, as a phrase."""
+    ways = ["raise max_steps"]
+    if order.active + 1 < order.num_blocks:
+        ways.insert(0, f"raise active={order.active}")
+    if order.every > 1:
+        ways.insert(0, f"lower every={order.every}")
+    *first, last = ways
+    return f"{', '.join(first)}, or {last}" if first else last
+
+
 def _patterns(always: Any) -> tuple[str, ...]:
     """Return the entries of `always`; raise ValueError if one is no regular expression."""
-    entries = [always] if isinstance(always, str) else list(always or ())
+    if always is None:
+        return ()
+    if not isinstance(always, Iterable):
+        raise ValueError(f"always must be a list of texts, not {always!r}")
+    entries = [always] if isinstance(always, str) else list(always)
     for entry in entries:
         if not isinstance(entry, str):
             raise ValueError(f"always must be a list of texts, and {entry!r} is none")
+        if not entry:
+            raise ValueError("an entry of always is an empty text, which fits every parameter")
         try:
             re.compile(entry)
         except re.error as error:

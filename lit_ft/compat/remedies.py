@@ -94,6 +94,19 @@ FEWER_DEVICES = Remedy(
 
 WHOLE_UPDATE = Remedy("leave LayerwiseUpdate out", {"update": "whole"})
 NO_BLOCKS = Remedy("leave BlockUpdate out", {"update": "whole"})
+CORRECT_ALWAYS = Remedy(
+    "correct always: an entry is embeddings, head, or a regular expression that is found in the "
+    "names of parameters",
+    advice="correct callbacks.blocks.always: an entry is embeddings, head, or a regular expression "
+    "that is found in the names of parameters",
+)
+FEWER_ALWAYS = Remedy(
+    "take entries out of always", advice="take entries out of callbacks.blocks.always"
+)
+FEWER_ACTIVE = Remedy("lower active", advice="lower callbacks.blocks.active")
+FREEZE_UNUSED = Remedy(
+    "freeze the parameters that the loss does not depend on, with requires_grad_(False)"
+)
 KEPT_STATE = Remedy('use BlockUpdate(state="keep")', {"callbacks.blocks.state": "keep"})
 NO_CLIPPING = Remedy("set Trainer(gradient_clip_val=None)", {"trainer.gradient_clip_val": "null"})
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
 
 from torch import Tensor, nn
+
+from lit_ft.compat import remedies
+from lit_ft.compat.refusal import Refusal
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 
@@ -66,6 +71,8 @@ def _largest_list(model: nn.Module) -> dict[str, nn.Module]:
 class ModelBlocks:
     """A model's trainable parameters, each in one block or among those that are always trained.
 
+    The parameters of towers without input embeddings are in neither: see `model_blocks`.
+
     Attributes:
         blocks: The parameters of each block, keyed by the block's name, in the model's order.
         always: The parameters that are trained in every step.
@@ -83,23 +90,32 @@ def model_blocks(model: nn.Module, always: Iterable[str] = ()) -> ModelBlocks:
     embedding, both are one block, which comes first. A parameter that blocks share belongs to the
     first of them.
 
+    In a model with several towers, such as one for text and one for images, only the tower that
+    holds the input embeddings has blocks, if the model says which embeddings these are
+    (`get_input_embeddings`). Text gives the other towers no gradient, so their turns would train
+    nothing. Their parameters are in no block: where a loss depends on them, they are trained in
+    every step. An encoder and its decoder both have blocks.
+
     Args:
         model: The model, sharded or not.
         always: What is trained in every step and belongs to no block: "embeddings", "head", or
             regular expressions to search for in the names of parameters.
 
     Raises:
-        ValueError: If the model has no repeated blocks, or if an entry of `always` fits nothing.
+        Refusal: If the model has no repeated blocks, if an entry of `always` fits nothing, or if
+            `always` leaves no block.
     """
     inside = repeated_blocks(model)
     if not inside:
-        raise ValueError(
+        raise Refusal(
             f"{type(model).__name__} has no repeated blocks: neither `_no_split_modules`, which "
-            "names their class, nor a ModuleList or Sequential of several modules of one class"
+            "names their class, nor a ModuleList or Sequential of several modules of one class",
+            remedies.NO_BLOCKS,
         )
     trainable = {name: p for name, p in _named(model) if p.requires_grad}
     blocks: dict[str, list[Tensor]] = {EMBEDDINGS: []}
-    taken: set[Tensor] = set()
+    others = [model.get_submodule(name) for name in _other_towers(model, inside)]
+    taken: set[Tensor] = {p for tower in others for p in tower.parameters()}
     for name, module in inside.items():
         blocks[name] = [p for p in module.parameters() if p.requires_grad and p not in taken]
         taken.update(blocks[name])
@@ -108,9 +124,52 @@ def model_blocks(model: nn.Module, always: Iterable[str] = ()) -> ModelBlocks:
     is_tied = any(p in looked_up for p in outside if _is_used_elsewhere(model, p))
     blocks[EMBEDDINGS] = [p for p in outside if is_tied or p in looked_up]
     blocks[HEAD] = [p for p in outside if not (is_tied or p in looked_up)]
-    chosen = _always(always, blocks, trainable)
+    chosen = _always(always, blocks, trainable, type(model).__name__)
     kept = {name: [p for p in held if p not in chosen] for name, held in blocks.items()}
-    return ModelBlocks({name: held for name, held in kept.items() if held}, list(chosen))
+    left = {name: held for name, held in kept.items() if held}
+    if chosen and not left:
+        raise Refusal(
+            f"always covers every parameter of {type(model).__name__} that could take turns",
+            remedies.CORRECT_ALWAYS,
+        )
+    return ModelBlocks(left, list(chosen))
+
+
+def _other_towers(model: nn.Module, blocks: Iterable[str]) -> set[str]:
+    """Return the names of the towers that have blocks, but not the model's input embeddings."""
+    place = _input_embeddings(model)
+    while place:
+        place = place.rpartition(".")[0]
+        if any(name.startswith(f"{place}.") for name in blocks):
+            break
+    if not place:
+        return set()
+    own, towers = place.split("."), set()
+    for name in blocks:
+        if not name.startswith(f"{place}."):
+            parts = name.split(".")
+            shared = len(commonprefix([own, parts]))
+            towers.add(".".join(parts[: shared + 1]))
+    return towers
+
+
+def _input_embeddings(model: nn.Module) -> str:
+    """Return the name of the input embeddings; empty if no model, or more than one, names them."""
+    naming: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        is_inside = any(not other or name.startswith(f"{other}.") for other in naming)
+        if not is_inside and callable(getattr(module, "get_input_embeddings", None)):
+            naming[name] = module
+    if len(naming) != 1:
+        return ""
+    [one] = naming.values()
+    if getattr(getattr(one, "config", None), "is_encoder_decoder", False):
+        return ""  # each loss depends on both
+    try:
+        embeddings = one.get_input_embeddings()
+    except NotImplementedError:
+        return ""
+    return next((name for name, module in model.named_modules() if module is embeddings), "")
 
 
 def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -133,6 +192,7 @@ def _always(
     wanted: Iterable[str],
     blocks: Mapping[str, Sequence[Tensor]],
     trainable: Mapping[str, Tensor],
+    model: str,
 ) -> dict[Tensor, None]:
     """Return the parameters that are trained in every step, each once, in the model's order."""
     found: set[Tensor] = set()
@@ -143,9 +203,8 @@ def _always(
         else:
             fitting = {p for name, p in trainable.items() if re.search(entry, name)}
         if not fitting:
-            raise ValueError(
-                f"always={entry!r} fits no trainable parameter: give {EMBEDDINGS}, {HEAD}, or a "
-                "regular expression that is found in the names of parameters"
+            raise Refusal(
+                f"always={entry!r} fits no trainable parameter of {model}", remedies.CORRECT_ALWAYS
             )
         found |= fitting
     return dict.fromkeys(p for p in trainable.values() if p in found)

@@ -43,6 +43,7 @@ from lit_ft.measure.memory_plan import MemoryPlan, plan_memory
 from lit_ft.models.export.whole import copied_to_host, merged
 from lit_ft.models.miniature import miniature, with_blocks
 from lit_ft.module import CausalLMModule
+from lit_ft.optim.model_blocks import EMBEDDINGS, HEAD
 from lit_ft.run.preview import settings_of_data
 from lit_ft.tensors.sharding import is_model_sharded
 
@@ -91,12 +92,13 @@ def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
     length = data["max_length"]
     rows, val_rows = data["batch_size"], data["val_batch_size"] or data["batch_size"]
     ranks = num_ranks(config["trainer"])
+    is_alike = _all_alike(whole) and not _names_layers(config["trainer"]["callbacks"])
     with _quiet(), _process_group(ranks), _explained():
         return plan_memory(
             lambda blocks: _built(config, source, whole, loss, blocks, device_type),
             _batch(rows, length, packed=data["packing"]),
             _batch(val_rows, length, packed=False),
-            blocks=whole.num_hidden_layers if _all_alike(whole) else None,
+            blocks=whole.num_hidden_layers if is_alike else None,
             shallowest=2 + _num_active(config["trainer"]["callbacks"]),
             device_type=device_type,
             ranks=ranks,
@@ -191,12 +193,19 @@ class _Export(Callback):
 
 def _num_active(callbacks: Any) -> int:
     """Return the number of blocks that differ from the others, since they alone are trained."""
-    active: list[int] = [
-        one.get("active", 1)
-        for one in callbacks or []
-        if str(one.get("_target_")).endswith(".BlockUpdate")
-    ]
+    active: list[int] = [one.get("active", 1) for one in callbacks or [] if _is_of_blocks(one)]
     return max([1, *active])
+
+
+def _names_layers(callbacks: Any) -> bool:
+    """Whether block updates always train what a model of fewer blocks may not have."""
+    always = [one.get("always") or [] for one in callbacks or [] if _is_of_blocks(one)]
+    entries = [e for one in always for e in (one if isinstance(one, list) else [one])]
+    return any(entry not in (EMBEDDINGS, HEAD) for entry in entries)
+
+
+def _is_of_blocks(callback: Mapping[str, Any]) -> bool:
+    return str(callback.get("_target_")).endswith(".BlockUpdate")
 
 
 class _Buckets(Callback):

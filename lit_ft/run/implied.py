@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from lit_ft.run.override import name_of
 
@@ -33,6 +35,9 @@ def with_implied(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
     Args:
         arguments: The arguments, in Hydra's form.
         config_dir: The folder that holds train.yaml.
+
+    Raises:
+        ValueError: If a sweep has updates with and without blocks, and names no optimizer.
     """
     whole = [with_default_callbacks(one, config_dir=config_dir) for one in arguments]
     settings = {name_of(one): one.partition("=")[2] for one in whole if not one.startswith("-")}
@@ -63,9 +68,28 @@ def with_default_callbacks(argument: str, *, config_dir: Path) -> str:
 
 def _optimizer(typed: Mapping[str, str]) -> Iterator[str]:
     """Yield the optimizer of block updates, unless what is typed chooses one."""
-    updates = typed.get("update", "").strip("[]").split(",")
-    if "blocks" in updates and typed.keys().isdisjoint(_OPTIMIZERS):
+    updates = typed.get("update", "")
+    if "blocks" not in updates or any(typed.get(one, "null") != "null" for one in _OPTIMIZERS):
+        return
+    have_blocks = {"blocks" in one for one in _choices("update", updates)}
+    if have_blocks == {True, False}:  # what is implied would hold for all jobs of the sweep
+        raise ValueError(
+            f"update={updates}: alone, update=blocks brings optim=adamw, and the others do "
+            "not. Add optim=adamw, with which all runs of this sweep then train, or compare each "
+            "with its own optimizer: python -m lit_ft.compare -m."
+        )
+    if True in have_blocks:
         yield "optim=adamw"
+
+
+def _choices(group: str, value: str) -> list[list[str]]:
+    """Return the names in each choice of a group, of which a sweep has several."""
+    try:
+        override = OverridesParser.create().parse_override(f"{group}={value}")
+        several = list(override.sweep_string_iterator()) if override.is_choice_sweep() else [value]
+    except HydraException:  # Hydra will say what is wrong with it
+        several = [value]
+    return [str(one).strip("[]").split(",") for one in several]
 
 
 def _length(typed: Mapping[str, str], files: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -18,6 +18,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from examples.other_project import Regression
 from lit_ft.callbacks import BlockUpdate, GaLore, LayerwiseUpdate, StartTable
+from lit_ft.module import CausalLMModule
+from tests.support.tiny_model import two_towers
 from tests.support.tiny_module import batch_of, float16, loader, module_of, trainer_of
 
 ADAMW = partial(AdamW, lr=1e-2, weight_decay=0.1)
@@ -48,8 +50,8 @@ def _block(name: str) -> str:
 def fit(folder: Path, *callbacks: Any, steps: int = 8, kind: str = "llama", **options: Any) -> Any:
     ckpt_path = options.pop("ckpt_path", None)
     module = module_of(kind, optimizer=options.pop("optimizer", ADAMW))
+    data = StatefulDataLoader(options.pop("batches", BATCHES), batch_size=None)
     trainer = trainer_of(folder, max_steps=steps, callbacks=list(callbacks), **options)
-    data = StatefulDataLoader(BATCHES, batch_size=None)
     trainer.fit(module, data, ckpt_path=ckpt_path)
     assert all(p.requires_grad for p in module.parameters())
     return trainer, module.model.state_dict()
@@ -113,14 +115,39 @@ def test_a_resumed_fit_is_the_uninterrupted_one(stop, state, precision, tmp_path
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("stop", [3, 4])  # inside a turn, and between two
+@pytest.mark.parametrize("state", ["drop", "keep"])
+def test_what_is_saved_after_a_fit_goes_on_too(stop, state, tmp_path):
+    def blocks():
+        return BlockUpdate(every=2, state=state)
+
+    _, whole = fit(tmp_path, blocks())
+    trainer, _ = fit(tmp_path, blocks(), steps=stop)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    # Such a checkpoint of Lightning's does not say where in the data it is.
+    rest = {"batches": BATCHES[stop:], "ckpt_path": tmp_path / "after.ckpt"}
+    _, resumed = fit(tmp_path, blocks(), **rest)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
 def test_the_length_of_a_turn_that_a_run_has_chosen_is_kept_by_the_one_that_resumes(tmp_path):
-    chosen = BlockUpdate()
-    trainer, _ = fit(tmp_path, chosen, steps=8)
-    state = {"every": 2, "turns": {"stay": 3, "active": ["x"]}}
-    later = BlockUpdate()
-    later.load_state_dict(state)
+    trainer, _ = fit(tmp_path, BlockUpdate(), steps=6)  # two steps for each of its three blocks
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    later, watch = BlockUpdate(), Watch()
+    trainer, _ = fit(tmp_path, later, watch, steps=24, ckpt_path=tmp_path / "after.ckpt")
+    turns = [watch.gradients[step : step + 2] for step in range(0, 18, 2)]
+    assert all(first == second for first, second in turns)
+    assert all(turn != after for turn, after in zip(turns[:2], turns[1:3], strict=True))
     assert ", for 2 steps each" in later.described(trainer.lightning_module, 8000)
     assert ", for 100 steps each" in BlockUpdate().described(trainer.lightning_module, 8000)
+
+
+def test_a_fit_that_begins_afresh_forgets_the_one_before(tmp_path):
+    again = BlockUpdate()
+    fit(tmp_path, again, steps=6)
+    watch = Watch()
+    fit(tmp_path, again, watch, steps=12)  # four steps for each of its three blocks
+    assert watch.gradients[0] == watch.gradients[3] != watch.gradients[4] == watch.gradients[7]
 
 
 class Tower(Regression):
@@ -150,6 +177,48 @@ def test_a_foreign_project_trains_its_blocks_in_turns(tmp_path):
     trainer.fit(module, loader(*rows(3)))
     moved = [not p.equal(b) for p, b in zip(module.parameters(), before, strict=True)]
     assert moved == [True] * 6 + [False] * 2  # three of its four blocks have had their turn
+
+
+class HalfUsed(Tower):
+    """A module whose loss does not depend on its last two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net[1](self.net[0](batch[0])).square().mean()
+
+
+def test_a_block_that_takes_no_part_in_the_loss_is_named(tmp_path):
+    module = HalfUsed()
+    trainer = trainer_of(tmp_path, max_steps=4, callbacks=[BlockUpdate(1, order="ascending")])
+    said = r"step 2 does not depend on the active block 'net.2'. Freeze .*leave BlockUpdate out"
+    with pytest.raises(MisconfigurationException, match=said):
+        trainer.fit(module, loader(*rows(4)))
+    assert all(p.requires_grad for p in module.parameters())
+    for parameter in module.net[2:].parameters():
+        parameter.requires_grad_(False)
+    trainer_of(tmp_path, max_steps=4, callbacks=[BlockUpdate(1)]).fit(module, loader(*rows(4)))
+    assert not any(p.requires_grad for p in module.net[2:].parameters())
+
+
+@pytest.mark.parametrize("always", [None, ["embeddings"]])
+def test_a_tower_for_images_has_no_turn_and_text_does_not_move_it(always, tmp_path):
+    class Text(CausalLMModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+    module = module_of("llama", optimizer=ADAMW)
+    module.model = two_towers()
+    before = copy.deepcopy(module.model.state_dict())
+    watch = Watch()
+    trainer = trainer_of(tmp_path, max_steps=6, callbacks=[BlockUpdate(1, always=always), watch])
+    trainer.fit(module, loader(*BATCHES[:6]))
+    moved = {n for n, p in module.model.state_dict().items() if not p.equal(before[n])}
+    assert not [name for name in moved if "vision_tower" in name]
+    assert {"model.language_model.embed_tokens.weight"} <= moved
+    assert all(p.requires_grad for p in module.parameters())
 
 
 def test_one_callback_serves_two_fits(tmp_path):
@@ -189,6 +258,9 @@ def test_after_an_error_everything_is_trainable_again(tmp_path):
         ({"state": None}, "state must be 'drop' or 'keep', not None"),
         ({"always": ["("]}, "is not a regular expression"),
         ({"always": [3]}, "always must be a list of texts, and 3 is none"),
+        ({"always": 5}, "always must be a list of texts, not 5"),
+        ({"always": ""}, "an entry of always is an empty text, which fits every parameter"),
+        ({"always": ["head", ""]}, "an entry of always is an empty text"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(arguments, said):
@@ -233,7 +305,22 @@ def test_what_cannot_be_right_is_refused_before_training(
     [
         (Regression, BlockUpdate(), "Regression has no repeated blocks: neither `_no_split"),
         (Tower, BlockUpdate(active=4), "active=4 keeps all 4 blocks of Tower active. Lower active"),
-        (Tower, BlockUpdate(always=["embeddings"]), "always='embeddings' fits no trainable"),
+        (
+            Tower,
+            BlockUpdate(always=["embeddings"]),
+            "always='embeddings' fits no trainable parameter of Tower. Correct always: ",
+        ),
+        (
+            Tower,
+            BlockUpdate(always=["net.0", "."]),
+            "always covers every parameter of Tower that could take turns. Correct always: ",
+        ),
+        (
+            Tower,
+            BlockUpdate(always=["net.[012]"]),
+            "active=1 keeps the only block of Tower active, apart from what always covers. "
+            "Take entries out of always or",
+        ),
     ],
 )
 def test_a_model_without_turns_is_refused_before_it_trains(module, blocks, said, tmp_path):
@@ -244,9 +331,18 @@ def test_a_model_without_turns_is_refused_before_it_trains(module, blocks, said,
     torch.testing.assert_close(built.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_run_that_ends_too_early_for_some_blocks_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="ends at step 4, and it takes 9 until each of its 3"):
-        fit(tmp_path, BlockUpdate(every=3), steps=4)
+@pytest.mark.parametrize(
+    ("blocks", "steps", "said"),
+    [
+        (BlockUpdate(3), 4, "9 until .* 3 .*: lower every=3, raise active=1, or raise max_steps."),
+        (BlockUpdate(every=3, active=2), 4, "6 until .* 3 .*: lower every=3, or raise max_steps."),
+        (BlockUpdate(), 2, "3 until .* its 3 .*: raise active=1, or raise max_steps."),
+        (BlockUpdate(active=2), 1, "2 until .* its 3 .*: raise max_steps."),
+    ],
+)
+def test_a_run_that_ends_too_early_for_some_blocks_says_what_helps(blocks, steps, said, tmp_path):
+    with pytest.warns(UserWarning, match=f"ends at step {steps}, and it takes {said}$"):
+        fit(tmp_path, blocks, steps=steps)
 
 
 def table_of(capsys: Any, folder: Path, *callbacks: Any) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
+from lit_ft.compat.refusal import Refusal
 from lit_ft.optim.model_blocks import model_blocks, repeated_blocks
-from tests.support.tiny_model import tiny_model
+from tests.support.tiny_model import tiny_model, two_towers
 
 
 def names(model: nn.Module, *always: str) -> tuple[dict[str, list[str]], list[str]]:
@@ -69,8 +71,12 @@ def test_what_is_always_trained_is_in_no_block():
     all_in_one_place(model, "norm", "head")
     tied = tiny_model("llama", tie_word_embeddings=True)
     assert names(tied, "head")[1] == ["model.embed_tokens.weight", "model.norm.weight"]
-    with pytest.raises(ValueError, match="always='adapter' fits no trainable parameter"):
+    with pytest.raises(Refusal, match="always='adapter' fits no trainable parameter"):
         model_blocks(model, ["adapter"])
+    with pytest.raises(Refusal, match="always covers every parameter of Llama") as said:
+        model_blocks(model, ["."])
+    assert "Correct callbacks.blocks.always" in said.value.on_command_line
+    assert "update=" not in said.value.on_command_line
 
 
 def test_frozen_parameters_are_in_no_block():
@@ -113,3 +119,28 @@ def test_a_model_without_blocks_is_refused_by_what_it_lacks(model):
         ValueError, match=r"no repeated blocks: neither `_no_split_modules`.*one cl"
     ):
         model_blocks(model)
+
+
+def test_only_the_tower_of_the_input_embeddings_has_blocks():
+    model = two_towers()
+    blocks, _ = names(model)
+    layers = [f"model.language_model.layers.{i}" for i in range(2)]
+    assert list(blocks) == ["embeddings", *layers]
+    listed = [name for held in blocks.values() for name in held]
+    others = [n for n, _ in model.named_parameters() if "vision_tower" in n]
+    assert sorted(listed + others) == sorted(n for n, _ in model.named_parameters())
+    assert [n for n in blocks["embeddings"] if "projector" in n]  # it is in no tower
+    outer = nn.ModuleDict({"net": model, "probe": nn.Linear(2, 2)})
+    assert list(names(outer)[0]) == ["embeddings", *(f"net.{name}" for name in layers)]
+
+
+def test_two_models_side_by_side_both_have_blocks():
+    both = nn.ModuleList([tiny_model("llama"), tiny_model("llama")])
+    assert len(repeated_blocks(both)) == len(names(both)[0]) - 2 == 4
+
+
+def test_an_encoder_and_a_decoder_that_share_embeddings_both_have_blocks():
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=40)
+    blocks, _ = names(T5ForConditionalGeneration(config))
+    assert [n for n in blocks if n.startswith("encoder.")]
+    assert [n for n in blocks if n.startswith("decoder.")]

@@ -48,10 +48,26 @@ def test_a_run_is_as_long_as_people_expect(typed, implied):
         (["update=blocks", "galore=none"], []),
         (["update=blocks", "adapter=lora"], []),  # which is refused
         (["update=layerwise"], []),
+        (["update=blocks", "experiment=null"], ["optim=adamw"]),
+        (["update=blocks", "experiment=full_8bit"], []),
+        (["update=blocks,[blocks,layerwise]"], ["optim=adamw"]),  # a sweep that has no other
+        (["update=whole,layerwise"], []),
+        (["update=whole,blocks", "optim=adamw"], []),
+        (["update=whole,blocks", "galore=none"], []),
     ],
 )
 def test_block_updates_bring_an_optimizer_that_goes_with_them(typed, implied):
     assert with_implied(typed, config_dir=CONF) == [*implied, *typed]
+
+
+@pytest.mark.parametrize(
+    "update", ["whole,blocks", "[blocks,layerwise],whole", "choice(layerwise,blocks)"]
+)
+def test_a_sweep_with_and_without_blocks_must_name_its_optimizer(update):
+    """Each job would otherwise train with another optimizer than it does alone."""
+    with pytest.raises(ValueError, match=r"Add optim=adamw, .*python -m lit_ft.compare") as said:
+        with_implied(["-m", f"update={update}"], config_dir=CONF)
+    assert str(said.value).startswith(f"update={update}: ")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from lit_ft.compat.refusal import Refusal
 from lit_ft.measure.fake_tensors import fake_tensors
 from lit_ft.measure.live_memory import MemoryTracker
 from lit_ft.run.arguments import composed
@@ -140,3 +141,22 @@ def test_deep_models_follow_from_shallow_ones(arguments, monkeypatch):
     assert whole.simulated_blocks == (9,)
     assert extended.peak_bytes == whole.peak_bytes
     assert extended.by_phase == whole.by_phase
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("always", "simulated"),
+    [("[embeddings,head]", (3, 4)), ("head", (3, 4)), ("[embeddings,layers.5.mlp]", (9,))],
+)
+def test_what_is_always_trained_is_planned_where_it_is(always, simulated):
+    arguments = [*SMALL, "model.config.num_hidden_layers=9", "update=blocks"]
+    arguments += [f"callbacks.blocks.always={always}"]
+    assert plan_run(composed(arguments), device_type="cpu").simulated_blocks == simulated
+
+
+def test_a_wrong_always_is_answered_with_its_correction():
+    arguments = [*SMALL, "update=blocks", "callbacks.blocks.always=[layers.99.mlp]"]
+    with pytest.raises(Refusal, match="always='layers.99.mlp' fits no trainable") as said:
+        plan_run(composed(arguments), device_type="cpu")
+    assert "Correct callbacks.blocks.always" in said.value.on_command_line
+    assert "update=whole" not in said.value.on_command_line
