@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from hydra.core.global_hydra import GlobalHydra
 from support.composed import composed
 from support.peers.figures import SAME, check_same_batches, latest, summary, verdicts
 from support.peers.job import SETTINGS, Job
+from support.peers.meter import Meter
 from support.peers.one import in_short
 from support.peers.page import as_markdown, cells, index_figures
+from support.peers.processes import Processes
 from support.peers.rows import PEERS, ROWS, TRAINED
 from support.peers.weights import largest_difference
 from support.peers.with_lit_ft import LitFt
@@ -128,6 +131,39 @@ def test_less_memory_is_ahead(ratio, word):
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours", "word"),
+    [(0, 0, "level"), (0, 2**20, "behind"), (2**20, 0, "ahead"), (2**20, -(2**20), "ahead")],
+)
+def test_a_process_may_not_grow_at_all(theirs, ours, word):
+    records = (
+        trained("hf_adamw", rss_growth_bytes=theirs),
+        trained("adamw", rss_growth_bytes=ours),
+    )
+    assert words(*records)["growth of the process"] == word
+
+
+def test_a_growth_that_cannot_be_measured_is_not_compared():
+    records = (trained("hf_adamw", rss_growth_bytes=None), trained("adamw"))
+    assert "growth of the process" not in words(*records)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "word"),
+    [(None, None, "level"), (None, 2.0, "ahead"), (2.0, None, "behind"), (2.0, 2.0, "level")],
+)
+def test_rows_that_both_diverge_are_level(theirs, ours, word):
+    records = (trained("hf_adamw", held_out_loss=theirs), trained("adamw", held_out_loss=ours))
+    assert words(*records)["held-out loss"] == word
+
+
+def test_losses_are_compared_on_the_seeds_that_both_have():
+    losses = enumerate((2.0, 2.2, 2.4))
+    theirs = [trained("hf_adamw", seed=seed, held_out_loss=loss) for seed, loss in losses]
+    assert words(*theirs, trained("adamw"))["held-out loss"] == "level"
+    assert "held-out loss" not in words(theirs[1], trained("adamw"))
+
+
+@pytest.mark.parametrize(
     ("rounds", "word"),
     [((1.2, 1.1), "ahead"), ((0.9, 1.1), "level"), ((0.8, 0.9), "behind")],
 )
@@ -171,6 +207,43 @@ def test_weights_differ_by_a_share_of_a_tensors_largest_value():
     assert largest_difference(one, {**one, "a": torch.tensor([2.0, -4.0])}) == 0.25
     with pytest.raises(ValueError, match="only one has"):
         largest_difference(one, {"a": one["a"]})
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_the_same(odd):
+    one, other = {"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2)}
+    for changed in (torch.tensor([1.0, odd]), torch.full((2,), odd)):
+        assert largest_difference(one, {**other, "b": changed}) == math.inf
+        assert largest_difference({**other, "b": changed}, one) == math.inf
+
+
+def test_a_row_that_dies_before_its_first_turn_ends_with_what_it_said(tmp_path, monkeypatch):
+    output = tmp_path / "output.txt"
+    output.write_text("no such model\n")
+
+    def dead(self, row, job, **options):
+        process = subprocess.Popen([sys.executable, "-c", ""], text=True, **options)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        return process, output
+
+    monkeypatch.setattr(Processes, "_start", dead)
+    with (
+        pytest.raises(RuntimeError, match="no such model"),
+        Processes(tmp_path).taking_turns("adamw", job(tmp_path)) as row,
+    ):
+        row.step()
+
+
+def test_a_meter_knows_no_growth_if_the_peak_cannot_begin_again(tmp_path, monkeypatch):
+    meter = Meter(job(tmp_path))
+
+    def refused(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    meter.begins()
+    meter.ends()
+    assert meter.memory["rss_growth_bytes"] is None
 
 
 def test_an_error_is_one_line_without_folders():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from support.best_rate import best_rate
@@ -177,10 +177,11 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
     found = []
     for peer, row in PEERS.items():
         ours = row.against[0]
+        pair = _of_the_same_seeds(rows[peer], rows[ours])
         for column in LESS_IS_BETTER:
-            theirs, our = column.value(rows[peer]), column.value(rows[ours])
+            theirs, our = map(column.value, pair)
             if theirs is not None and our is not None:
-                word = _word(our / theirs, column.level)
+                word = _word(our, theirs, column.level)
                 shown = (column.shown(theirs), column.shown(our))
                 found.append(Verdict(peer, ours, column.name, *shown, word))
         found += _of_speed(records, peer, ours)
@@ -189,6 +190,13 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
             word = _of_two(ours_resumed == SAME, theirs_resumed == SAME)
             found.append(Verdict(peer, ours, "resumes", theirs_resumed, ours_resumed, word))
     return found
+
+
+def _of_the_same_seeds(peer: Summary, ours: Summary) -> tuple[Summary, Summary]:
+    """Return both with the losses of the seeds that both have: seeds differ more than rows."""
+    seeds = peer.losses.keys() & ours.losses.keys()
+    alike = [{seed: row.losses[seed] for seed in sorted(seeds)} for row in (peer, ours)]
+    return replace(peer, losses=alike[0]), replace(ours, losses=alike[1])
 
 
 def _of_speed(records: Sequence[Record], peer: str, ours: str) -> Iterable[Verdict]:
@@ -202,7 +210,7 @@ def _of_speed(records: Sequence[Record], peer: str, ours: str) -> Iterable[Verdi
         shown.append(f"{statistics.median(medians):.0f} tokens/s")
     ratios = [record["times_as_fast"]["median"] for record in pairs]
     # Where the rounds do not agree on who is faster, the difference means nothing.
-    word = "level" if min(ratios) <= 1.0 <= max(ratios) else _word(1 / ratios[0], 0.0)
+    word = "level" if min(ratios) <= 1.0 <= max(ratios) else _word(1.0, ratios[0], 0.0)
     yield Verdict(peer, ours, "tokens/s", *shown, word)
 
 
@@ -210,8 +218,11 @@ def _of_two(ours: bool, theirs: bool) -> str:
     return "level" if ours == theirs else ("ahead" if ours else "behind")
 
 
-def _word(ratio: float, level: float) -> str:
-    return "level" if abs(ratio - 1) <= level else ("ahead" if ratio < 1 else "behind")
+def _word(ours: float, theirs: float, level: float) -> str:
+    """Return where ours is if less is better; a growth can be 0, and a loss infinite."""
+    if ours == theirs or abs(ours - theirs) <= level * abs(theirs) < math.inf:
+        return "level"
+    return "ahead" if ours < theirs else "behind"
 
 
 def check_same_batches(records: Iterable[Record]) -> None:

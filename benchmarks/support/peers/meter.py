@@ -35,15 +35,15 @@ class Meter:
         self._job = job
         self._told = None if job.turns is None else os.fdopen(job.turns, "w", buffering=1)
         self._began = 0.0
-        self._resident = 0
+        self._resident: int | None = None  # without it, growth is not known
 
     def begins(self) -> None:
         """Begin to measure memory, and time the first step."""
         with suppress(AttributeError):
             peak_and_restart()
-        with suppress(OSError):
+        with suppress(OSError):  # some containers refuse it, and VmHWM goes on from before
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins again
-        self._resident = _status("VmRSS")
+            self._resident = _status("VmRSS")
         self._wait()
         self._began = time.perf_counter()
 
@@ -75,7 +75,8 @@ class Meter:
 
     def ends(self) -> None:
         """Note the peaks of memory since `begins`."""
-        self.memory["rss_growth_bytes"] = _status("VmHWM") - self._resident
+        begun = self._resident
+        self.memory["rss_growth_bytes"] = None if begun is None else _status("VmHWM") - begun
         try:
             self.memory["peak_bytes"] = peak_and_restart()
         except AttributeError:

@@ -129,7 +129,8 @@ def _standing(records: Sequence[Record]) -> list[str]:
     return [
         f"Each peer is held against the row of lit_ft that is closest to it. lit_ft is ahead in "
         f"{ahead} comparisons and {level}. Two figures are level if they differ by less than 0.1 % "
-        "(loss), 1 % (peak) or 5 % (growth), or if the rounds do not agree on who is faster.",
+        "(loss), 1 % (peak) or 5 % (growth), or if the rounds do not agree on who is faster. "
+        "Losses are compared on the seeds that both have.",
     ]
 
 

@@ -50,7 +50,8 @@ class Processes:
                 yield InTurn(process, told, output)
         finally:
             assert process.stdin is not None
-            process.stdin.close()  # a row that waits for its turn ends
+            with suppress(BrokenPipeError):  # it has ended before its turn
+                process.stdin.close()  # a row that waits for its turn ends
             process.wait()
 
     def _start(self, row: str, job: Job, **options: Any) -> tuple[subprocess.Popen[str], Path]:

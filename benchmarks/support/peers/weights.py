@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 def largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Return the largest difference of a tensor, relative to its largest value; 0.0 if bit-equal.
 
+    It is infinite if any difference is not finite, since no other number says that they differ.
+
     Raises:
         ValueError: If the names differ.
     """
@@ -30,4 +33,5 @@ def _difference(one: Tensor, other: Tensor) -> float:
     if torch.equal(one, other):
         return 0.0
     apart = (one.double() - other.double()).abs().max()
-    return float(apart / other.double().abs().max())
+    share = float(apart / other.double().abs().max())
+    return share if math.isfinite(share) else math.inf  # max() would pass over NaN
