@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_ft.callbacks._support.evaluating import evaluating, sharded_by
 from lit_ft.compat.ranges import Count, WholeNumber
+from lit_ft.distributed.waiting import others_wait
 from lit_ft.evaluation.harness import score
 from lit_ft.evaluation.loading import Tasks, load_tasks
 from lit_ft.evaluation.scores import Scores
@@ -29,9 +30,9 @@ class LMEval(Callback):
     same as without this callback. Tasks are loaded before the model, so that one that is not there
     costs no training. Without tasks, nothing happens, and lm-eval need not be installed.
 
-    Of several ranks, rank 0 scores and the others wait, no longer than the timeout of their process
-    group. A model that is sharded over ranks is not scored, nor is a module without `model` and
-    `tokenizer`: there, and if lm-eval fails after training, a warning is given.
+    Of several ranks, rank 0 scores and the others wait, however long that takes. A model that is
+    sharded over ranks is not scored, nor is a module without `model` and `tokenizer`: there, and if
+    lm-eval fails after training, a warning is given.
 
     Args:
         tasks: The names of lm-eval's tasks, groups and tags, or paths of YAML files that describe
@@ -112,10 +113,15 @@ class LMEval(Callback):
         The peak memory of the training has been read by now.
         """
         tasks, self._loaded = self._loaded, None
-        if tasks is None or not trainer.is_global_zero:
+        if tasks is None:
             return
+        with others_wait(trainer) as is_first:
+            if is_first:
+                self._score_and_log(tasks, trainer, pl_module)
+
+    def _score_and_log(self, tasks: Tasks, trainer: Trainer, module: LightningModule) -> None:
         try:
-            self.scores = self._score(tasks, pl_module)
+            self.scores = self._score(tasks, module)
         except Exception as error:  # of a task's own code; none may cost the trained model
             hint = " A smaller batch_size needs less." if is_out_of_memory(error) else ""
             rank_zero_warn(f"No scores: lm-eval failed with {error!r}.{hint}")

@@ -11,7 +11,8 @@ from lit_ft.run.repeats import repeated
 SEED = "seed"
 LEARNING_RATE = "optim.lr"
 
-# Where a run writes, what it shows and how it was started change nothing of what it measures.
+# Where a run writes, what it shows and how it was started change nothing of what it measures. What
+# it is scored on changes nothing of what it learns.
 # `trainer.callbacks` and `trainer.logger` list what other settings say.
 _IGNORED = (
     SEED,
@@ -21,6 +22,7 @@ _IGNORED = (
     "ui",
     "plan",
     "compare",
+    "eval",
     "trusted_packages",
     "logger",
     "trainer.logger",

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lit_ft.comparison.methods import Method
 from lit_ft.comparison.runs import Run
+from lit_ft.comparison.scores import metrics_of_tasks
 from lit_ft.comparison.settings import differing, key_of
+from lit_ft.run.types import as_typed
 
 # Settings of the data that change neither the rows nor what is learnt of them.
 _NOT_OF_THE_ROWS = ("data.num_workers", "data.batch_size", "data.val_batch_size")
+
+# Settings under `eval` that decide what the score of a task is about.
+_OF_A_SCORE = ("limit", "num_fewshot", "apply_chat_template")
 
 
 def unequal(methods: Sequence[tuple[int, Method]]) -> list[str]:
@@ -29,6 +35,7 @@ def unequal(methods: Sequence[tuple[int, Method]]) -> list[str]:
         *_rows_of_a_seed(methods),
         *_differences("numbers of steps", "longer runs have an advantage", methods, _steps),
         *_differences("rows in a step", "larger steps see more data", methods, _rows_per_step),
+        *_scored_in_other_ways(methods),
         *_trials(methods),
         *_edges(methods),
     ]
@@ -118,6 +125,28 @@ def _rows_of_a_seed(methods: Sequence[tuple[int, Method]]) -> Iterator[str]:
                 f"compared: {told}."
             )
             return
+
+
+def _scored_in_other_ways(methods: Sequence[tuple[int, Method]]) -> Iterator[str]:
+    """Yield a sentence for the tasks on which runs are scored with different settings."""
+    tasks = metrics_of_tasks(run for _, method in methods for run in method.best.runs)
+    told: dict[str, list[str]] = {}
+    for task in tasks:
+        for said in _differences("", "", methods, partial(_way_of_scoring, task)):
+            told.setdefault(said.partition(": ")[2], []).append(task)
+    for ways, alike in told.items():
+        yield (
+            f"The runs are scored on {', '.join(alike)} with different settings, so these scores "
+            f"cannot be compared: {ways}"
+        )
+
+
+def _way_of_scoring(task: str, run: Run) -> str | None:
+    scores = run.get("scores")
+    if not isinstance(scores, Mapping) or task not in scores:
+        return None
+    found = {name: run.get("config", "eval", name) for name in _OF_A_SCORE}
+    return " ".join(f"eval.{name}={as_typed(value)}" for name, value in found.items())
 
 
 def _trials(methods: Sequence[tuple[int, Method]]) -> Iterator[str]:

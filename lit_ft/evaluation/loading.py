@@ -98,7 +98,7 @@ def task_manager(folder: Path | None, *, with_defaults: bool) -> Any:
     """Return lm-eval's manager of the tasks of lit_ft, of a folder, and perhaps of lm-eval."""
     from lm_eval.tasks import TaskManager
 
-    folders = [OWN] if folder is None else [OWN, folder]
+    folders = [OWN] if folder is None else [folder, OWN]  # of tasks with one name, the last wins
     return TaskManager(include_path=folders, include_defaults=with_defaults)
 
 

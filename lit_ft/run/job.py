@@ -227,9 +227,13 @@ def refuse_to_start_processes(trainer: Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """Return a callback's place: four come before all others, and `StopOnSignal` comes last."""
+    """Return a callback's place: four come before all others, and two after them.
+
+    `LMEval` may take hours, so what the training has come to is recorded before. `StopOnSignal`
+    comes last.
+    """
     first = (AutoBatchSize, StopOnNonFinite, OpensFolder, MemoryCheck)
-    places = (*((kind, place) for place, kind in enumerate(first)), (StopOnSignal, 5))
+    places = (*((kind, place) for place, kind in enumerate(first)), (LMEval, 5), (StopOnSignal, 6))
     return next((place for kind, place in places if isinstance(callback, kind)), 4)
 
 

@@ -154,7 +154,7 @@ class Recorder(Callback):
         self._record(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record why the training ended, what it unlearnt, its scores, and the export's folder."""
+        """Record why the training ended, what it unlearnt, and the export's folder."""
         ended = why_fit_ended(trainer, self.best_steps)
         self.summary.update(ended=ended)
         if trainer.global_step == 0:
@@ -170,12 +170,16 @@ class Recorder(Callback):
                     "value": forgetting.increase,
                 }
             )
-        lm_eval = find_callback(trainer, LMEval)
-        if lm_eval is not None and lm_eval.scores:
-            self.summary.update(scores=lm_eval.scores)
         export = find_callback(trainer, ExportHF)
         if export is not None and export.export_path is not None:
             self.summary.update(export_path=str(export.export_path))
+        self.summary.write()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Record the scores, which come last."""
+        lm_eval = find_callback(trainer, LMEval)
+        if stage == "fit" and lm_eval is not None and lm_eval.scores:
+            self.summary.update(scores=lm_eval.scores)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -167,7 +167,8 @@ class RunSummary:
         status = status_of(error)
         self.update(status=status)
         if error is not None:
-            self.update(ended=_ended_by(error, status, self.fields["steps"]))
+            ended = _ended_by(error, status, self.fields["steps"], self.fields["ended"])
+            self.update(ended=ended)
         if error is not None and status not in ("interrupted", "pruned"):
             lines = traceback.format_exception(error, limit=-5)
             self.update(
@@ -234,8 +235,11 @@ def status_of(error: BaseException | None) -> str:
     return "out_of_memory" if is_out_of_memory(error) else "failed"
 
 
-def _ended_by(error: BaseException, status: str, steps: int) -> str:
-    """Return the sentence for a run that an error or a signal ended after `steps` steps."""
+def _ended_by(error: BaseException, status: str, steps: int, trained: str | None) -> str:
+    """Return the sentence for a run that an error or a signal ended after `steps` steps.
+
+    A signal after the training, which scores or validates then, leaves why that ended: `trained`.
+    """
     place = f"at step {steps}" if steps else "before the first step"
     if status == "pruned":
         return f"pruned: {error}"
@@ -246,7 +250,7 @@ def _ended_by(error: BaseException, status: str, steps: int) -> str:
         return f"{type(error).__name__} {place}: {first}".rstrip(".")
     by = "SIGTERM" if isinstance(error, SIGTERMException) else "Ctrl-C"
     by = "SIGHUP" if isinstance(error, SIGHUPException) else by
-    return f"{by} {place}"
+    return f"{by} {place}" if trained is None else f"{trained}, then {by}"
 
 
 def _earlier(run_dir: str | Path) -> dict[str, Any] | None:

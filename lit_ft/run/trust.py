@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.utils import get_object
 
 from lit_ft.run.override import name_of
+from lit_ft.run.repeats import repeated
 
 KINDS = (
     "lightning.fabric.plugins.environments.cluster_environment.ClusterEnvironment",
@@ -77,7 +80,13 @@ def refuse_untrusted(
         also: The names of further packages that the user trusts, with all that they define.
         remedy: What gives trust on the command line, with `{package}` for the package's name.
     """
+    positional = {path.removesuffix("._args_") for path, value in _values(config, "_args_")}
     for path, target in _targets(config):
+        if path in positional and _home(_found(target)).partition(".")[0] == "lit_ft":
+            raise ValueError(
+                f"{path}._args_: the classes of lit_ft take their arguments by name, because some "
+                "of the names give trust. Write the names."
+            )
         if not _is_trusted(target, also):
             raise ValueError(
                 f"{path}._target_={target}: this is no class that a configuration may name. Those "
@@ -98,27 +107,26 @@ def trusted_packages(config: Mapping[str, Any], arguments: Sequence[str]) -> lis
 
     Args:
         config: The configuration as plain dicts, lists and values.
-        arguments: The arguments of the command line. Only they can give trust.
+        arguments: The arguments of the command line. Only they can give trust, each to the value
+            that it sets: what an interpolation in it stands for may be a file's.
 
     Raises:
-        ValueError: If the configuration trusts a package, or code of a model, that the command
-            line does not name.
+        ValueError: If the configuration trusts a package, the code of a model or the file of a task
+            that the command line does not name.
     """
-    named = set(map(name_of, arguments))
+    typed = [_typed(one) for one in arguments if _sets_value(one)]
     trusted = config.get("trusted_packages")
-    if trusted and "trusted_packages" not in named:
+    if trusted and not set(_texts_in(trusted)) <= _texts_under("trusted_packages", typed):
         raise ValueError(
             f"A configuration file sets trusted_packages={trusted}, and only the command line may. "
             "If you trust them, repeat it there."
         )
-    setting = remote_code(config)
-    if setting and not any("trust_remote_code" in argument for argument in arguments):
+    if remote := [one for one in _remote_code(config) if one not in _trusting(typed)]:
         raise ValueError(
-            f"A configuration file sets {setting}=true, and only the command line may. If you "
-            "trust the code in this repository, repeat it there."
+            f"A configuration file sets config.{remote[0]}=true, and only the command line may. If "
+            "you trust the code in this repository, repeat it there."
         )
-    files = task_files(config)
-    if files and not any("include_path" in one or _TASK_FILE.search(one) for one in arguments):
+    if files := _task_files(config, typed):
         raise ValueError(
             f"A configuration file sets {files}, and only the command line may, because the files "
             "of tasks can run Python code. If you trust them, repeat it there."
@@ -135,22 +143,70 @@ def gives_trust(setting: str) -> bool:
     return any(name in setting for name in TRUST) or _TASK_FILE.search(setting) is not None
 
 
-def task_files(config: Mapping[str, Any]) -> str | None:
-    """Return the setting that names files of lm-eval's tasks; None if there is none."""
-    found = [(path, value) for path, value in _values(config, "include_path") if value]
-    found += [
-        (path, value)
-        for path, value in _values(config, "tasks")
-        if any(str(one).endswith((".yaml", ".yml")) for one in _listed(value))
-    ]
-    told = (f"{path.removeprefix('config.')}={value}" for path, value in found)
-    return min(told, key=len, default=None)  # not that of the callback which reads it
-
-
 def remote_code(config: Mapping[str, Any]) -> str | None:
     """Return the setting by which a repository's Python code would run; None if there is none."""
-    settings = (path for path, value in _values(config, "trust_remote_code") if value)
-    return next(settings, None)
+    return next((f"config.{setting}" for setting in _remote_code(config)), None)
+
+
+def _remote_code(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings that trust the code of a repository, each as the user types its name."""
+    for path, value in _values(config, "trust_remote_code"):
+        if value:
+            yield repeated(path.removeprefix("config."))
+
+
+def _trusting(typed: Sequence[tuple[str, Any]]) -> set[str]:
+    """Return the settings by which the command line trusts the code of a repository."""
+    found = {name for name, value in typed if _last(name) == "trust_remote_code" and value is True}
+    for name, node in typed:
+        found |= {path for path, value in _values(node, "trust_remote_code", name) if value is True}
+    # Trainer's name of the model's setting has none in front of it.
+    return {repeated(name if "." in name else f"model.{name}") for name in found}
+
+
+def _task_files(config: Mapping[str, Any], typed: Sequence[tuple[str, Any]]) -> str | None:
+    """Return the setting that names a file of lm-eval's tasks which the command line does not."""
+    found = []
+    for name, is_file in (("include_path", bool), ("tasks", _is_task_file)):
+        named = _texts_under(name, typed)
+        for path, value in _values(config, name):
+            if any(is_file(text) and text not in named for text in _texts_in(value)):
+                found.append(f"{path.removeprefix('config.')}={value}")
+    return min(found, key=len, default=None)  # not that of the callback which reads it
+
+
+def _is_task_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _sets_value(argument: str) -> bool:
+    """Whether an argument sets a value: it is no option, deletes nothing, and chooses no group."""
+    return "=" in argument and argument[0] not in "-~" and "@" not in name_of(argument)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _typed(argument: str) -> tuple[str, Any]:
+    """Return the name that an argument sets, and its value, without what it refers to."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:  # a path with brackets, which the program quotes before Hydra reads it
+        return name_of(argument), argument.partition("=")[2].strip("'\"")
+    return name_of(argument), None if override.is_sweep_override() else override.value()
+
+
+def _texts_under(name: str, typed: Sequence[tuple[str, Any]]) -> set[str]:
+    """Return the texts that the command line sets under a name, also inside other settings."""
+    own = [value for setting, value in typed if _last(setting) == name]
+    inside = [value for _, node in typed for _, value in _values(node, name)]
+    return {text for value in (*own, *inside) for text in _texts_in(value)}
+
+
+def _texts_in(value: Any) -> list[str]:
+    """Return a value, or the values of a list, as texts; none if it is null."""
+    return [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
 
 
 def _is_trusted(target: str, also: Sequence[str]) -> bool:
@@ -190,10 +246,6 @@ def _home(found: Any) -> str:
     return str(getattr(found, "__module__", None) or "")
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _targets(node: Any) -> Iterator[tuple[str, str]]:
     for path, target in _values(node, "_target_"):
         yield path.removesuffix("._target_"), str(target)
@@ -204,9 +256,9 @@ def _texts(config: Any) -> Iterator[tuple[str, str]]:
     return ((path, value) for path, _, value in _entries(config) if isinstance(value, str))
 
 
-def _values(config: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _values(config: Any, name: str, path: str = "config") -> Iterator[tuple[str, Any]]:
     """Yield the path and the value of each entry of that name."""
-    return ((path, value) for path, key, value in _entries(config) if key == name)
+    return ((inner, value) for inner, key, value in _entries(config, path) if key == name)
 
 
 def _entries(node: Any, path: str = "config") -> Iterator[tuple[str, Any, Any]]:

@@ -11,10 +11,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ft.callbacks import LMEval, lm_eval
 from lit_ft.callbacks._support import evaluating
 from lit_ft.evaluation import loading
+from lit_ft.run.files import read_summary
 from tests.support.letters import Plain, letters_tokenizer
 from tests.support.running import SHORT, run_job
 from tests.support.successors import NAME, Knowing, write_task
@@ -133,6 +135,25 @@ def test_a_run_keeps_its_scores_in_its_summary(tmp_path):
         *("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
     ]
     assert values["acc"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_a_run_that_is_stopped_while_it_is_scored_has_trained_and_exported(tmp_path, monkeypatch):
+    before: list = []
+
+    def stopped(*_, **__):
+        before.append(read_summary(tmp_path / "run"))
+        raise SIGTERMException
+
+    monkeypatch.setattr(lm_eval, "score", stopped)
+    given = ["model=tiny", *SHORT, "trainer.max_steps=1", "eval.tasks=[docstring_choice]"]
+    with pytest.raises(SystemExit):
+        run_job(tmp_path / "run", *given)
+    summary = read_summary(tmp_path / "run")
+    assert summary["status"] == "interrupted" and summary["scores"] is None
+    assert summary["ended"] == "max_steps=1 reached, then SIGTERM"
+    assert before[0]["ended"] == "max_steps=1 reached"
+    for one in (*before, summary):
+        assert one["export_path"] == str(tmp_path / "run" / "export")
 
 
 def test_a_finished_run_is_scored_without_training_and_keeps_its_scores(tmp_path):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 
 from lit_ft.compare import main
+from lit_ft.comparison.comparison import compare
+from lit_ft.comparison.runs import Run
+from lit_ft.comparison.trainable import trainable
 from lit_ft.storage.json_file import read_json
-from tests.support.summaries import write_run
+from tests.support.summaries import made_summary, write_run
 
 
 def scores(acc: float) -> dict:
@@ -71,3 +75,34 @@ def test_scores_of_another_form_are_no_figures(damaged, tmp_path):
     write_run(tmp_path / "0", scores=damaged)
     main([str(tmp_path)])
     assert read_json(tmp_path / "report.json")["rows"]
+
+
+def test_how_runs_are_scored_makes_no_rows_but_a_warning_if_it_differs():
+    first = ("optim=adamw", "eval.tasks=[arc]", "eval.limit=4")
+    made = [
+        made_summary(*first, seed=0, loss=2.0, scores={"arc": {"acc": 1.0}}),
+        made_summary("optim=adamw", seed=1, loss=2.0, scores={"arc": {"acc": 0.5}}),
+        made_summary("optim=adamw", "eval.batch_size=2", seed=2, loss=2.0),
+        made_summary("optim=sgd", loss=3.0, scores={"arc": {"acc": 0.5}}),
+    ]
+    found = compare([Run(Path(str(number)), summary) for number, summary in enumerate(made)])
+    assert [(row.name, len(row.trial.runs)) for row in found.rows] == [
+        ("optim=adamw", 3),
+        ("optim=sgd", 1),
+    ]
+    [warning] = found.warnings
+    assert warning == (
+        "The runs are scored on arc with different settings, so these scores cannot be compared: "
+        "eval.limit=4 eval.num_fewshot=null eval.apply_chat_template=null (rows 1); "
+        "eval.limit=null eval.num_fewshot=null eval.apply_chat_template=null (rows 1, 2)."
+    )
+
+
+@pytest.mark.parametrize(
+    "setting", ["eval.limit=4", "eval.num_fewshot=2", "eval.tasks=[docstring_choice]"]
+)
+def test_a_run_that_is_scored_in_another_way_is_another_run(setting, tmp_path):
+    one, other = (
+        trainable(["model=tiny", *own]).cell([], [], tmp_path) for own in ((), (setting,))
+    )
+    assert one.folder != other.folder

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import distributed as dist
 
+from lit_ft.distributed.waiting import others_wait
 from tests.support.commands import TINY, run, signal_at, start
+from tests.support.ranks import WORLD
 from tests.support.running import run_job
+from tests.support.tiny_module import trainer_of
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +60,35 @@ def test_the_first_of_two_ranks_scores_what_one_process_does(tmp_path):
     assert status == 0, output
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["scores"] == one["scores"] and list(two["scores"]) == ["docstring_choice"]
+
+
+class AtItsEnd(Callback):
+    """Lets the first rank alone do something for a while once the model is trained."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.did_it = False
+
+    def on_fit_end(self, trainer, pl_module):
+        with others_wait(trainer) as is_first:
+            if is_first:
+                time.sleep(self.seconds)
+                self.did_it = True
+
+
+def work_longer_than_the_timeout(folder):
+    """Let the first rank work for longer than ranks wait for each other in a collective."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=10))  # in the way of Lightning
+    end = AtItsEnd(seconds=15)
+    trainer = trainer_of(folder, strategy="ddp", devices=WORLD, max_steps=1, callbacks=[end])
+    trainer.fit(BoringModel())
+    trainer.strategy.barrier()
+    return end.did_it
+
+
+def test_the_first_rank_may_work_longer_than_the_others_wait_in_a_collective(tmp_path, on_both):
+    assert on_both(work_longer_than_the_timeout, tmp_path) == [True, False]
 
 
 def test_sigterm_on_one_rank_stops_both_after_a_save(tmp_path):

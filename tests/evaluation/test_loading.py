@@ -52,6 +52,13 @@ def test_a_group_may_hold_tasks_of_lm_eval(own_alone, tmp_path):
     assert own_alone == [False, True]
 
 
+def test_a_folder_does_not_replace_the_tasks_that_come_along(own_alone, tmp_path):
+    own = (loading.OWN / "docstring_choice.yaml").read_text()
+    (tmp_path / "docstring_choice.yaml").write_text(own.replace("version: 1", "version: 99"))
+    tasks = load_tasks(["docstring_choice"], tmp_path)
+    assert tasks.loaded["tasks"]["docstring_choice"].config.metadata["version"] == 1
+
+
 def test_an_unknown_name_is_answered_with_the_nearest(own_alone):
     with pytest.raises(Refusal) as error:
         load_tasks(["docstring_choise"])

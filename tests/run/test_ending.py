@@ -91,6 +91,13 @@ def test_other_reasons_of_early_stopping_are_told_in_its_own_words(tmp_path):
     assert told.startswith("early stopping: Monitored metric val_loss = nan is not finite")
 
 
+def test_a_signal_after_the_training_leaves_why_that_ended(tmp_path):
+    with pytest.raises(SIGTERMException), RunSummary(tmp_path, {}) as summary:
+        summary.update(steps=4, ended="max_steps=4 reached")
+        raise SIGTERMException
+    assert read_summary(tmp_path)["ended"] == "max_steps=4 reached, then SIGTERM"
+
+
 @pytest.mark.parametrize(
     ("error", "steps", "told"),
     [

@@ -112,18 +112,64 @@ def test_only_the_command_line_trusts() -> None:
 @pytest.mark.parametrize(
     ("config", "told", "argument"),
     [
-        ({"eval": {"include_path": "mine"}}, "eval.include_path=mine", "eval.include_path=mine"),
+        ({"eval": {"include_path": "mine"}}, "eval.include_path=", "eval.include_path=mine"),
+        ({"eval": {"include_path": "a [b]"}}, "eval.include_path=", "eval.include_path=a [b]"),
         ({"eval": {"tasks": ["a", "b.yaml"]}}, "eval.tasks=", "eval.tasks=[a,b.yaml]"),
-        ({"callbacks": {"x": {"include_path": "mine"}}}, "callbacks.x.include_path=", "x={y: z}"),
+        ({"eval": {"tasks": ["a", "b.yml"]}}, "eval.tasks=", "++eval={tasks: ['b.yml']}"),
+        ({"callbacks": {"x": {"include_path": "y"}}}, "callbacks.x.incl", "eval.include_path='y'"),
     ],
 )
 def test_files_of_tasks_which_can_run_code_are_named_on_the_command_line(
     config: dict, told: str, argument: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"A configuration file sets {told}.*Python code"):
-        given_trust(config, ["eval.tasks=[a]"])
-    if argument.startswith("eval"):
-        assert given_trust(config, [argument]) == []
+    assert given_trust(config, ["-m", argument]) == []
+    for other in (
+        "eval.tasks=[a]",
+        "eval.tasks=[a,other.yaml]",
+        "eval.include_path=other",
+        "eval.include_path=null",
+        "run_dir=runs/include_path_mine",
+        "run_dir=tasks/b.yaml",
+        "data.path=b.yaml",
+        "--config=eval.tasks=b.yaml",
+        f"~{argument.lstrip('+')}",
+        "eval.tasks=['${data.path}']",
+        "eval.include_path=${data.path}",
+        "eval@eval.include_path=mine",
+    ):
+        with pytest.raises(ValueError, match=f"A configuration file sets {told}.*Python code"):
+            given_trust(config, [other])
+
+
+def test_trust_is_given_to_what_the_command_line_names_and_nothing_else() -> None:
+    config = {"trusted_packages": ["os", "tests"]}
+    for argument in ("trusted_packages=[tests]", "~trusted_packages", "trusted_packages=evil"):
+        with pytest.raises(ValueError, match="A configuration file sets trusted_packages"):
+            given_trust(config, [argument])
+    remote = {"model": {"trust_remote_code": True}, "data": {"trust_remote_code": True}}
+    for argument in (
+        "run_dir=trust_remote_code",
+        "model.trust_remote_code=false",
+        "model.trust_remote_code=true",
+        "trust_remote_code=true",
+    ):
+        with pytest.raises(ValueError, match="trust_remote_code=true, and only the command line"):
+            given_trust(remote, [argument])
+    both = ["model.trust_remote_code=true", "+data.trust_remote_code=true"]
+    assert given_trust(remote, both) == []
+    model = {"model": {"trust_remote_code": True}, "module": {"model": {"trust_remote_code": True}}}
+    assert given_trust(model, ["trust_remote_code=true"]) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "values"),
+    [("lit_ft.callbacks.LMEval", [["mine.yaml"]]), ("lit_ft.models.Pretrained", ["a/b", "x"])],
+)
+def test_arguments_of_own_classes_have_names_since_some_give_trust(
+    target: str, values: list
+) -> None:
+    with pytest.raises(ValueError, match=r"config.callbacks.x._args_: .*Write the names"):
+        refuse_untrusted({"callbacks": {"x": {"_target_": target, "_args_": values}}})
 
 
 def test_names_of_tasks_give_no_trust() -> None:
