@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from functools import cache
 from pathlib import Path
 from types import CodeType
@@ -19,11 +19,11 @@ _OWN = ("lit_ft.measure", "lit_ft.run", "lit_ft.plan")
 def calling_stack() -> Stack:
     """Return the functions that have called this one, without those of torch and Lightning."""
     found: list[tuple[CodeType, int]] = []
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None and len(found) < _MOST:
         if _counts(frame.f_globals.get("__name__", "")):
             found.append((frame.f_code, frame.f_lineno))
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(found)
 
 

@@ -157,9 +157,10 @@ def _remote_code(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _trusting(typed: Sequence[tuple[str, Any]]) -> set[str]:
     """Return the settings by which the command line trusts the code of a repository."""
-    found = {name for name, value in typed if _last(name) == "trust_remote_code" and value is True}
+    # What else is typed there is not true or false, which is told later.
+    found = {name for name, value in typed if _last(name) == "trust_remote_code" and value}
     for name, node in typed:
-        found |= {path for path, value in _values(node, "trust_remote_code", name) if value is True}
+        found |= {path for path, value in _values(node, "trust_remote_code", name) if value}
     # Trainer's name of the model's setting has none in front of it.
     return {repeated(name if "." in name else f"model.{name}") for name in found}
 
