@@ -32,6 +32,7 @@ LARGE = (
     *("model=llama_3_1_8b", "plan.gpu=80GB", "data.batch_size=1", "data.max_length=2048"),
     "module.activation_checkpointing=true",
 )
+_OF_THE_RUN = ("run_dir=", "overwrite=", "ui=")
 _FOLDER = Path("runs/compare_methods")  # relative, as the report names the folders of its runs
 
 
@@ -50,8 +51,10 @@ def main() -> None:
     for kind in ("json", "md", "csv"):
         shutil.copyfile(folder / f"report.{kind}", options.output / f"compare_methods.{kind}")
     report = json.loads((options.output / "compare_methods.json").read_text(encoding="utf-8"))
-    names = [row["settings"] for row in report["rows"]]
-    planned = {name: planned_bytes(name.split()) for name in track(names, "planning an 8B")}
+    planned = {
+        row["settings"]: planned_bytes(row["trials"][0]["runs"][0]["arguments"])
+        for row in track(report["rows"], "planning an 8B")
+    }
     write_json(options.output / "compare_methods_8b.json", {**this_run(), "peak_bytes": planned})
     if options.output == RESULTS:
         for page in PAGES:
@@ -59,8 +62,9 @@ def main() -> None:
             page.write_text(text, encoding="utf-8")
 
 
-def planned_bytes(method: list[str]) -> int:
-    """Return the planned peak of a method that trains Llama 3.1 8B on a GPU."""
+def planned_bytes(arguments: list[str]) -> int:
+    """Return the planned peak of a run with these arguments that trains Llama 3.1 8B on a GPU."""
+    method = [one for one in arguments if not one.startswith(_OF_THE_RUN)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         command = ["-m", "lit_ft.plan", *method, *LARGE, "--no-savings", "--json", str(file)]

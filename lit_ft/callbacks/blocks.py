@@ -41,7 +41,7 @@ class BlockUpdate(Callback):
     Gradients and, with `state="drop"`, optimizer state exist for the active blocks alone, and
     backward stops below the lowest of them. In a cycle each block is active once. With the default
     settings this is BAdam (arXiv:2404.02827). With `always=["embeddings", "head"]` it is close to
-    LISA (arXiv:2403.17919), which draws blocks anew for each stay instead of in cycles.
+    LISA (arXiv:2403.17919), which draws new blocks for each turn and knows no cycles.
 
     The blocks are the layers of a transformer, or the members of the largest ModuleList or
     Sequential of modules of one class. The embeddings are a block of their own, and so is the head,
@@ -210,7 +210,7 @@ class BlockUpdate(Callback):
         """Return what takes turns, as in "2 of 30 blocks at a time, for 20 steps each".
 
         Args:
-            module: The module, of which all that is to be trained requires a gradient.
+            module: The module. All of its parameters that are to be trained require a gradient.
             steps: The number of steps of the run; infinity if nobody knows it.
         """
         found = self._find(module)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_ft.callbacks._support.evaluating import evaluating, sharded_by
+from lit_ft.callbacks._support.evaluating import evaluating, why_not_evaluated
 from lit_ft.terminal import stage
 
 _NOT_MEASURED = "Forgetting is not measured"
@@ -77,7 +77,7 @@ class Forgetting(Callback):
             return
         if trainer.global_step > 0:
             rank_zero_warn(f"{_NOT_MEASURED}: the checkpoint has no loss on this text.")
-        elif (reason := _obstacle(trainer, pl_module)) is not None:
+        elif (reason := why_not_evaluated(trainer, pl_module)) is not None:
             rank_zero_warn(f"{_NOT_MEASURED}: {reason}.")
         else:
             self.before = self._loss(trainer, pl_module)
@@ -99,14 +99,6 @@ class Forgetting(Callback):
             return loss_of_text(
                 module.model, module.tokenizer, self.text, max_length=self.max_length
             )
-
-
-def _obstacle(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return why the loss cannot be measured; None if it can."""
-    model = getattr(module, "model", None)
-    if model is None or getattr(module, "tokenizer", None) is None:
-        return f"{type(module).__name__} has no `model` and `tokenizer`"
-    return sharded_by(trainer, model)
 
 
 def loss_of_text(model: Any, tokenizer: Any, text: str, *, max_length: int) -> float:

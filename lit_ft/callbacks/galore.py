@@ -126,7 +126,8 @@ class GaLore(Callback):
         """The projector, with the interval that `SubspaceRefresh` sets in place of its own."""
         every = self._refresh.every if self._refresh is not None else None
         rule: Any = self.projector
-        return rule if every is None else replace(rule, every=every)  # type: ignore[no-any-return]
+        found: Projector = rule if every is None else replace(rule, every=every)
+        return found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject the layers now, or arrange for it if the model does not exist yet.

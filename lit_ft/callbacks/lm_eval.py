@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lit_ft.callbacks._support.evaluating import evaluating, sharded_by
+from lit_ft.callbacks._support.evaluating import evaluating, why_not_evaluated
 from lit_ft.compat.ranges import Count, WholeNumber
 from lit_ft.distributed.waiting import others_wait
 from lit_ft.evaluation.harness import score
@@ -154,9 +154,7 @@ def _chat_template(module: LightningModule) -> Any:
 
 def _obstacle(trainer: Trainer, module: LightningModule) -> str | None:
     """Return why the model cannot be scored; None if it can."""
-    model = getattr(module, "model", None)
-    if model is None or getattr(module, "tokenizer", None) is None:
-        return f"{type(module).__name__} has no `model` and `tokenizer`"
-    if is_model_sharded(model):
+    reason = why_not_evaluated(trainer, module)
+    if reason is None and is_model_sharded(module.model):
         return "the model is sharded over ranks"
-    return sharded_by(trainer, model)
+    return reason

@@ -173,7 +173,7 @@ def _holds_state(folder: CheckpointFolder, optimizer: str, parameter: str) -> bo
 
 @contextmanager
 def _without_state(module: nn.Module, has_state: Callable[[str], bool]) -> Iterator[None]:
-    """Freeze the parameters of which a checkpoint has no optimizer state, inside the block.
+    """Freeze the parameters without optimizer state in a checkpoint, inside the block.
 
     torch would make a state for each trainable parameter, and then miss it in the checkpoint. Block
     updates save the state of the active blocks alone. Without any state, nothing is frozen: the

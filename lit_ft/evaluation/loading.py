@@ -16,13 +16,13 @@ import torch
 
 from lit_ft.compat import remedies
 from lit_ft.compat.refusal import Refusal, Remedy
+from lit_ft.evaluation.files import is_task_file
 from lit_ft.evaluation.quiet import quiet
 
 OWN = Path(__file__).parent / "tasks"
 """The folder of the tasks that come with lit_ft."""
 
 _PARTS = ("tasks", "groups", "group_map")
-_ENDINGS = (".yaml", ".yml")
 _GROUP = re.compile(r"^group:", re.MULTILINE)
 _NEEDED = ("lm_eval", "accelerate")  # the second one is of the extra [hf]
 
@@ -133,7 +133,7 @@ def _load(manager: Any, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _file(name: str) -> Path | None:
-    return Path(name).expanduser() if name.endswith(_ENDINGS) else None
+    return Path(name).expanduser() if is_task_file(name) else None
 
 
 def _unknown(name: str, known: Sequence[str]) -> Refusal:

@@ -17,17 +17,19 @@ _ROWS = 128  # to which flash attention rounds up the tokens of its accumulator
 _CUDA_GRANULE = 512  # torch's allocator on CUDA gives out multiples of it
 
 
-def tracker_on(device_type: str, *, alone: bool = False) -> MemoryTracker:
+def tracker_on(device_type: str, *, alone: bool = False, **options: Any) -> MemoryTracker:
     """Return a tracker that counts as the allocator and the kernels of a device do.
 
     Args:
         device_type: The type of the device; all that are not "cpu" count as "cuda" does.
         alone: Whether memory on other devices does not count.
+        **options: Further arguments of `MemoryTracker`.
     """
     only = device_type if alone else None
     if device_type == "cpu":
-        return MemoryTracker(temporaries=on_cpu, device_type=only)
-    return MemoryTracker(granule=_CUDA_GRANULE, temporaries=on_cuda, device_type=only)
+        return MemoryTracker(temporaries=on_cpu, device_type=only, **options)
+    options = {"granule": _CUDA_GRANULE, **options}
+    return MemoryTracker(temporaries=on_cuda, device_type=only, **options)
 
 
 def on_cpu(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -79,7 +79,7 @@ class Event:
         storage: The memory.
         allocates: Whether it is an allocation.
         place: The part of the run.
-        stack: The Python functions that have allocated it.
+        stack: The Python functions that have allocated it, if the tracker keeps them.
     """
 
     storage: Storage
@@ -103,6 +103,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         temporaries: The function that returns the bytes that a kernel allocates for itself; None
             counts none.
         device_type: The type of the device whose memory counts; None counts all but "meta".
+        keeps_stacks: Whether each allocation keeps the Python functions that have called it, which
+            takes time.
     """
 
     def __init__(
@@ -111,11 +113,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         granule: int = 1,
         temporaries: KernelTemporaries | None = None,
         device_type: str | None = None,
+        keeps_stacks: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granule = granule
         self.temporaries = temporaries
         self.device_type = device_type
+        self.keeps_stacks = keeps_stacks
         self.place = Place()
         self.events: list[Event] = []
         self._storages: dict[int, tuple[Any, Storage]] = {}  # with a weak reference, keyed by id
@@ -139,8 +143,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._note_new(tensor, args, _name_of(func))
         if temporary:  # at the same time as the result
             storage = Storage(self._rounded(temporary), self.place, _name_of(func))
-            begin = Event(storage, True, self.place, calling_stack())
-            self.events += [begin, Event(storage, False, self.place)]
+            self.events += [self._begin(storage), Event(storage, False, self.place)]
         return out
 
     def __enter__(self) -> Self:
@@ -192,8 +195,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.place.phase == "backward" and torch.is_grad_enabled():
             storage.category = ACTIVATIONS  # recomputed
         self._storages[key] = weakref.ref(memory, lambda _: self._release(key)), storage
-        self.events.append(Event(storage, True, self.place, calling_stack()))
+        self.events.append(self._begin(storage))
         return storage
+
+    def _begin(self, storage: Storage) -> Event:
+        stack = calling_stack() if self.keeps_stacks else ()
+        return Event(storage, True, self.place, stack)
 
     def _move(self, old: torch.UntypedStorage, new: torch.UntypedStorage) -> None:
         """Let `new` be the memory that `old` has been."""

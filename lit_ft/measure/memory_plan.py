@@ -123,7 +123,7 @@ def _peaks(
     ranks: int,
 ) -> Peaks:
     module, trainer = build(depth)
-    tracker = tracker_on(device_type)
+    tracker = tracker_on(device_type, keeps_stacks=True)
     seen = device_type if ranks == 1 else "cpu"
     blocks = fake_fit(module, trainer, batch, val_batch, tracker, device_type=seen)
     return peaks_of(tracker.events, blocks)

@@ -100,6 +100,15 @@ class Scale(MatrixOptimizer):
             self._mean_of_all_rows = None
 
     def _step_matrices(self, matrices: Matrices) -> None:
+        known = self._mean_of_all_rows
+        means = self._means(matrices) if known is None else [known] * len(matrices)
+        for (parameter, group), mean in zip(matrices, means, strict=True):
+            size = mean.sqrt().clamp_(min=SMALLEST)
+            direction = self._direction(parameter, group)
+            move(parameter, direction * (group["lr"] / size).unsqueeze(group["dim"]), group)
+
+    def _means(self, matrices: Matrices) -> list[Tensor]:
+        """Return the means of squares over each matrix's rows or columns, of all ranks' rows."""
         squares = []
         for parameter, group in matrices:
             if group["momentum"]:
@@ -112,14 +121,10 @@ class Scale(MatrixOptimizer):
         )
         for i, total in zip(over_rows, totals, strict=True):
             squares[i] = total
-        for (parameter, group), sums in zip(matrices, squares, strict=True):
-            dim = group["dim"]
-            mean = sums / parameter.shape[dim]
-            if self._mean_of_all_rows is not None:
-                mean = self._mean_of_all_rows
-            size = mean.sqrt().clamp_(min=SMALLEST)
-            direction = self._direction(parameter, group)
-            move(parameter, direction * (group["lr"] / size).unsqueeze(dim), group)
+        return [
+            sums / parameter.shape[group["dim"]]
+            for (parameter, group), sums in zip(matrices, squares, strict=True)
+        ]
 
     def _add_to_mean(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], gradient_of(parameter)

@@ -12,52 +12,22 @@ import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lit_ft.callbacks import (
-    BlockUpdate,
-    ExportHF,
-    GaLore,
-    LayerwiseUpdate,
-    StopOnNonFinite,
-    SubspaceRefresh,
-)
-from lit_ft.callbacks._support.trainer import find_callback
 from lit_ft.data.collate import Collator
 from lit_ft.distributed import TensorParallelStrategy
 from lit_ft.loss import ChunkedCrossEntropy, ModelLoss
 from lit_ft.measure.fake_fit import STEPS
 from lit_ft.measure.fake_tensors import without_fakes
-from lit_ft.measure.follower import Follower
 from lit_ft.measure.known_values import DependsOnData
-from lit_ft.measure.live_memory import Place
 from lit_ft.measure.memory_plan import MemoryPlan, plan_memory
-from lit_ft.models.export.whole import copied_to_host, merged
 from lit_ft.models.miniature import miniature, with_blocks
 from lit_ft.module import CausalLMModule
 from lit_ft.optim.model_blocks import EMBEDDINGS, HEAD
+from lit_ft.run.fake_callbacks import Buckets, block_update, callbacks_in_a_plan
 from lit_ft.run.preview import settings_of_data
-from lit_ft.tensors.sharding import is_model_sharded
-
-# The callbacks that hold memory during a step. All others only watch, save or stop.
-_IN_A_STEP = (
-    BlockUpdate,
-    GaLore,
-    GradientAccumulationScheduler,
-    LayerwiseUpdate,
-    StochasticWeightAveraging,
-    StopOnNonFinite,
-    SubspaceRefresh,
-    WeightAveraging,
-)
 
 # A plan counts the memory of one device, and its fake tensors do not tell the host from it.
 NO_OFFLOADING = (
@@ -92,14 +62,16 @@ def plan_run(config: Mapping[str, Any], *, device_type: str) -> MemoryPlan:
     length = data["max_length"]
     rows, val_rows = data["batch_size"], data["val_batch_size"] or data["batch_size"]
     ranks = num_ranks(config["trainer"])
-    is_alike = _all_alike(whole) and not _names_layers(config["trainer"]["callbacks"])
+    turns = block_update(config["trainer"]["callbacks"])
+    # A model of fewer blocks may not have what is named, and its only trained blocks are not alike.
+    is_alike = _all_alike(whole) and (turns is None or {*turns.always} <= {EMBEDDINGS, HEAD})
     with _quiet(), _process_group(ranks), _explained():
         return plan_memory(
             lambda blocks: _built(config, source, whole, loss, blocks, device_type),
             _batch(rows, length, packed=data["packing"]),
             _batch(val_rows, length, packed=False),
             blocks=whole.num_hidden_layers if is_alike else None,
-            shallowest=2 + _num_active(config["trainer"]["callbacks"]),
+            shallowest=2 + (1 if turns is None else turns.active),
             device_type=device_type,
             ranks=ranks,
         )
@@ -125,12 +97,12 @@ def _built(
     settings = dict(config["trainer"])
     [strategy] = instantiate([settings.get("strategy", "auto")], _convert_="all")
     ranks = num_ranks(settings)
-    callbacks = list(_callbacks(settings["callbacks"], on_host=device_type == "cpu"))
+    callbacks = list(callbacks_in_a_plan(settings["callbacks"], on_host=device_type == "cpu"))
     if isinstance(strategy, DDPStrategy) or str(strategy).startswith("ddp"):
         # Each rank does what a single one does, and has the gradients once more in buckets.
         strategy, ranks = "auto", 1
         settings |= {"devices": 1, "num_nodes": 1}
-        callbacks.append(_Buckets())
+        callbacks.append(Buckets())
     elif isinstance(strategy, TensorParallelStrategy):
         raise ValueError("There is no plan for tensor parallelism yet: plan with strategy=fsdp.")
     micro_batches = STEPS * settings["accumulate_grad_batches"]
@@ -152,67 +124,6 @@ def _built(
     }
     settings.pop("default_root_dir", None)
     return module, instantiate(settings, _convert_="all")
-
-
-def _callbacks(settings: Any, *, on_host: bool) -> Iterator[Callback]:
-    """Yield the callbacks that hold memory of the device, or what holds as much."""
-    for one in settings or []:
-        callback = instantiate(one, _convert_="all")
-        if isinstance(callback, BlockUpdate):
-            callback.plan_for_largest()
-        if isinstance(callback, _IN_A_STEP):
-            yield callback
-        elif on_host and isinstance(callback, ExportHF):
-            yield _Export(callback)
-
-
-class _Export(Callback):
-    """Makes the copy of a model that its export merges or casts, where the host is the device.
-
-    Args:
-        export: The export of the run.
-    """
-
-    def __init__(self, export: ExportHF) -> None:
-        self.export = export
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        follower = find_callback(trainer, Follower)
-        if follower is not None:  # none if real tensors are trained, to check plans
-            follower.tracker.place = Place("export", trainer.global_step)
-        model: Any = pl_module.model
-        if is_model_sharded(model):
-            return  # it is written piece by piece
-        if isinstance(model, PeftModel):
-            # How 4-bit weights are dequantised, fake tensors do not show.
-            if self.export.merge and not getattr(model.get_base_model(), "is_quantized", False):
-                merged(model)
-        elif self.export.dtype is not None:
-            copied_to_host(model)
-
-
-def _num_active(callbacks: Any) -> int:
-    """Return the number of blocks that differ from the others, since they alone are trained."""
-    active: list[int] = [one.get("active", 1) for one in callbacks or [] if _is_of_blocks(one)]
-    return max([1, *active])
-
-
-def _names_layers(callbacks: Any) -> bool:
-    """Whether block updates always train what a model of fewer blocks may not have."""
-    always = [one.get("always") or [] for one in callbacks or [] if _is_of_blocks(one)]
-    entries = [e for one in always for e in (one if isinstance(one, list) else [one])]
-    return any(entry not in (EMBEDDINGS, HEAD) for entry in entries)
-
-
-def _is_of_blocks(callback: Mapping[str, Any]) -> bool:
-    return str(callback.get("_target_")).endswith(".BlockUpdate")
-
-
-class _Buckets(Callback):
-    """Holds the memory of DDP's buckets, in which the ranks exchange their gradients."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.buckets = [torch.empty_like(p) for p in pl_module.parameters() if p.requires_grad]
 
 
 class _Resized:

@@ -83,7 +83,7 @@ def _optimizer(typed: Mapping[str, str]) -> Iterator[str]:
 
 
 def _choices(group: str, value: str) -> list[list[str]]:
-    """Return the names in each choice of a group, of which a sweep has several."""
+    """Return the names in each choice of a group; a sweep has several choices."""
     try:
         override = OverridesParser.create().parse_override(f"{group}={value}")
         several = list(override.sweep_string_iterator()) if override.is_choice_sweep() else [value]

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object
 
+from lit_ft.evaluation.files import is_task_file
 from lit_ft.run.override import name_of
 from lit_ft.run.repeats import repeated
 
@@ -168,16 +169,12 @@ def _trusting(typed: Sequence[tuple[str, Any]]) -> set[str]:
 def _task_files(config: Mapping[str, Any], typed: Sequence[tuple[str, Any]]) -> str | None:
     """Return the setting that names a file of lm-eval's tasks which the command line does not."""
     found = []
-    for name, is_file in (("include_path", bool), ("tasks", _is_task_file)):
+    for name, is_file in (("include_path", bool), ("tasks", is_task_file)):
         named = _texts_under(name, typed)
         for path, value in _values(config, name):
             if any(is_file(text) and text not in named for text in _texts_in(value)):
                 found.append(f"{path.removeprefix('config.')}={value}")
     return min(found, key=len, default=None)  # not that of the callback which reads it
-
-
-def _is_task_file(task: str) -> bool:
-    return task.endswith((".yaml", ".yml"))
 
 
 def _sets_value(argument: str) -> bool:

@@ -1,4 +1,4 @@
-"""Plain names for lm-eval's results, of which a user sees those that were asked for."""
+"""lm-eval's results get plain names, and a user sees those that were asked for."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def two_allocations():
 
 
 def test_a_peak_names_the_code_that_allocates():
-    with MemoryTracker() as tracker:
+    with MemoryTracker(keeps_stacks=True) as tracker:
         torch.ones(10)
         line = two_allocations()
     [(operation, innermost, caller)] = [at[:3] for at in peaks_of(tracker.events, 0).at.values()]

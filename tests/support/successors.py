@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.support.letters import Plain
+from tests.support.tiny_model import tiny_model
 
 NAME = "successor"
 QUESTIONS = """
@@ -74,16 +75,8 @@ class Knowing(Plain):
 
 
 def knowing_model(*, is_right: bool = True) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=27,
-        hidden_size=32,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"vocab_size": 27, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = tiny_model("llama", **sizes, bos_token_id=None)
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.zero_()  # what it expects depends on the last letter alone

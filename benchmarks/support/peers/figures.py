@@ -21,16 +21,16 @@ class Summary:
     """The figures of a row at its best rate.
 
     Args:
-        title: the row's name for people
-        rate: the best of the rates that ran; None if none ran
-        rates: the rates that ran
-        losses: the held-out loss of each seed
-        peak_bytes: the most bytes of torch's allocator from the first step to the last
-        rss_growth_bytes: how far the process's resident memory has grown in this time
-        tokens_per_second: the median of steps in turn with others
-        resumes: what became of the weights of a stopped run that went on
-        error: the first error of a run; None if none failed
-        notes: what else a reader must know
+        title: The row's name for people.
+        rate: The best of the rates that ran; None if none ran.
+        rates: The rates that ran.
+        losses: The held-out loss of each seed.
+        peak_bytes: The most bytes of torch's allocator from the first step to the last.
+        rss_growth_bytes: How far the process's resident memory has grown in this time.
+        tokens_per_second: The median of steps in turn with others.
+        resumes: What became of the weights of a stopped run that went on.
+        error: The first error of a run; None if none failed.
+        notes: What else a reader must know.
     """
 
     title: str
@@ -127,12 +127,12 @@ class Verdict(NamedTuple):
     """A peer and ours in one column.
 
     Args:
-        peer: the peer's row
-        ours: our row
-        column: what is compared
-        theirs_shown: the peer's figure
-        ours_shown: our figure
-        word: `ahead`, `level` or `behind`, which tells where ours is
+        peer: The peer's row.
+        ours: Our row.
+        column: What is compared.
+        theirs_shown: The peer's figure.
+        ours_shown: Our figure.
+        word: `ahead`, `level` or `behind`, which tells where ours is.
     """
 
     peer: str
@@ -147,10 +147,10 @@ class Column(NamedTuple):
     """A column in which less is better.
 
     Args:
-        name: the column's name
-        value: reads the figure
-        shown: writes the figure
-        level: how far two figures may be apart, as a share of the peer's, and still be level
+        name: The column's name.
+        value: Reads the figure.
+        shown: Writes the figure.
+        level: How far two figures may be apart, as a share of the peer's, and still be level.
     """
 
     name: str

@@ -19,19 +19,19 @@ class Job:
     """One training of a row.
 
     Args:
-        rate: the largest learning rate of the schedule
-        seed: the seed of the order of the examples, and of new weights
-        model: the model's name in `SETTINGS`
-        steps: the number of optimizer steps of the whole run, which is the length of the schedule
-        batch_size: the number of examples in a batch
-        max_length: the most tokens of an example; longer ones are left out
-        val_examples: the number of held-out examples
-        threads: the number of torch's threads
-        folder: the folder of what the process writes, its checkpoint among it
-        stop_after: the number of steps after which the run saves its state and ends; None for none
-        resumes: whether the run goes on from the checkpoint in `folder`
-        weights: whether the weights at the end are written, in place of a held-out loss
-        turns: the descriptor that the end of each step is told through; None to wait for nobody
+        rate: The largest learning rate of the schedule.
+        seed: The seed of the order of the examples, and of new weights.
+        model: The model's name in `SETTINGS`.
+        steps: The number of optimizer steps of the whole run, which is the length of the schedule.
+        batch_size: The number of examples in a batch.
+        max_length: The most tokens of an example; longer ones are left out.
+        val_examples: The number of held-out examples.
+        threads: The number of torch's threads.
+        folder: The folder of what the process writes, its checkpoint among it.
+        stop_after: The number of steps after which the run saves its state and ends; None for none.
+        resumes: Whether the run goes on from the checkpoint in `folder`.
+        weights: Whether the weights at the end are written, in place of a held-out loss.
+        turns: The descriptor that the end of each step is told through; None to wait for nobody.
     """
 
     rate: float
@@ -77,9 +77,9 @@ class Trained(NamedTuple):
     """What a row returns.
 
     Args:
-        model: the trained model
-        rate: the learning rate that the weights had at the end; None if none was trained
-        note: what else a reader must know; None for nothing
+        model: The trained model.
+        rate: The learning rate that the weights had at the end; None if none was trained.
+        note: What else a reader must know; None for nothing.
     """
 
     model: Any

@@ -41,13 +41,13 @@ class Row:
     """One row.
 
     Args:
-        title: the row's name for people
-        way: who trains it
-        rates: the learning rates that are tried
-        against: the names of our rows that a peer is held against, the closest one first; empty for
-            a row of ours
-        packages: what pip installs for this row in an environment of its own
-        note: what a reader must know of the row; empty for nothing
+        title: The row's name for people.
+        way: Who trains it.
+        rates: The learning rates that are tried.
+        against: The names of our rows that a peer is held against, the closest one first; empty for
+            a row of ours.
+        packages: What pip installs for this row in an environment of its own.
+        note: What a reader must know of the row; empty for nothing.
     """
 
     title: str

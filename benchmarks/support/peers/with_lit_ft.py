@@ -48,7 +48,7 @@ class LitFt:
     """lit_ft with these arguments of `train.py`.
 
     Args:
-        arguments: the arguments, separated by spaces
+        arguments: The arguments, separated by spaces.
     """
 
     arguments: str

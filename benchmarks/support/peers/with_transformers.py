@@ -82,8 +82,8 @@ class Transformers:
     """transformers' Trainer with one of its optimizers.
 
     Args:
-        optim: the optimizer's name
-        options: more arguments of TrainingArguments
+        optim: The optimizer's name.
+        options: More arguments of TrainingArguments.
     """
 
     optim: str = "adamw_torch"

@@ -28,6 +28,14 @@ def sharded_by(trainer: Trainer, model: Any) -> str | None:
     return None
 
 
+def why_not_evaluated(trainer: Trainer, module: Any) -> str | None:
+    """Return why a module's model and tokenizer cannot be used after a step; None if they can."""
+    model = getattr(module, "model", None)
+    if model is None or getattr(module, "tokenizer", None) is None:
+        return f"{type(module).__name__} has no `model` and `tokenizer`"
+    return sharded_by(trainer, model)
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Set eval mode without gradients in the block, then restore modes and the random state.

@@ -55,7 +55,7 @@ def _row(pair: Pair, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _short_pairs() -> list[Pair]:
-    """Return the functions to ask about, no two of which have the same code or docstring."""
+    """Return the functions to ask about. Each has a code and a docstring of its own."""
     source = Docstrings("function")
     files = [file for file in source.files if in_validation(file.as_posix())]
     pairs = [pair for file in files for pair in read_pairs(source.library, file)]
