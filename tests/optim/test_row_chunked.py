@@ -139,6 +139,19 @@ def test_an_8_bit_step_takes_the_room_of_a_piece() -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
+def test_columns_are_normalised_over_the_rows_of_all_pieces() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1024, 256, dtype=torch.bfloat16))
+    optimizer = stochastically_rounded(Scale([weight], lr=1.0, dim=-2), seed=0)
+    weight.grad = torch.ones_like(weight)
+    weight.grad[:512] = 3
+    optimizer.step()
+    size = 5**0.5  # the root mean square of 3 and 1
+    for rows, gradient in (weight[:512], 3.0), (weight[512:], 1.0):
+        expected = torch.full_like(rows, -gradient / size)
+        torch.testing.assert_close(rows.detach(), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("factory", [partial(Scale, dim=-2), Scale, RelativeStepAdafactor])
 def test_large_sparse_gradients_are_refused_by_name(factory: Callable[..., Optimizer]) -> None:
     embedding = torch.nn.Embedding(1024, 256, sparse=True, dtype=torch.bfloat16)
